@@ -1,0 +1,76 @@
+# `make demo` and `make test` set everything up on a machine that has nothing but Python 3.11 to 3.13.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help venv demo test slow lint format types imports deps generated linters check proto docs dashboards clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(INSTALLED) ## Make .venv, pinned by constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+		|| { echo 'swarm needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo 'Python has no venv here: apt-get install python3-venv' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peer,coordinator,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Train a small model with a coordinator and three peers: make demo ARGS='--peers 2'
+	$(BIN)/swarm demo $(ARGS)
+
+test: $(INSTALLED) ## Run the tests that take seconds: make test ARGS='-k ledger'
+	$(BIN)/pytest -m 'not slow and not gpu' -n 2 $(ARGS)
+
+slow: $(INSTALLED) ## Run the scenarios that take minutes
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: $(INSTALLED) imports ## Check style and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## Lay the code out
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## Check types, strictly
+	$(BIN)/mypy
+	$(BIN)/mypy docs/generate.py .ci/verdict.py
+
+imports: $(INSTALLED) ## Check who imports whom
+	$(BIN)/lint-imports
+
+# psycopg is loaded by SQLAlchemy, by the name in the database's URL.
+deps: $(INSTALLED) ## Check that what is imported is declared, and the other way round
+	$(BIN)/deptry . --exclude '\.venv|\.ci|tests|bench|docs|deploy' --optional-dependencies-dev-groups dev \
+		--per-rule-ignores 'DEP002=psycopg' \
+		--package-module-name-map 'protobuf=google,grpcio=grpc,nvidia-ml-py=pynvml,pyyaml=yaml,grpcio-health-checking=grpc_health'
+
+generated: $(INSTALLED) ## Check that generated files are fresh
+	$(BIN)/python -m swarm.rpc.generate --check
+	$(BIN)/python -m deploy.dashboards --check
+	$(BIN)/python docs/generate.py --check
+
+linters: $(INSTALLED) ## Check images and the compose file
+	$(BIN)/hadolint deploy/docker/*.Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
+
+check: lint types deps generated linters test ## All of the above
+
+proto: $(INSTALLED) ## Generate swarm/rpc/v1 from proto/
+	$(BIN)/python -m swarm.rpc.generate
+
+docs: $(INSTALLED) ## Generate docs/reference from the code
+	$(BIN)/python docs/generate.py
+
+dashboards: $(INSTALLED) ## Generate deploy/grafana/dashboards from the code
+	$(BIN)/python -m deploy.dashboards
+
+clean: ## Remove .venv and everything that tools leave behind
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage demo-run
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

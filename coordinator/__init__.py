@@ -1,0 +1,1 @@
+"""The coordinator: admission, ledger, credits, web page and metrics. No tensor ever passes through it."""

@@ -1,0 +1,63 @@
+"""Who may call what: a table from method to policy. A method that isn't in the table is denied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+from swarm.errors import Rejected
+from swarm.rpc.v1.signed_pb2 import Signed
+
+SERVICE = "/swarm.v1.PeerService/"
+HEALTH = "/grpc.health.v1.Health/"
+
+
+class Policy(Enum):
+    """What a caller has to show."""
+
+    PUBLIC = "public"
+    SIGNED_BY_PEER = "signed_by_peer"
+    ADMITTED = "admitted"
+
+
+class Rule(NamedTuple):
+    """A method's policy, and the field that holds the signed message."""
+
+    policy: Policy
+    field: str = ""
+
+
+TABLE: dict[str, Rule] = {
+    SERVICE + "GetRun": Rule(Policy.PUBLIC),
+    SERVICE + "GetCredits": Rule(Policy.PUBLIC),
+    SERVICE + "GetProgress": Rule(Policy.PUBLIC),
+    SERVICE + "ListEntries": Rule(Policy.PUBLIC),
+    SERVICE + "GetCheckpoint": Rule(Policy.PUBLIC),
+    SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
+    SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
+    SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),
+    HEALTH + "Check": Rule(Policy.PUBLIC),
+    HEALTH + "Watch": Rule(Policy.PUBLIC),
+    HEALTH + "List": Rule(Policy.PUBLIC),
+}
+
+
+def rule_for(method: str) -> Rule:
+    """The rule of a method. Raises `Rejected` for whatever the table doesn't name."""
+    rule = TABLE.get(method)
+    if rule is None:
+        raise Rejected("denied", method)
+    return rule
+
+
+def signed_part(rule: Rule, request: Any, is_admitted: Callable[[str], bool]) -> Signed | None:
+    """The signed message that the policy asks for; its signature is checked by whoever opens it. Raises `Rejected`."""
+    if rule.policy is Policy.PUBLIC:
+        return None
+    signed = getattr(request, rule.field)
+    if not isinstance(signed, Signed) or not signed.signer or not signed.signature:
+        raise Rejected("bad_signature", "the request is not signed")
+    if rule.policy is Policy.ADMITTED and not is_admitted(signed.signer):
+        raise Rejected("not_admitted", "", signed.signer)
+    return signed

@@ -1,0 +1,96 @@
+"""The catalogue: a domain error becomes a public message, a gRPC status and a reason code; anything else stays private.
+
+`answer_to` is the only place where an exception turns into what a caller sees. The reason travels in the trailing metadata under
+`reason`; `swarm.rpc.client` turns it back into an exception.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from grpc import StatusCode
+
+from swarm.errors import ManifestInvalid, Rejected, SwarmError
+
+
+class StoreFailed(SwarmError):
+    """The store didn't take the entries; nothing was receipted."""
+
+    exit_code = 41
+
+
+class Answer(NamedTuple):
+    """What the caller is told."""
+
+    status: StatusCode
+    reason: str
+    message: str
+    private: bool = False
+    """The cause isn't told and has to be logged."""
+
+
+class _Line(NamedTuple):
+    status: StatusCode
+    message: str
+
+
+_INVALID = StatusCode.INVALID_ARGUMENT
+_FORBIDDEN = StatusCode.PERMISSION_DENIED
+_CONFLICT = StatusCode.FAILED_PRECONDITION
+
+CATALOGUE: dict[str, _Line] = {
+    "already_granted": _Line(_CONFLICT, "another part of the roster was permitted to go on with this round"),
+    "already_proposed": _Line(_CONFLICT, "the proposal is in the ledger already"),
+    "already_reported": _Line(_CONFLICT, "another report of this peer for this round is in the ledger"),
+    "bad_peer_id": _Line(_INVALID, "the signer is not an Ed25519 peer id"),
+    "bad_signature": _Line(StatusCode.UNAUTHENTICATED, "the signature is not valid"),
+    "denied": _Line(_FORBIDDEN, "this method is not open to you"),
+    "malformed": _Line(_INVALID, "the message can't be read"),
+    "not_admitted": _Line(_FORBIDDEN, "this key is not admitted; announce first"),
+    "not_finite": _Line(_INVALID, "a number is not finite"),
+    "not_in_proposal": _Line(_INVALID, "the named proposal doesn't list this commit"),
+    "not_in_roster": _Line(_FORBIDDEN, "the peer is not in the round's roster"),
+    "not_on_allow_list": _Line(_FORBIDDEN, "the run admits listed keys only; give yours to the run's owner"),
+    "overloaded": _Line(StatusCode.UNAVAILABLE, "too much to do; try again"),
+    "rate_limited": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many requests; slow down"),
+    "replayed": _Line(_CONFLICT, "a newer message of this peer is known"),
+    "round_closed": _Line(_CONFLICT, "the round is settled"),
+    "stale": _Line(_CONFLICT, "the message's time is too far from the coordinator's clock; set your clock"),
+    "store_failed": _Line(StatusCode.UNAVAILABLE, "the ledger can't be written now; try again"),
+    "timeout": _Line(StatusCode.DEADLINE_EXCEEDED, "took too long; try again"),
+    "too_heavy": _Line(_INVALID, "the weight exceeds the limit"),
+    "too_large": _Line(_INVALID, "the message is too large"),
+    "two_proposals": _Line(_CONFLICT, "the leader signed another proposal for this ballot"),
+    "unknown_proposal": _Line(_CONFLICT, "the proposal is not known; send it along"),
+    "unknown_run": _Line(StatusCode.NOT_FOUND, "this coordinator doesn't know the run"),
+    "version_too_old": _Line(_CONFLICT, "the run needs a newer client"),
+    "wrong_kind": _Line(_INVALID, "the message is of another kind"),
+    "wrong_proposal": _Line(_INVALID, "the result follows another proposal"),
+    "wrong_roster": _Line(_CONFLICT, "the ledger knows another roster for this round"),
+    "wrong_round": _Line(_INVALID, "the message belongs to another round"),
+    "wrong_run": _Line(StatusCode.NOT_FOUND, "this coordinator serves another run"),
+    "wrong_signer": _Line(StatusCode.UNAUTHENTICATED, "somebody else signed"),
+    "wrong_tokens": _Line(_INVALID, "the tokens don't follow from the weight"),
+    "wrong_weight": _Line(_INVALID, "the weight is not the proposed one"),
+}
+UNLISTED = _Line(_INVALID, "the request breaks a rule")
+
+
+def answer_to(error: Exception) -> Answer:
+    """What to tell the caller about `error`."""
+    if isinstance(error, Rejected):
+        line = CATALOGUE.get(error.reason, UNLISTED)
+        detail = f" ({error.detail})" if error.detail else ""
+        return Answer(line.status, error.reason, line.message + detail)
+    if isinstance(error, StoreFailed):
+        return Answer(*_named("store_failed"), private=True)
+    if isinstance(error, TimeoutError):
+        return Answer(*_named("timeout"))
+    if isinstance(error, ManifestInvalid):
+        return Answer(_INVALID, "malformed", CATALOGUE["malformed"].message)
+    return Answer(StatusCode.INTERNAL, "internal", "the coordinator failed; its log says why", private=True)
+
+
+def _named(reason: str) -> tuple[StatusCode, str, str]:
+    line = CATALOGUE[reason]
+    return line.status, reason, line.message

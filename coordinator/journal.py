@@ -1,0 +1,316 @@
+"""The single writer: decides on events in order, makes what follows durable in groups, then lets the callers know.
+
+Life of an event: bounded queue -> `decide` -> entries (signed here where the coordinator signs) -> folded into the credit state
+-> one transaction for the whole group -> Merkle tree -> answer. No answer leaves before its entries are on disk. If the store
+fails, the whole group fails and the state is read back from the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import structlog
+
+from coordinator.errors import StoreFailed
+from coordinator.metrics import Metrics
+from coordinator.presence import Presence
+from coordinator.state import Admit, Append, Decision, Event, GrantAsked, Now, Reported, State, decide
+from coordinator.store.interface import Found, Row, Store
+from swarm.clock import Clock
+from swarm.credits import CreditState, apply_entry
+from swarm.entries import Admission, Claim, Confirmation, Nomination, Opening, Permission
+from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
+from swarm.identity import Identity
+from swarm.ledger import open_manifest
+from swarm.merkle import MerkleTree, leaf_hash
+from swarm.messages import payload_hash, seal
+from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Receipt, RoundConfirmed, RunOpened
+from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
+
+QUEUE_EVENTS = 4096
+GROUP_EVENTS = 256
+GENESIS = "genesis"
+COORDINATOR = "coordinator"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an event: the decision, and the signed answer where there is one (a receipt or a grant)."""
+
+    decision: Decision
+    answer: Signed | None = None
+
+
+@dataclass
+class _Pending:
+    """An event that waits for its group to be durable."""
+
+    event: Event
+    done: asyncio.Future[Outcome]
+    decision: Decision | None = None
+    rows: list[Row] = field(default_factory=list)
+
+
+class Journal:
+    """Owns the ledger's state, tree and store. Everything but `run` and the store's commits happens on the event loop."""
+
+    def __init__(self, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics, ttl_s: float) -> None:
+        self._store = store
+        self._identity = identity
+        self._clock = clock
+        self._metrics = metrics
+        self._queue: asyncio.Queue[_Pending] = asyncio.Queue(QUEUE_EVENTS)
+        self._signed_manifest = manifest
+        self._size = 0
+        self._behind = False
+        self.run_id = payload_hash(manifest)
+        self.manifest = open_manifest(manifest)
+        self.tree = MerkleTree()
+        self.credits = CreditState(identity.peer_id)
+        genesis = (store.value(GENESIS) or b"").decode()
+        self.presence = Presence(ttl_s, clock.monotonic_s(), genesis)
+        self._genesis_saved = genesis
+
+    @property
+    def state(self) -> State:
+        """What decisions go by."""
+        return State(self.run_id, self.manifest, self.credits, self.presence)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last commit went through."""
+        return not self._behind
+
+    def load(self) -> None:
+        """Read the store back; open the run if it is new. Raises `DatabaseCorrupt`."""
+        self._check_owner()
+        tree, state = MerkleTree(), CreditState(self._identity.peer_id)
+        try:
+            with closing(self._store.rows()) as rows:
+                for row in rows:
+                    apply_entry(state, row.position, row.entry, check_signatures=False)
+                    tree.append(row.leaf_hash)
+        except LedgerInvalid as error:
+            raise DatabaseCorrupt(f"the database holds an invalid ledger: {error.message}", error.hint) from error
+        self.tree, self.credits, self._size = tree, state, len(tree)
+        if self.run_id not in state.run_ids:
+            self._open_run()
+        self._gauge()
+
+    async def submit(self, event: Event) -> Outcome:
+        """Decide on `event` after all earlier ones, and return once it is durable. Raises `Rejected` or `StoreFailed`."""
+        pending = _Pending(event, asyncio.get_running_loop().create_future())
+        try:
+            self._queue.put_nowait(pending)
+        except asyncio.QueueFull as error:
+            raise Rejected("overloaded", "too many requests wait for the ledger") from error
+        return await pending.done
+
+    async def run(self) -> None:
+        """Write group after group until cancelled."""
+        while True:
+            group = [await self._queue.get()]
+            while len(group) < GROUP_EVENTS and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+            try:
+                await self._write(group)
+            except Exception as error:  # noqa: BLE001 - the task's outermost boundary; counted, logged, and read back
+                self._abandon(group, error)
+
+    async def save_genesis(self) -> None:
+        """Remember durably who starts the run, so that a restart names nobody else."""
+        if self.presence.genesis != self._genesis_saved:
+            self._genesis_saved = self.presence.genesis
+            await asyncio.to_thread(self._store.set_value, GENESIS, self._genesis_saved.encode())
+
+    def _check_owner(self) -> None:
+        owner = self._store.value(COORDINATOR)
+        if owner is None:
+            self._store.set_value(COORDINATOR, self._identity.peer_id.encode())
+        elif owner.decode() != self._identity.peer_id:
+            raise DatabaseCorrupt(
+                f"the database belongs to the coordinator key {owner.decode()}",
+                "use the key that lies next to the database, or another database",
+            )
+
+    def _open_run(self) -> None:
+        body = LedgerEntry(run_opened=RunOpened(run_id=self.run_id, manifest=self._signed_manifest))
+        row = self._row(body, None)
+        self._store.append([row])
+        self.credits.apply(Opening(self.run_id, self.manifest))
+        self._adopt([row])
+
+    async def _write(self, group: list[_Pending]) -> None:
+        await self._recover()
+        for pending in group:
+            self._decide(pending)
+        rows = [row for pending in group for row in pending.rows]
+        await self._commit(rows)
+        self._adopt(rows)
+        for pending in group:
+            await self._answer(pending)
+
+    def _abandon(self, group: list[_Pending], error: Exception) -> None:
+        """Nothing of the group was receipted; before the next one the state is read back from the store."""
+        log.error("commit_failed", events=len(group), exc_info=error)
+        self._metrics.commit_failures_total.inc()
+        self._behind = True
+        for pending in group:
+            if not pending.done.done():
+                pending.done.set_exception(StoreFailed("the ledger can't be written"))
+
+    async def _recover(self) -> None:
+        """After a failed commit, go back to what the store holds."""
+        if self._behind:
+            await asyncio.to_thread(self.load)
+            self._behind = False
+
+    def _decide(self, pending: _Pending) -> None:
+        decision = decide(self.state, pending.event, self.now())
+        for append in decision.append:
+            self.credits.apply(_opened(append, self.run_id))
+            pending.rows.append(self._row(self._body(append, pending.event), _key(append)))
+        pending.decision = decision
+
+    async def _commit(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        started_s = time.perf_counter()
+        await asyncio.to_thread(self._store.append, rows)
+        self._metrics.commit_duration_seconds.observe(time.perf_counter() - started_s)
+
+    def _adopt(self, rows: Iterable[Row]) -> None:
+        self.tree.extend(row.leaf_hash for row in rows)
+        self._gauge()
+
+    async def _answer(self, pending: _Pending) -> None:
+        decision = pending.decision
+        if pending.done.done() or decision is None:
+            return
+        try:
+            answer = await self._signed_answer(pending) if decision.accepted else None
+        except Rejected as error:
+            pending.done.set_exception(error)
+            return
+        if not pending.done.done():
+            pending.done.set_result(Outcome(decision, answer))
+
+    async def _signed_answer(self, pending: _Pending) -> Signed | None:
+        match pending.event:
+            case Reported() as event:
+                return self._receipt(event, *await self._found(report_key(event.claim), pending.rows))
+            case GrantAsked() as event:
+                key = grant_key(self.run_id, event.request.round)
+                _, entry = await self._found(key, pending.rows)
+                return LedgerEntry.FromString(entry).granted
+        return None
+
+    def _receipt(self, event: Reported, position: int, entry: bytes) -> Signed:
+        """The receipt of a report: always for the tree that ends with its entry, so that asking again gives the same."""
+        claim = event.claim
+        if LedgerEntry.FromString(entry).reported.payload != event.report.payload:
+            raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
+        return seal(
+            self._identity,
+            Receipt(
+                run_id=self.run_id,
+                round=claim.round,
+                peer_id=claim.peer_id,
+                report_hash=payload_hash(event.report),
+                ledger_index=position,
+                ledger_size=position + 1,
+                ledger_root=self.tree.root(position + 1),
+                inclusion_proof=self.tree.inclusion_proof(position, position + 1),
+                entry=entry,
+            ),
+        )
+
+    async def _found(self, key: bytes, rows: list[Row]) -> Found:
+        """The entry under `key`: among those just committed, or else in the store."""
+        for row in rows:
+            if row.key == key:
+                return Found(row.position, row.entry)
+        found = await asyncio.to_thread(self._store.find, key)
+        if found is None:
+            raise StoreFailed("an entry that was appended is not in the database")
+        return found
+
+    def now(self) -> Now:
+        """The time by both clocks."""
+        return Now(self._clock.wall_s(), self._clock.monotonic_s())
+
+    def _row(self, body: LedgerEntry, key: bytes | None) -> Row:
+        body.appended_at_us = int(self._clock.wall_s() * 1e6)
+        entry = body.SerializeToString(deterministic=True)
+        self._size += 1
+        return Row(self._size - 1, leaf_hash(entry), entry, key)
+
+    def _body(self, append: Append, event: Event) -> LedgerEntry:
+        match append:
+            case Admit():
+                return LedgerEntry(admitted=self.admission(append.peer_id))
+            case Nomination():
+                return LedgerEntry(proposed=event.proposal if isinstance(event, Reported) else None)
+            case Claim():
+                return LedgerEntry(reported=event.report if isinstance(event, Reported) else None)
+            case Confirmation():
+                return LedgerEntry(confirmed=seal(self._identity, RoundConfirmed(**append._asdict())))
+            case Permission():
+                issued_at = int(self._clock.wall_s())
+                return LedgerEntry(granted=seal(self._identity, Grant(**append._asdict(), issued_at=issued_at)))
+
+    def admission(self, peer_id: str) -> Signed:
+        """A token for an admitted key."""
+        now_s = int(self._clock.wall_s())
+        token = AdmissionToken(
+            run_id=self.run_id,
+            peer_id=peer_id,
+            account=peer_id,
+            issued_at=now_s,
+            expires_at=now_s + self.manifest.admission.valid_s,
+        )
+        return seal(self._identity, token)
+
+    def _gauge(self) -> None:
+        self._metrics.ledger_entries.set(len(self.tree))
+        progress = self.credits.progress(self.run_id) if self.run_id in self.credits.run_ids else None
+        if progress is not None and progress.state_root:
+            self._metrics.confirmed_round.set(progress.confirmed_round)
+            self._metrics.train_loss_nats.set(progress.loss)
+            self._metrics.tokens_verified(progress.tokens, self.manifest.credit.flops_per_token)
+
+
+def report_key(claim: Claim) -> bytes:
+    """Under which a report is found again."""
+    return _name("reported", claim.run_id.hex(), str(claim.round), claim.peer_id)
+
+
+def grant_key(run_id: bytes, number: int) -> bytes:
+    """Under which a round's grant is found again."""
+    return _name("granted", run_id.hex(), str(number))
+
+
+def _key(append: Append) -> bytes | None:
+    match append:
+        case Claim():
+            return report_key(append)
+        case Permission():
+            return grant_key(append.run_id, append.round)
+    return None
+
+
+def _name(*parts: str) -> bytes:
+    return hashlib.blake2b("/".join(parts).encode(), digest_size=16).digest()
+
+
+def _opened(append: Append, run_id: bytes) -> Admission | Nomination | Claim | Confirmation | Permission:
+    if isinstance(append, Admit):
+        return Admission(run_id, append.peer_id, append.peer_id, 0)
+    return append

@@ -1,0 +1,54 @@
+"""Bounds on what strangers can ask for: rates, ages and sizes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from swarm.errors import Rejected
+
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_REPORT_BYTES = 24 << 10  # so that a receipt, which holds the report, stays within its own limit of 32 KiB
+MAX_CLOCK_ERROR_S = 900.0
+CALL_DEADLINE_S = 30.0
+ENTRIES_PER_CALL = 100_000
+ENTRIES_PER_MESSAGE_BYTES = 1 << 20
+MAX_LEADERBOARD = 1000
+PEERS_PER_ANSWER = 128
+MAX_TRACKED_KEYS = 100_000
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A token bucket: `per_s` on average, `burst` at once."""
+
+    per_s: float
+    burst: float
+
+
+class RateLimiter:
+    """One token bucket per key; the keys unused for longest are forgotten."""
+
+    def __init__(self, rate: Rate, max_keys: int = MAX_TRACKED_KEYS) -> None:
+        self._rate = rate
+        self._max_keys = max_keys
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, key: str, now_s: float) -> None:
+        """Take one token. Raises `Rejected` when the key has none left."""
+        tokens, since_s = self._buckets.get(key, (self._rate.burst, now_s))
+        tokens = min(self._rate.burst, tokens + (now_s - since_s) * self._rate.per_s)
+        if tokens < 1:
+            raise Rejected("rate_limited", f"at most {self._rate.per_s:g} per second", key)
+        self._buckets[key] = (tokens - 1, now_s)
+        self._buckets.move_to_end(key)
+        if len(self._buckets) > self._max_keys:
+            self._buckets.popitem(last=False)
+
+
+def check_fresh(issued_at: int, now_s: float, sender: str) -> None:
+    """Whether a message was signed within 15 minutes of now. Raises `Rejected` that says by how much a clock is wrong."""
+    error_s = now_s - issued_at
+    if abs(error_s) > MAX_CLOCK_ERROR_S:
+        direction = "behind" if error_s > 0 else "ahead of"
+        raise Rejected("stale", f"{abs(error_s):.0f} s {direction} the coordinator", sender)

@@ -1,0 +1,61 @@
+"""Prometheus metrics of the coordinator, in a registry that is passed in. Base units; names per the Prometheus conventions."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from swarm import __version__
+
+PREFIX = "swarm_coordinator_"
+DURATION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """Every metric that the coordinator exposes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.reports_total = Counter(PREFIX + "reports_total", "Reports by outcome.", ["outcome"], registry=registry)
+        self.rejected_messages_total = Counter(
+            PREFIX + "rejected_messages_total", "Messages that broke a rule.", ["reason"], registry=registry
+        )
+        self.admissions_total = Counter(PREFIX + "admissions_total", "Announcements by outcome.", ["outcome"], registry=registry)
+        self.grants_total = Counter(PREFIX + "grants_total", "Requests for a grant by outcome.", ["outcome"], registry=registry)
+        self.commit_failures_total = Counter(
+            PREFIX + "commit_failures_total", "Groups of entries that the store didn't take.", registry=registry
+        )
+        self.tokens_verified_total = Counter(
+            PREFIX + "tokens_verified_total", "Training tokens that became verified.", registry=registry
+        )
+        self.flops_verified_total = Counter(
+            PREFIX + "flops_verified_total", "Training FLOPs that became verified.", registry=registry
+        )
+        self.ledger_entries = Gauge(PREFIX + "ledger_entries", "Entries in the ledger.", registry=registry)
+        self.peers_alive = Gauge(PREFIX + "peers_alive", "Peers heard from within the time to live.", registry=registry)
+        self.confirmed_round = Gauge(PREFIX + "confirmed_round", "Newest confirmed round.", registry=registry)
+        self.train_loss_nats = Gauge(
+            PREFIX + "train_loss_nats", "Mean training loss of the newest confirmed round.", registry=registry
+        )
+        self.request_duration_seconds = Histogram(
+            PREFIX + "request_duration_seconds",
+            "Time to answer a call.",
+            ["method"],
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self.commit_duration_seconds = Histogram(
+            PREFIX + "commit_duration_seconds",
+            "Time to make a group of entries durable.",
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        build = Gauge(PREFIX + "build_info", "Always 1; the version is a label.", ["version"], registry=registry)
+        build.labels(__version__).set(1)
+        self._tokens = 0
+
+    def tokens_verified(self, tokens: int, flops_per_token: int) -> None:
+        """Bring the counters of verified work up to the ledger's total."""
+        if tokens > self._tokens:
+            self.tokens_verified_total.inc(tokens - self._tokens)
+            self.flops_verified_total.inc((tokens - self._tokens) * flops_per_token)
+            self._tokens = tokens

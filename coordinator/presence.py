@@ -1,0 +1,129 @@
+"""Who is alive: announcements expire after a time to live. Nothing here is durable, apart from who may start the run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from swarm.errors import Rejected
+
+MAX_PEERS = 200_000
+MAX_ADDRESSES = 16
+MAX_ADDRESS_CHARACTERS = 512
+RECENT_HASHES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """The newest announcement of one peer."""
+
+    peer_id: str
+    addresses: tuple[str, ...]
+    round: int
+    heard_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Issue:
+    """The newest second in which a peer signed announcements, and their hashes."""
+
+    issued_at: int
+    hashes: tuple[bytes, ...]
+
+
+class Presence:
+    """The alive peers, ordered by when they were last heard; every call is told the time.
+
+    `started_s` counts as the last sign of everyone who wasn't heard yet: after a restart nobody is presumed dead.
+    """
+
+    def __init__(self, ttl_s: float, started_s: float, genesis: str = "") -> None:
+        self.ttl_s = ttl_s
+        self.started_s = started_s
+        self.genesis = genesis
+        self._alive: OrderedDict[str, Sighting] = OrderedDict()
+        self._issued: OrderedDict[str, _Issue] = OrderedDict()
+
+    @property
+    def interval_s(self) -> float:
+        """How often to announce: a live peer is always heard within a third of the time to live."""
+        return self.ttl_s / 4.5
+
+    @property
+    def silence_s(self) -> float:
+        """After which silence a peer of the roster counts as gone."""
+        return max(5.0, self.ttl_s / 3)
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+    def is_repeat(self, peer_id: str, issued_at: int, payload_hash: bytes) -> bool:
+        """Whether this is the newest announcement once more. Raises `Rejected` if it is an older one."""
+        known = self._issued.get(peer_id)
+        if known is None or issued_at > known.issued_at:
+            return False
+        if known.hashes[-1] == payload_hash and issued_at == known.issued_at:
+            return True
+        if issued_at < known.issued_at or payload_hash in known.hashes:
+            raise Rejected("replayed", f"issued at {issued_at}, newest {known.issued_at}", peer_id)
+        return False
+
+    def announced(self, sighting: Sighting, issued_at: int, payload_hash: bytes) -> None:
+        """Take in a fresh announcement."""
+        self._note_issue(sighting.peer_id, issued_at, payload_hash)
+        self._alive[sighting.peer_id] = sighting
+        self._alive.move_to_end(sighting.peer_id)
+        if len(self._alive) > MAX_PEERS:
+            self._alive.popitem(last=False)
+
+    def left(self, peer_id: str, issued_at: int, payload_hash: bytes) -> None:
+        """Forget a peer that says good-bye."""
+        self._note_issue(peer_id, issued_at, payload_hash)
+        self._alive.pop(peer_id, None)
+        if self.genesis == peer_id:
+            self.genesis = ""
+
+    def heard(self, peer_id: str, now_s: float) -> None:
+        """A signed message other than an announcement also shows that an announced peer is alive."""
+        sighting = self._alive.get(peer_id)
+        if sighting is not None:
+            self._alive[peer_id] = replace(sighting, heard_s=now_s)
+            self._alive.move_to_end(peer_id)
+
+    def expire(self, now_s: float) -> None:
+        """Forget everyone who was silent for the time to live."""
+        while self._alive:
+            oldest = next(iter(self._alive.values()))
+            if now_s - oldest.heard_s <= self.ttl_s:
+                break
+            del self._alive[oldest.peer_id]
+        if self.genesis and self.genesis not in self._alive and now_s - self.started_s > self.ttl_s:
+            self.genesis = ""
+
+    def choose_genesis(self, peer_id: str) -> bool:
+        """Whether `peer_id` starts the run: the first to ask, until it leaves or expires. Call `expire` before."""
+        self.genesis = self.genesis or peer_id
+        return self.genesis == peer_id
+
+    def others(self, peer_id: str, limit: int) -> list[Sighting]:
+        """The most recently heard peers other than `peer_id`."""
+        newest = (sighting for sighting in reversed(self._alive.values()) if sighting.peer_id != peer_id)
+        return list(islice(newest, limit))
+
+    def recently_heard(self, peer_ids: Iterable[str], now_s: float) -> list[str]:
+        """Those of `peer_ids` that can't be presumed gone."""
+        return [peer_id for peer_id in peer_ids if now_s - self._heard_s(peer_id) <= self.silence_s]
+
+    def _heard_s(self, peer_id: str) -> float:
+        sighting = self._alive.get(peer_id)
+        return self.started_s if sighting is None else sighting.heard_s
+
+    def _note_issue(self, peer_id: str, issued_at: int, payload_hash: bytes) -> None:
+        known = self._issued.get(peer_id)
+        earlier = known.hashes[1 - RECENT_HASHES :] if known is not None and known.issued_at == issued_at else ()
+        self._issued[peer_id] = _Issue(issued_at, (*earlier, payload_hash))
+        self._issued.move_to_end(peer_id)
+        if len(self._issued) > MAX_PEERS:
+            self._issued.popitem(last=False)

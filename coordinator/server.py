@@ -1,0 +1,250 @@
+"""Puts the coordinator together and serves it: `async with Coordinator.serve(signed_manifest, settings) as coordinator`.
+
+Nothing outlives the context: tasks, threads, sockets and the database's connections are closed in the reverse order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import fcntl
+import socket
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from prometheus_client import CollectorRegistry
+
+from coordinator.guard import Guard
+from coordinator.journal import Journal
+from coordinator.limits import MAX_MESSAGE_BYTES
+from coordinator.metrics import Metrics
+from coordinator.service import PeerService
+from coordinator.store.interface import Store
+from coordinator.store.memory import MemoryStore
+from coordinator.tls import Certificate
+from swarm.clock import Clock, SystemClock
+from swarm.config import CoordinatorSettings, data_path
+from swarm.errors import AlreadyRunning, PortBusy, UsageError
+from swarm.identity import Identity
+from swarm.ledger import open_manifest
+from swarm.messages import JoinLink, base32, payload_hash
+from swarm.rpc.v1.coordinator_pb2_grpc import add_PeerServiceServicer_to_server
+from swarm.rpc.v1.signed_pb2 import Signed
+
+KEY_FILE = "coordinator.key"
+DATABASE_FILE = "coordinator.db"
+LOCK_FILE = "lock"
+MEMORY_URL = "memory://"
+GRACE_S = 5.0
+TICK_S = 1.0
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - recognised, not chosen here
+ELSEWHERE = ("192.0.2.1", 9)  # TEST-NET-1 (RFC 5737): no packet is sent, the route to it tells our own address
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read `host:port`. Raises `UsageError`."""
+        host, separator, port = text.rpartition(":")
+        if not separator or not port.isdigit() or int(port) > 65535:
+            raise UsageError(f"not an address: {text!r}", "an address looks like 0.0.0.0:4300 or [::]:4300")
+        return cls(host.strip("[]"), int(port))
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """A running coordinator: where it is, and its parts for tests that look inside."""
+
+    link: JoinLink
+    listen: Address
+    metrics_address: Address | None
+    identity: Identity
+    state_folder: Path
+    journal: Journal
+    metrics: Metrics
+    guard: Guard
+
+    @classmethod
+    @asynccontextmanager
+    async def serve(
+        cls, manifest: Signed, settings: CoordinatorSettings, clock: Clock | None = None
+    ) -> AsyncIterator[Coordinator]:
+        """Serve the run of an owner-signed manifest until the context is left.
+
+        Raises `ManifestInvalid`, `PortBusy`, `AlreadyRunning`, `KeyFileError` or `DatabaseCorrupt`.
+        """
+        clock = clock or SystemClock()
+        open_manifest(manifest)
+        folder = state_folder(settings, payload_hash(manifest))
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_locked(folder))
+            identity = Identity.load_or_create(folder / KEY_FILE)
+            now = datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC)
+            certificate = Certificate.load_or_create(folder, now)
+            store = stack.enter_context(_store(settings, folder))
+            metrics = Metrics(CollectorRegistry())
+            journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s)
+            await asyncio.to_thread(journal.load)
+            service, guard = _service(journal, store, identity, manifest, clock, metrics)
+            stack.callback(service.close)
+            await stack.enter_async_context(_background(journal.run()))
+            await stack.enter_async_context(_background(_ticks(journal, metrics, clock)))
+            listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings.listen))
+            link = _link(settings, listen, journal.run_id, certificate)
+            page = await stack.enter_async_context(_web(settings, journal, identity, metrics, link))
+            log.info("coordinator_started", listen=str(listen), entries=len(journal.tree), run=journal.run_id.hex())
+            yield cls(link, listen, page, identity, folder, journal, metrics, guard)
+        log.info("coordinator_stopped")
+
+
+def state_folder(settings: CoordinatorSettings, run_id: bytes) -> Path:
+    """Where the run's keys and database are."""
+    return settings.state_dir or data_path() / "coordinator" / base32(run_id)[:16]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / LOCK_FILE).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AlreadyRunning(f"another coordinator uses {folder}", "stop it, or choose another --state-dir") from error
+        yield
+
+
+@contextmanager
+def _store(settings: CoordinatorSettings, folder: Path) -> Iterator[Store]:
+    if settings.db == MEMORY_URL:
+        yield MemoryStore()
+        return
+    from coordinator.store.sql import SqlStore  # noqa: PLC0415 - a third of the start-up time
+
+    store = SqlStore.open(settings.db or f"sqlite:///{folder / DATABASE_FILE}")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _service(
+    journal: Journal, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics
+) -> tuple[PeerService, Guard]:
+    guard = Guard(clock, metrics, lambda peer_id: journal.credits.is_admitted(journal.run_id, peer_id))
+    return PeerService(journal, store, identity, manifest, clock, metrics, guard), guard
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run `work` meanwhile. Should it fail, the body is cancelled and the failure raised in its place."""
+    host = asyncio.current_task()
+    task = asyncio.create_task(work)
+
+    def interrupt(done: asyncio.Task[None]) -> None:
+        if host is not None and not done.cancelled() and done.exception() is not None:
+            host.cancel()
+
+    task.add_done_callback(interrupt)
+    try:
+        yield
+    finally:
+        task.remove_done_callback(interrupt)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _ticks(journal: Journal, metrics: Metrics, clock: Clock) -> None:
+    while True:
+        journal.presence.expire(clock.monotonic_s())
+        metrics.peers_alive.set(len(journal.presence))
+        await asyncio.sleep(TICK_S)
+
+
+@asynccontextmanager
+async def _grpc(service: PeerService, guard: Guard, certificate: Certificate, listen: str) -> AsyncIterator[Address]:
+    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES))
+    server = grpc.aio.server(interceptors=(guard,), options=options)
+    health = HealthServicer()
+    add_PeerServiceServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    address = _bind(server, certificate, Address.parse(listen))
+    await server.start()
+    await health.set("", health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield address
+    finally:
+        await health.enter_graceful_shutdown()
+        await server.stop(GRACE_S)
+
+
+def _bind(server: grpc.aio.Server, certificate: Certificate, wanted: Address) -> Address:
+    credentials = grpc.ssl_server_credentials([(certificate.key, certificate.certificate)])
+    try:
+        _listener(wanted).close()  # asks the system first, since gRPC writes a failure to stderr
+        return Address(wanted.host, server.add_secure_port(str(wanted), credentials))
+    except (OSError, RuntimeError) as error:
+        raise _busy(wanted) from error
+
+
+def _busy(wanted: Address) -> PortBusy:
+    return PortBusy(f"can't listen on {wanted}", "another process may hold the port; choose one with --listen or --metrics")
+
+
+def _link(settings: CoordinatorSettings, listen: Address, run_id: bytes, certificate: Certificate) -> JoinLink:
+    if settings.advertise:
+        advertised = Address.parse(settings.advertise)
+    else:
+        advertised = Address(_own_address() if listen.host in WILDCARDS else listen.host, listen.port)
+    host = f"[{advertised.host}]" if ":" in advertised.host else advertised.host
+    return JoinLink(host, advertised.port, run_id, certificate.fingerprint)
+
+
+def _own_address() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(ELSEWHERE)
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+@asynccontextmanager
+async def _web(
+    settings: CoordinatorSettings, journal: Journal, identity: Identity, metrics: Metrics, link: JoinLink
+) -> AsyncIterator[Address | None]:
+    if not settings.metrics:
+        yield None
+        return
+    from coordinator import web  # noqa: PLC0415 - only where a page is asked for
+
+    wanted = Address.parse(settings.metrics)
+    try:
+        listener = _listener(wanted)
+    except OSError as error:
+        raise _busy(wanted) from error
+    with listener:
+        async with web.serve(web.Pages(journal, identity, metrics, str(link)), listener):
+            yield Address(wanted.host, listener.getsockname()[1])
+
+
+def _listener(wanted: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in wanted.host else socket.AF_INET
+    return socket.create_server((wanted.host, wanted.port), family=family)

@@ -1,0 +1,240 @@
+"""`PeerService` over gRPC: opens what peers sign, hands it to the journal, and answers. Decisions are made elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from coordinator.errors import StoreFailed
+from coordinator.guard import Guard
+from coordinator.journal import Journal, Outcome
+from coordinator.limits import (
+    ENTRIES_PER_CALL,
+    ENTRIES_PER_MESSAGE_BYTES,
+    MAX_LEADERBOARD,
+    MAX_REPORT_BYTES,
+    PEERS_PER_ANSWER,
+)
+from coordinator.metrics import Metrics
+from coordinator.presence import Sighting
+from coordinator.state import Announced, Decision, GrantAsked, Reported, decide
+from coordinator.store.interface import Store
+from swarm import __version__
+from swarm.clock import Clock
+from swarm.credits import Balance
+from swarm.entries import Claim, Nomination, open_proposal, open_report
+from swarm.errors import Rejected
+from swarm.identity import Identity
+from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
+from swarm.messages import open_signed, payload_hash
+from swarm.rpc.v1 import coordinator_pb2 as pb
+from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer
+from swarm.rpc.v1.signed_pb2 import Signed
+
+READ_AHEAD_ENTRIES = 512
+DEFAULT_LEADERBOARD = 20
+
+
+class PeerService(PeerServiceServicer):
+    """The eight calls of the control plane."""
+
+    def __init__(
+        self, journal: Journal, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics, guard: Guard
+    ) -> None:
+        self._journal = journal
+        self._store = store
+        self._identity = identity
+        self._manifest = manifest
+        self._clock = clock
+        self._metrics = metrics
+        self._guard = guard
+        self._checks = ThreadPoolExecutor(thread_name_prefix="signatures")
+
+    def close(self) -> None:
+        """Let the threads that check signatures go."""
+        self._checks.shutdown(cancel_futures=True)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
+        """The run's manifest and the coordinator's key."""
+        self._check_run(request.run_id)
+        return pb.GetRunResponse(
+            run_id=self._journal.run_id,
+            manifest=self._manifest,
+            coordinator=self._identity.peer_id,
+            version=__version__,
+        )
+
+    async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:  # noqa: N802
+        """Admission or its renewal, and who is alive."""
+        signed = request.announcement
+        announcement = open_signed(signed, pb.Announcement, run_id=self._journal.run_id)
+        self._guard.take(signed.signer)
+        event = Announced(signed.signer, announcement, payload_hash(signed))
+        decision = decide(self._journal.state, event, self._journal.now())
+        if decision.append:
+            decision = (await self._journal.submit(event)).decision
+        self._metrics.admissions_total.labels(decision.reason).inc()
+        _raise_refusal(decision, signed.signer)
+        genesis = self._note(event, decision)
+        await self._journal.save_genesis()
+        return self._announced(signed.signer, announcement.leaving, genesis)
+
+    async def SubmitReport(self, request: pb.SubmitReportRequest, context: Any) -> pb.SubmitReportResponse:  # noqa: N802
+        """Append a report and return its receipt."""
+        report = request.report
+        if len(report.payload) > MAX_REPORT_BYTES:
+            raise Rejected("too_large", "report", report.signer)
+        loop = asyncio.get_running_loop()
+        claim, nomination = await loop.run_in_executor(self._checks, self._opened, request)
+        self._guard.take(claim.peer_id)
+        proposal = request.proposal if nomination is not None else None
+        outcome = await self._journal.submit(Reported(claim, report, nomination, proposal))
+        self._metrics.reports_total.labels(outcome.decision.reason).inc()
+        self._journal.presence.heard(claim.peer_id, self._clock.monotonic_s())
+        return pb.SubmitReportResponse(receipt=_answer(outcome, claim.peer_id))
+
+    async def RequestGrant(self, request: pb.RequestGrantRequest, context: Any) -> pb.RequestGrantResponse:  # noqa: N802
+        """Permit a minority to go on, or say why not and when to ask again."""
+        signed = request.request
+        asked = open_signed(signed, pb.GrantRequest, run_id=self._journal.run_id)
+        self._guard.take(signed.signer)
+        self._journal.presence.heard(signed.signer, self._clock.monotonic_s())
+        outcome = await self._journal.submit(GrantAsked(signed.signer, asked))
+        decision = outcome.decision
+        self._metrics.grants_total.labels(decision.reason).inc()
+        if decision.retry_after_s:
+            reason = f"{decision.reason}: {decision.detail}" if decision.detail else decision.reason
+            return pb.RequestGrantResponse(retry_after_s=decision.retry_after_s, reason=reason)
+        return pb.RequestGrantResponse(grant=_answer(outcome, signed.signer), reason=decision.reason)
+
+    async def GetCredits(self, request: pb.GetCreditsRequest, context: Any) -> pb.GetCreditsResponse:  # noqa: N802
+        """One balance, or the leaderboard."""
+        self._check_run(request.run_id)
+        state, run_id = self._journal.credits, self._journal.run_id
+        limit = min(request.limit or DEFAULT_LEADERBOARD, MAX_LEADERBOARD)
+        balances = [state.balance(run_id, request.peer_id)] if request.peer_id else state.leaderboard(run_id, limit)
+        size = len(self._journal.tree)
+        return pb.GetCreditsResponse(balances=map(_balance, balances), ledger_size=size)
+
+    async def GetProgress(self, request: pb.GetProgressRequest, context: Any) -> pb.GetProgressResponse:  # noqa: N802
+        """The newest confirmed round."""
+        self._check_run(request.run_id)
+        progress = self._journal.credits.progress(self._journal.run_id)
+        tree = self._journal.tree
+        self._journal.presence.expire(self._clock.monotonic_s())
+        return pb.GetProgressResponse(
+            **progress._asdict(),
+            peers_alive=len(self._journal.presence),
+            ledger_size=len(tree),
+            ledger_root=tree.root(),
+        )
+
+    async def ListEntries(  # noqa: N802
+        self, request: pb.ListEntriesRequest, context: Any
+    ) -> AsyncIterator[pb.ListEntriesResponse]:
+        """Stream entries in order, at most a bounded number per call."""
+        position = request.first
+        end = min(len(self._journal.tree), position + min(request.limit or ENTRIES_PER_CALL, ENTRIES_PER_CALL))
+        while position < end:
+            limit = min(READ_AHEAD_ENTRIES, end - position)
+            entries = _fitting(await asyncio.to_thread(self._store.entries, position, limit))
+            if not entries:
+                raise StoreFailed("entries are missing from the database")
+            yield pb.ListEntriesResponse(first=position, entries=entries)
+            position += len(entries)
+
+    async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: Any) -> pb.GetCheckpointResponse:  # noqa: N802
+        """The newest signed checkpoint, and proof that it extends an older one."""
+        tree, old_size = self._journal.tree, request.old_size
+        if old_size > len(tree):
+            raise Rejected("malformed", f"the ledger has {len(tree)} entries")
+        checkpoint = Checkpoint(origin_of(self._journal.run_id), len(tree), tree.root())
+        proof = tree.consistency_proof(old_size) if old_size else []
+        return pb.GetCheckpointResponse(note=sign_checkpoint(self._identity, checkpoint), consistency_proof=proof)
+
+    def _check_run(self, run_id: bytes) -> None:
+        if run_id and run_id != self._journal.run_id:
+            raise Rejected("unknown_run", run_id.hex()[:16])
+
+    def _opened(self, request: pb.SubmitReportRequest) -> tuple[Claim, Nomination | None]:
+        """Check the signatures of a report, and of its proposal where that is new. Runs in a thread."""
+        claim = open_report(request.report)
+        if claim.run_id != self._journal.run_id:
+            raise Rejected("wrong_run", "report", claim.peer_id)
+        known = self._journal.credits.knows_proposal(claim.run_id, claim.round, claim.proposal_hash)
+        if known or not request.HasField("proposal"):
+            return claim, None
+        return claim, open_proposal(request.proposal)
+
+    def _note(self, event: Announced, decision: Decision) -> bool:
+        """Update who is alive; returns whether the peer starts the run."""
+        presence, announcement, now_s = self._journal.presence, event.announcement, self._clock.monotonic_s()
+        presence.expire(now_s)
+        if announcement.leaving:
+            presence.left(event.peer_id, announcement.issued_at, event.payload_hash)
+            return False
+        if decision.reason != "repeated":
+            sighting = Sighting(event.peer_id, tuple(announcement.addresses), announcement.round, now_s)
+            presence.announced(sighting, announcement.issued_at, event.payload_hash)
+        self._metrics.peers_alive.set(len(presence))
+        started = self._journal.credits.progress(self._journal.run_id).state_root
+        return not started and presence.choose_genesis(event.peer_id)
+
+    def _announced(self, peer_id: str, leaving: bool, genesis: bool) -> pb.AnnounceResponse:
+        presence, now_s = self._journal.presence, self._clock.monotonic_s()
+        progress = self._journal.credits.progress(self._journal.run_id)
+        others = [] if leaving else presence.others(peer_id, PEERS_PER_ANSWER)
+        return pb.AnnounceResponse(
+            admission=self._journal.admission(peer_id),
+            peers=[_peer_address(sighting, now_s) for sighting in others],
+            genesis=genesis,
+            confirmed_round=progress.confirmed_round,
+            confirmed_root=progress.state_root,
+            interval_s=presence.interval_s,
+            coordinator_time_s=self._clock.wall_s(),
+        )
+
+
+def _raise_refusal(decision: Decision, sender: str) -> None:
+    if not decision.accepted:
+        raise Rejected(decision.reason, decision.detail, sender)
+
+
+def _answer(outcome: Outcome, sender: str) -> Signed:
+    _raise_refusal(outcome.decision, sender)
+    if outcome.answer is None:
+        raise StoreFailed("an accepted request without an answer")
+    return outcome.answer
+
+
+def _peer_address(sighting: Sighting, now_s: float) -> pb.PeerAddress:
+    return pb.PeerAddress(
+        peer_id=sighting.peer_id,
+        addresses=sighting.addresses,
+        round=sighting.round,
+        age_s=max(0.0, now_s - sighting.heard_s),
+    )
+
+
+def _balance(balance: Balance) -> pb.Balance:
+    return pb.Balance(
+        peer_id=balance.peer_id,
+        account=balance.account,
+        pending_flops=str(balance.pending_flops),
+        verified_flops=str(balance.verified_flops),
+        final_flops=str(balance.final_flops),
+        rounds=balance.rounds,
+        tokens=balance.tokens,
+    )
+
+
+def _fitting(entries: list[bytes]) -> list[bytes]:
+    """As many entries as one message should hold, and at least one."""
+    size = 0
+    for count, entry in enumerate(entries):
+        size += len(entry)
+        if count and size > ENTRIES_PER_MESSAGE_BYTES:
+            return entries[:count]
+    return entries

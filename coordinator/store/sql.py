@@ -1,0 +1,181 @@
+"""The store in SQL: SQLite (write-ahead log, every commit synced to disk) or PostgreSQL, by URL.
+
+Migrations run at opening. Nothing here knows what an entry means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from coordinator.errors import StoreFailed
+from coordinator.store.interface import Found, Row
+from coordinator.store.schema import HEAD, entries, values
+from swarm.errors import DatabaseCorrupt
+from swarm.merkle import leaf_hash
+
+READ_AHEAD_ROWS = 1000
+POSTGRES_DRIVER = "postgresql+psycopg"
+SQLITE_BROKEN = ("malformed", "not a database", "disk image", "file is encrypted")
+CORRUPT_HINT = "restore the database from a backup; peers' receipts prove what it must contain"
+OPEN_HINT = "check the --db URL, and that the database's folder or server can be reached and written to"
+
+
+class SqlStore:
+    """Tables `entries` and `named_values`."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str) -> SqlStore:
+        """Connect and bring the schema up to date. Raises `DatabaseCorrupt`."""
+        try:
+            engine = _engine(url)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise DatabaseCorrupt(f"not a database URL: {_brief(error)}", OPEN_HINT) from error
+        store = cls(engine)
+        try:
+            store._migrate()
+        except SQLAlchemyError as error:
+            engine.dispose()
+            raise _unusable(error) from error
+        return store
+
+    def _migrate(self) -> None:
+        with self._engine.begin() as connection:
+            if _revision(connection) == HEAD:
+                return
+            from coordinator.store.migrate import upgrade  # noqa: PLC0415 - alembic takes longer to import than to do nothing
+
+            upgrade(connection)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Commit all rows in one transaction, or none. Raises `StoreFailed`."""
+        if not rows:
+            return
+        with _writing(), self._engine.begin() as connection:
+            size = _size(connection)
+            if [row.position for row in rows] != list(range(size, size + len(rows))):
+                raise StoreFailed("the entries don't follow on: does another coordinator use this database?")
+            connection.execute(sa.insert(entries), [row._asdict() for row in rows])
+
+    def size(self) -> int:
+        """Number of entries. Raises `DatabaseCorrupt`."""
+        with _reading(), self._engine.connect() as connection:
+            return _size(connection)
+
+    def rows(self) -> Generator[Row, None, None]:
+        """Every row in order. Raises `DatabaseCorrupt` if one is missing, unreadable or not what its hash says."""
+        query = sa.select(entries).order_by(entries.c.position).execution_options(yield_per=READ_AHEAD_ROWS)
+        with _reading(), self._engine.connect() as connection, connection.execute(query) as result:
+            for expected, found in enumerate(result):
+                row = Row(found.position, bytes(found.leaf_hash), bytes(found.entry), found.key)
+                if row.position != expected:
+                    raise DatabaseCorrupt(f"entry {expected} is missing from the database", CORRUPT_HINT)
+                if leaf_hash(row.entry) != row.leaf_hash:
+                    raise DatabaseCorrupt(f"entry {expected} was altered in the database", CORRUPT_HINT)
+                yield row
+
+    def entries(self, first: int, limit: int) -> list[bytes]:
+        """Up to `limit` entries from index `first` on."""
+        chosen = sa.and_(entries.c.position >= first, entries.c.position < first + limit)
+        query = sa.select(entries.c.entry).where(chosen).order_by(entries.c.position)
+        with _reading(), self._engine.connect() as connection:
+            return [bytes(entry) for entry in connection.scalars(query)]
+
+    def find(self, key: bytes) -> Found | None:
+        """The entry that was appended under `key`."""
+        query = sa.select(entries.c.position, entries.c.entry).where(entries.c.key == key)
+        with _reading(), self._engine.connect() as connection:
+            found = connection.execute(query).one_or_none()
+        return None if found is None else Found(found.position, bytes(found.entry))
+
+    def value(self, name: str) -> bytes | None:
+        """The value that was set under `name`."""
+        with _reading(), self._engine.connect() as connection:
+            found = connection.scalar(sa.select(values.c.value).where(values.c.name == name))
+        return None if found is None else bytes(found)
+
+    def set_value(self, name: str, value: bytes) -> None:
+        """Commit a named value, in place of an older one. Raises `StoreFailed`."""
+        with _writing(), self._engine.begin() as connection:
+            connection.execute(sa.delete(values).where(values.c.name == name))
+            connection.execute(sa.insert(values).values(name=name, value=value))
+
+    def close(self) -> None:
+        """Close the pool's connections."""
+        self._engine.dispose()
+
+
+def _engine(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        return sa.create_engine(parsed.set(drivername=POSTGRES_DRIVER), pool_pre_ping=True)
+    if parsed.get_backend_name() != "sqlite":
+        raise ValueError(f"{parsed.get_backend_name()} is not supported, use sqlite or postgresql")
+    engine = sa.create_engine(parsed)
+    sa.event.listen(engine, "connect", _make_durable)
+    sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _make_durable(connection: Any, _record: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # transactions are begun by `_begin`, so that they hold schema changes, too
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    revision = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return None if revision is None else str(revision)
+
+
+def _size(connection: sa.Connection) -> int:
+    last = connection.scalar(sa.select(sa.func.max(entries.c.position)))
+    return 0 if last is None else last + 1
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError as error:
+        raise StoreFailed("an entry with this index or key exists") from error
+    except SQLAlchemyError as error:
+        raise StoreFailed(_brief(error)) from error
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise _unusable(error) from error
+
+
+def _unusable(error: SQLAlchemyError) -> DatabaseCorrupt:
+    brief = _brief(error)
+    broken = isinstance(error, DatabaseError) and any(word in brief for word in SQLITE_BROKEN)
+    if isinstance(error, OperationalError) and not broken:
+        return DatabaseCorrupt(f"the database can't be opened: {brief}", OPEN_HINT)
+    return DatabaseCorrupt(f"the database is damaged: {brief}", CORRUPT_HINT)
+
+
+def _brief(error: Exception) -> str:
+    """The driver's own words in one line; never the URL, which may hold a password."""
+    original = getattr(error, "orig", None)
+    return " ".join(str(original or error).split())[:300]

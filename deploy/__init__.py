@@ -1,0 +1,1 @@
+"""What runs a swarm in the open: images, units, dashboards, alert rules."""

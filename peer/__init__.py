@@ -1,0 +1,1 @@
+"""The volunteer's side: device, data, model, rounds, state and the daemon."""

@@ -1,0 +1,67 @@
+"""The control socket: a Unix socket in the peer's own directory, one JSON line in, one JSON line out, owner only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from swarm.control import socket_path
+from swarm.errors import AlreadyRunning
+
+MAX_LINE_BYTES = 1 << 16
+TIMEOUT_S = 60.0
+
+Handler = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class ControlServer:
+    """Answers verbs for as long as the daemon runs."""
+
+    def __init__(self, directory: Path, handler: Handler) -> None:
+        self._path = socket_path(directory)
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen. Raises `AlreadyRunning` if another daemon answers there."""
+        if self._path.exists() and await _answers(self._path):
+            raise AlreadyRunning(f"a peer is running already in {self._path.parent}", "see it with: swarm status")
+        self._path.unlink(missing_ok=True)
+        previous = os.umask(0o177)
+        try:
+            self._server = await asyncio.start_unix_server(self._serve, path=str(self._path), limit=MAX_LINE_BYTES)
+        finally:
+            os.umask(previous)
+
+    async def close(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            request = json.loads(await asyncio.wait_for(reader.readline(), TIMEOUT_S))
+            answer = await self._handler(str(request["verb"]), dict(request.get("arguments", {})))
+        except (ValueError, KeyError, TypeError, TimeoutError) as error:
+            answer = {"error": f"bad request: {error}"}
+        try:
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+        except OSError:
+            return
+        finally:
+            writer.close()
+
+
+async def _answers(path: Path) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(str(path))
+    except OSError:
+        return False
+    writer.close()
+    return True

@@ -1,0 +1,175 @@
+"""The peer's side of the control plane: admission, presence, grants. Training goes on while the coordinator is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from peer.admissions import Admissions
+from peer.network.node import Node
+from peer.reports import read, write_atomically
+from peer.rounds.machine import RoundSetup
+from swarm import __version__
+from swarm.clock import Clock, SystemClock
+from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, Rejected, SwarmError
+from swarm.identity import Identity
+from swarm.ledger import open_manifest
+from swarm.messages import JoinLink, parse, seal
+from swarm.rpc.client import CoordinatorClient, RunInfo
+from swarm.rpc.v1.coordinator_pb2 import Announcement, AnnounceResponse, GetRunResponse, GrantRequest
+from swarm.rpc.v1.signed_pb2 import Signed
+
+FIRST_INTERVAL_S = 5.0
+CLOCK_WARNING_S = 60.0
+CACHE_NAME = "run.pb"
+PRESENCE_CACHE = "admission.pb"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What we tell the coordinator about ourselves."""
+
+    round_index: int
+    state: str
+    hardware_class: str
+    reachable: bool
+
+
+@dataclass
+class Coordination:
+    """One run's coordinator as this peer sees it. `last` is its newest answer; None until it has answered once."""
+
+    link: JoinLink
+    identity: Identity
+    directory: Path
+    clock: Clock = SystemClock()
+    client: CoordinatorClient | None = None
+    last: AnnounceResponse | None = None
+    clock_offset_s: float = 0.0
+    on_answer: Callable[[AnnounceResponse], None] = lambda answer: None
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the coordinator answered last time."""
+        return self.client is not None
+
+    async def describe(self) -> RunInfo:
+        """The run, from the coordinator or, while that is away, as it was last seen. Raises `SwarmError`."""
+        cache = self.directory / CACHE_NAME
+        try:
+            run = await (await self._connected()).get_run()
+        except CoordinatorUnreachable:
+            if not cache.exists():
+                raise
+            return self._remembered(cache)
+        answer = GetRunResponse(run_id=run.run_id, manifest=run.signed_manifest, coordinator=run.coordinator, version=run.version)
+        write_atomically(cache, answer.SerializeToString())
+        return run
+
+    async def announce(self, node: Node, standing: Standing, *, leaving: bool = False) -> AnnounceResponse:
+        """Say where we are; get the admission and the peers. Raises `SwarmError` or `Rejected`."""
+        message = Announcement(
+            run_id=self.link.run_id,
+            addresses=node.addresses,
+            round=standing.round_index,
+            state=standing.state,
+            client_version=__version__,
+            hardware_class=standing.hardware_class,
+            issued_at=int(self.clock.wall_s()),
+            leaving=leaving,
+            reachable=standing.reachable,
+        )
+        client = await self._connected()
+        try:
+            answer = await client.announce(seal(self.identity, message))
+        except CoordinatorUnreachable:
+            await self._disconnect()
+            raise
+        self._take(answer, node)
+        return answer
+
+    async def announce_for_ever(self, node: Node, standing: Callable[[], Standing]) -> None:
+        """Renew presence and admission at the interval that the coordinator asks for; what fails is tried again."""
+        while True:
+            interval_s = self.last.interval_s if self.last is not None else FIRST_INTERVAL_S
+            await asyncio.sleep(min(60.0, max(0.2, interval_s)))
+            try:
+                await self.announce(node, standing())
+            except NotAdmitted as error:
+                log.error("not_admitted", error=error.message)
+            except (SwarmError, Rejected) as error:
+                log.info("announce_failed", error=str(error))
+
+    async def grant(self, setup: RoundSetup, present: tuple[str, ...]) -> Signed | None:
+        """Ask to go on without a quorum; None if that isn't allowed (yet)."""
+        message = GrantRequest(
+            run_id=setup.run_id,
+            round=setup.round_index,
+            base_root=setup.base_root,
+            roster=setup.peers,
+            present=present,
+            issued_at=int(self.clock.wall_s()),
+        )
+        try:
+            answer = await (await self._connected()).request_grant(seal(self.identity, message))
+        except (SwarmError, Rejected) as error:
+            log.info("grant_failed", error=str(error))
+            return None
+        if not answer.HasField("grant"):
+            log.info("grant_refused", reason=answer.reason, retry_after_s=answer.retry_after_s)
+            return None
+        return answer.grant
+
+    def remember_admission(self, admissions: Admissions) -> None:
+        """Take the admission of an earlier start, for when the coordinator is away."""
+        cache = self.directory / PRESENCE_CACHE
+        if not cache.exists():
+            return
+        try:
+            answer = parse(AnnounceResponse, read(cache))
+            admissions.admit(answer.admission)
+        except Rejected as error:
+            log.info("old_admission_refused", reason=error.reason)
+            return
+        answer.genesis = False
+        self.last = answer
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._disconnect()
+
+    def _take(self, answer: AnnounceResponse, node: Node) -> None:
+        self.last = answer
+        self.clock_offset_s = answer.coordinator_time_s - self.clock.wall_s()
+        if abs(self.clock_offset_s) > CLOCK_WARNING_S:
+            log.warning("clock_differs", offset_s=round(self.clock_offset_s), hint="set this machine's clock")
+        for peer in answer.peers:
+            node.learn(peer.peer_id, peer.addresses)
+        write_atomically(self.directory / PRESENCE_CACHE, answer.SerializeToString())
+        self.on_answer(answer)
+
+    async def _connected(self) -> CoordinatorClient:
+        async with self._lock:
+            if self.client is None:
+                self.client = await CoordinatorClient.connect(self.link)
+            return self.client
+
+    async def _disconnect(self) -> None:
+        client, self.client = self.client, None
+        if client is not None:
+            await client.close()
+
+    def _remembered(self, cache: Path) -> RunInfo:
+        try:
+            answer = parse(GetRunResponse, read(cache))
+            manifest = open_manifest(answer.manifest, self.link.run_id)
+        except Rejected as error:
+            raise LedgerInvalid(f"{cache} is damaged: {error}", "delete it and start again") from error
+        return RunInfo(self.link.run_id, manifest, answer.manifest, answer.coordinator, answer.version)

@@ -1,0 +1,107 @@
+"""A finished model as a directory that transformers loads with no code of ours."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from peer.corpus import load_tokenizer
+from peer.model import FlatParameters, build_model
+from swarm.errors import UsageError
+from swarm.manifest import Manifest
+
+Vector = NDArray[np.float32]
+
+MAX_NAME_CHARACTERS = 80
+MAX_LISTED = 1000
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights come from: what the model card says."""
+
+    round: int
+    tokens: int
+    state_root: str
+    ledger_root: str = ""
+    contributors: Sequence[str] = ()
+    validation_loss: float | None = None
+
+
+def export_model(run: Manifest, theta: Vector, tokenizer_file: Path, directory: Path, provenance: Provenance) -> Path:
+    """Write config, safetensors, tokenizer, generation settings and a model card into `directory`.
+
+    The directory appears whole or not at all.
+    `theta` is [parameters]. Raises `UsageError` if the directory exists and has something in it.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} exists and isn't empty", "name a new directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        _write(run, theta, tokenizer_file, temporary, provenance)
+        temporary.chmod(0o755)
+        temporary.replace(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return directory
+
+
+def _write(run: Manifest, theta: Vector, tokenizer_file: Path, directory: Path, provenance: Provenance) -> None:
+    network: Any = build_model(run.model)
+    FlatParameters(network).write(network, theta)
+    tokenizer = load_tokenizer(tokenizer_file)
+    end = tokenizer.eos_token_id
+    tokenizer.model_max_length = run.data.sequence_length
+    network.generation_config = GenerationConfig(
+        eos_token_id=end, pad_token_id=end, bos_token_id=getattr(network.config, "bos_token_id", None)
+    )
+    network.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(model_card(run, provenance), encoding="utf-8")
+
+
+def model_card(run: Manifest, provenance: Provenance) -> str:
+    """The model card in Markdown; whatever strangers wrote is reduced to plain characters."""
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["swarm"], "license": "other"}
+    front["license_name"] = _plain(run.data.license)
+    loss = (
+        "" if provenance.validation_loss is None else f"| validation loss, nats per token | {provenance.validation_loss:.4f} |\n"
+    )
+    names = [f"- {_plain(name)}" for name in list(provenance.contributors)[:MAX_LISTED]] or ["- not recorded"]
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {run.name}\n\n{_plain(run.description, 2000)}\n\n"
+        "Trained together by volunteers with `swarm`.\n\n| | |\n| --- | --- |\n"
+        f"| run | `{run.run_id}` |\n| rounds | {provenance.round} |\n| tokens | {provenance.tokens} |\n"
+        f"| parameters | {run.model.parameters} |\n| state root | `{provenance.state_root}` |\n"
+        f"| ledger root | `{_plain(provenance.ledger_root) or 'not recorded'}` |\n{loss}\n"
+        f"## Data\n\n{_plain(run.data.description, 2000) or 'Not described.'}\n\nLicense: {_plain(run.data.license)}\n\n"
+        "## Contributors\n\n" + "\n".join(names) + "\n"
+    )
+
+
+def _plain(text: str, limit: int = MAX_NAME_CHARACTERS) -> str:
+    return re.sub(r"[^\w .,:;@+()/-]", "", " ".join(text.split()))[:limit]
+
+
+def generate_sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
+    """What a transformers model continues `prompt` with, always taking the likeliest token."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,154 @@
+"""The run's files (tokenizer, data shards): found locally, or fetched by hash from other peers, verified and resumable."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from peer.data import chunk_hashes, chunk_roots_match, tree_path, verify_tree_file
+from peer.network.node import PeerFailure
+from peer.network.transfer import MissingBlob, Transfer
+from peer.rounds.post import Post
+from swarm.errors import DataInvalid, DiskFull, Rejected
+from swarm.manifest import Tree
+from swarm.merkle import blob_hash
+from swarm.messages import split_hashes
+from swarm.rpc.v1.peer_pb2 import SyncRequest
+from swarm.rpc.v1.signed_pb2 import Signed
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Materials:
+    """Files by root in `directory`; `extra` is where the user said that files may lie already."""
+
+    directory: Path
+    extra: Path | None = None
+    _hashes: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
+    _chunks: dict[bytes, tuple[Path, int, int]] = field(default_factory=dict)
+
+    def path(self, tree: Tree) -> Path:
+        """Where the file lies, once it is here."""
+        return tree_path(self.directory, tree)
+
+    def take_local(self, tree: Tree) -> bool:
+        """Whether the file is here and whole; from then on it is served to others."""
+        path = self.path(tree)
+        if not path.exists() and self.extra is not None and tree_path(self.extra, tree).exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree_path(self.extra, tree), path)
+        if not path.exists():
+            return False
+        try:
+            verify_tree_file(path, tree)
+        except DataInvalid as error:
+            log.warning("file_damaged", path=str(path), error=error.message)
+            path.unlink()
+            return False
+        self._serve(tree, chunk_hashes(path, tree.chunk_bytes))
+        return True
+
+    def hashes(self, root: bytes) -> tuple[bytes, ...]:
+        """The chunk hashes of a file that is here; empty if it isn't."""
+        return self._hashes.get(root, ())
+
+    def lookup(self, name: bytes) -> bytes | None:
+        """A chunk by its hash."""
+        place = self._chunks.get(name)
+        if place is None:
+            return None
+        path, offset, size = place
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError:
+            return None
+
+    def check_space(self, trees: Sequence[Tree], reserve_bytes: int) -> None:
+        """Raise `DiskFull` unless what is missing fits on the disk, with `reserve_bytes` to spare."""
+        needed = sum(tree.size_bytes for tree in trees if not self.path(tree).exists()) + reserve_bytes
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise DiskFull(
+                f"{self.directory} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB",
+                "free some space or choose another place with --dir",
+            )
+
+    async def fetch(
+        self,
+        tree: Tree,
+        peers: Sequence[str],
+        post: Post,
+        transfer: Transfer,
+        token: Signed | None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Fetch a file from all `peers` that have it. Raises `MissingBlob` while nobody has it."""
+        hashes, holders = await self._holders(tree, peers, post, transfer.run_id, token)
+        partial = self.path(tree).with_suffix(".part")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        have = _present_chunks(partial, tree, hashes)
+        sizes = {name: _chunk_size(tree, index) for index, name in enumerate(hashes) if index not in have}
+        positions: dict[bytes, list[int]] = {}
+        for index, name in enumerate(hashes):
+            positions.setdefault(name, []).append(index)
+        done = len(have)
+        with partial.open("r+b" if partial.exists() else "w+b") as file:
+            file.truncate(tree.size_bytes)
+
+            def keep(name: bytes, content: bytes) -> None:
+                nonlocal done
+                for index in positions[name]:
+                    file.seek(index * tree.chunk_bytes)
+                    file.write(content)
+                    done += 1
+                progress(done, len(hashes))
+
+            if sizes:
+                await transfer.download_all(holders, sizes, keep)
+        await asyncio.to_thread(verify_tree_file, partial, tree)
+        partial.replace(self.path(tree))
+        self._serve(tree, hashes)
+
+    async def _holders(
+        self, tree: Tree, peers: Sequence[str], post: Post, run_id: bytes, token: Signed | None
+    ) -> tuple[list[bytes], list[str]]:
+        request = SyncRequest(run_id=run_id, admission=token, state_root=bytes.fromhex(tree.root))
+
+        async def ask(peer: str) -> list[bytes]:
+            try:
+                hashes = split_hashes((await post.sync(peer, request)).chunk_hashes)
+            except (PeerFailure, Rejected):
+                return []
+            return hashes if chunk_roots_match(hashes, tree) else []
+
+        answers = await asyncio.gather(*(ask(peer) for peer in peers[:32]))
+        holders = [peer for peer, hashes in zip(peers, answers, strict=False) if hashes]
+        if not holders:
+            raise MissingBlob("any peer", f"nobody has {tree.root[:12]}")
+        return next(hashes for hashes in answers if hashes), holders
+
+    def _serve(self, tree: Tree, hashes: Sequence[bytes]) -> None:
+        self._hashes[bytes.fromhex(tree.root)] = tuple(hashes)
+        for index, name in enumerate(hashes):
+            self._chunks[name] = (self.path(tree), index * tree.chunk_bytes, _chunk_size(tree, index))
+
+
+def _chunk_size(tree: Tree, index: int) -> int:
+    return min(tree.chunk_bytes, tree.size_bytes - index * tree.chunk_bytes)
+
+
+def _present_chunks(partial: Path, tree: Tree, hashes: Sequence[bytes]) -> set[int]:
+    """Chunks of a broken-off download that are whole."""
+    if not partial.exists() or partial.stat().st_size != tree.size_bytes:
+        return set()
+    with partial.open("rb") as file:
+        return {index for index, name in enumerate(hashes) if blob_hash(file.read(_chunk_size(tree, index))) == name}

@@ -1,0 +1,241 @@
+"""The model of a run: built from plain configuration values, counted, and mapped to one flat float32 vector.
+
+Training, loss and optimizers are elsewhere; nothing here is loaded from a network or executed from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from swarm import manifest
+from swarm.errors import DataInvalid
+
+Vector = NDArray[np.float32]
+
+MAX_LAYERS = 1000
+SAMPLED_VALUES = 64
+FORBIDDEN_KEYS = frozenset(
+    {
+        "attn_implementation",  # a name with a slash would load a kernel from a hub
+        "experts_implementation",
+        "auto_map",
+        "custom_pipelines",
+        "quantization_config",
+        "trust_remote_code",
+        "use_kernels",
+    }
+)
+EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one parameter lies in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def build_model(model: manifest.Model) -> nn.Module:
+    """A causal language model in fp32 on the CPU, whose initial weights are the same bits on every processor.
+
+    Raises `DataInvalid` for an architecture that transformers doesn't have, for values that it refuses, and for a number of
+    parameters other than the manifest's.
+    """
+    found = count_parameters(model.config)
+    if found != model.parameters:
+        raise DataInvalid(f"the model has {found} parameters, the manifest says {model.parameters}")
+    samples = [value.clone() for _, value in _samples(_instantiate(model.config, seed=model.seed ^ 1))]
+    network: nn.Module = _instantiate(model.config, seed=model.seed)
+    random_names = {
+        name for (name, value), other in zip(_samples(network), samples, strict=True) if not torch.equal(value, other)
+    }
+    refuse_changing_buffers(network)
+    _initialise(network, random_names, model.seed)
+    return network
+
+
+def initial_theta(model: manifest.Model) -> Vector:
+    """The weights that every peer starts a new run with, [parameters]."""
+    network = build_model(model)
+    return FlatParameters(network).read(network)
+
+
+def count_parameters(config: Mapping[str, Any]) -> int:
+    """Number of parameters, tied ones once; allocates nothing."""
+    return sum(parameter.numel() for parameter in _skeleton(config).parameters())
+
+
+def flops_per_token(config: Mapping[str, Any], sequence_length: int) -> int:
+    """Training FLOPs per token: 6 x active matrix parameters + 12 x layers x heads x head size x sequence length.
+
+    PaLM (2204.02311), appendix B, and Chinchilla (2203.15556), appendix F, with the embedding look-up counted as free
+    and the output head counted even where it is tied. Of a mixture of experts only those that a token visits count.
+    """
+    network = _skeleton(config)
+    settings = network.config.get_text_config()
+    heads = int(settings.num_attention_heads)
+    width = heads * int(getattr(settings, "head_dim", None) or settings.hidden_size // heads)
+    attention = 12 * int(settings.num_hidden_layers) * width * sequence_length
+    return 6 * _active_matrix_parameters(network, settings) + attention
+
+
+def _active_matrix_parameters(network: Any, settings: Any) -> int:
+    experts = next((int(getattr(settings, key)) for key in EXPERT_COUNT_KEYS if getattr(settings, key, None)), 1)
+    visited = int(getattr(settings, "num_experts_per_tok", None) or 1) if experts > 1 else 1
+    lookups = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    head = network.get_output_embeddings().weight
+    total = head.numel()
+    for name, parameter in network.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in lookups or parameter is head:
+            continue
+        is_expert = ".experts." in name
+        total += parameter.numel() * visited // experts if is_expert else parameter.numel()
+    return int(total)
+
+
+def _skeleton(config: Mapping[str, Any]) -> Any:
+    with torch.device("meta"):
+        return _instantiate(config, seed=0)
+
+
+def _instantiate(config: Mapping[str, Any], seed: int) -> Any:
+    _check_values(config)
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    try:
+        settings = AutoConfig.for_model(kind, **values)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+    except Exception as error:  # what transformers raises for nonsense has no common base
+        problem = " ".join(str(error).split())[:200]
+        raise DataInvalid(
+            f"transformers can't build a {kind!r} model: {problem}", "check model.config in the manifest"
+        ) from error
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    for key, value in _walk(config):
+        if key in FORBIDDEN_KEYS or key.startswith("_"):
+            raise DataInvalid(f"model.config.{key} is not allowed: a manifest can't make a peer run code")
+        if key.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
+            raise DataInvalid(f"model.config.{key} is larger than {MAX_LAYERS}")
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key), item
+            yield from _walk(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            yield from _walk(item)
+
+
+def _samples(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in network.named_parameters():
+        yield name, parameter.detach().flatten()[:SAMPLED_VALUES]
+
+
+def _initialise(network: nn.Module, random_names: set[str], seed: int) -> None:
+    """Replace the parameters that torch drew at random: its normal generator gives other bits on other processors."""
+    for index, (name, parameter) in enumerate(sorted(network.named_parameters())):
+        if name not in random_names:
+            continue
+        drawn = torch.from_numpy(_bell(seed, index, parameter.numel(), _deviation(parameter))).view(parameter.shape)
+        empty_rows = (parameter.detach().reshape(parameter.shape[0], -1) == 0).all(dim=1)
+        drawn[empty_rows] = 0
+        with torch.no_grad():
+            parameter.copy_(drawn)
+
+
+def _deviation(parameter: torch.Tensor) -> float:
+    """The standard deviation that torch drew with, to two digits, so that last bits don't show."""
+    return float(f"{parameter.detach().double().std().item():.1e}")
+
+
+def _bell(seed: int, index: int, count: int, deviation: float) -> Vector:
+    """`count` float32 values with mean 0: sums of four uniform 16-bit integers (Irwin-Hall), exact on every machine."""
+    words = np.random.Philox(key=np.array([seed, index], dtype=np.uint64)).random_raw(count)  # [count] uint64
+    quarters = np.asarray(words, dtype="<u8").view("<u2").reshape(count, 4)
+    centred = quarters.sum(axis=1, dtype=np.int64) - 2 * 65535
+    scale = np.float32(deviation / ((65536**2 - 1) / 3) ** 0.5)
+    values: Vector = np.multiply(centred.astype(np.float32), scale, dtype=np.float32)
+    return values
+
+
+def refuse_changing_buffers(network: nn.Module) -> None:
+    """Raise `DataInvalid` for persistent float buffers, such as running statistics.
+
+    Training changes them and no update carries them.
+    """
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    for name, value in network.state_dict().items():
+        if name not in parameters and value.is_floating_point():
+            raise DataInvalid(f"the model keeps {name} outside its parameters; such models can't be trained together")
+
+
+class FlatParameters:
+    """The fixed mapping between a model's trained parameters and one flat float32 vector.
+
+    Order: by name, in code point order, each tied parameter once under the name that `named_parameters` gives it;
+    values row-major.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        refuse_changing_buffers(network)
+        entries: list[TensorEntry] = []
+        offset = 0
+        for name, parameter in _trained(network):
+            entries.append(TensorEntry(name, tuple(parameter.shape), offset))
+            offset += parameter.numel()
+        self.table = tuple(entries)
+        self.size = offset
+
+    def read(self, network: nn.Module) -> Vector:
+        """A copy of the parameters as one vector, [size]."""
+        return self._gather([parameter for _, parameter in _trained(network)])
+
+    def read_gradients(self, network: nn.Module) -> Vector:
+        """A copy of the gradients as one vector, [size]; zero where there is none."""
+        return self._gather([parameter.grad for _, parameter in _trained(network)])
+
+    def write(self, network: nn.Module, vector: Vector) -> None:
+        """Copy `vector`, [size], into the model's parameters in place."""
+        self._check_shape(vector)
+        with torch.no_grad():
+            for entry, (_, parameter) in zip(self.table, _trained(network), strict=True):
+                piece = vector[entry.offset : entry.offset + entry.size]
+                source = piece if piece.flags.writeable else piece.copy()
+                parameter.copy_(torch.from_numpy(source).view(entry.shape))
+
+    def _gather(self, tensors: Sequence[torch.Tensor | None]) -> Vector:
+        out = np.zeros(self.size, dtype=np.float32)
+        for entry, tensor in zip(self.table, tensors, strict=True):
+            if tensor is not None:
+                target = torch.from_numpy(out[entry.offset : entry.offset + entry.size]).view(entry.shape)
+                target.copy_(tensor.detach())
+        return out
+
+    def _check_shape(self, vector: Vector) -> None:
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            raise DataInvalid(f"a vector of {vector.shape} {vector.dtype} doesn't fit a model of {self.size} parameters")
+
+
+def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return sorted((item for item in network.named_parameters() if item[1].requires_grad), key=lambda item: item[0])

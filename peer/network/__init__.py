@@ -1,0 +1,1 @@
+"""Everything that touches libp2p: the node, calls and streams between peers, discovery, and verified blobs."""

@@ -1,0 +1,190 @@
+"""One libp2p node: connecting, calling and streaming, with every wait bounded and every frame limited.
+
+hivemind's protobuf streams read a frame of whatever length the sender announces; ours are raw streams with their own limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import structlog
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
+from hivemind.utils.multiaddr import Multiaddr
+
+from peer.network.p2pd import P2pd, P2pdOptions
+from swarm.errors import Rejected
+from swarm.identity import public_key_of
+
+MAX_CONCURRENT_CALLS = 256
+MAX_CALLS_PER_PEER = 32
+CONNECT_TIMEOUT_S = 10.0
+
+CallHandler = Callable[[str, bytes], Awaitable[bytes]]
+StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+log = structlog.get_logger(__name__)
+
+
+class PeerFailure(Exception):
+    """A peer didn't do what was asked. `reason` is a short code."""
+
+    reason = "failed"
+
+    def __init__(self, peer: str, detail: str = "") -> None:
+        super().__init__(f"{peer}: {detail}" if detail else peer)
+        self.peer = peer
+
+
+class Unreachable(PeerFailure):
+    """Positive evidence that the peer can't be reached: refused or reset, not mere silence."""
+
+    reason = "unreachable"
+
+
+class Silent(PeerFailure):
+    """The peer didn't answer in time."""
+
+    reason = "silent"
+
+
+@dataclass
+class Node:
+    """A libp2p node. Peers are named by base58 peer id."""
+
+    daemon: P2pd
+    peer_id: str
+    addresses: tuple[str, ...]
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    _busy: dict[str, int] = field(default_factory=dict)
+    _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    async def start(cls, options: P2pdOptions) -> Node:
+        """Start the daemon and learn our own addresses."""
+        daemon = await P2pd.start(options)
+        p2p = daemon.p2p
+        addresses: tuple[str, ...] = ()
+        if options.accept_inbound:
+            visible = await p2p.get_visible_maddrs(latest=True)
+            addresses = tuple(str(address).partition("/p2p/")[0] for address in visible)
+        return cls(daemon, p2p.peer_id.to_base58(), addresses)
+
+    @property
+    def p2p(self) -> P2P:
+        """hivemind's client, for the DHT."""
+        return self.daemon.p2p
+
+    async def close(self) -> None:
+        """End the daemon."""
+        await self.daemon.close()
+
+    def learn(self, peer: str, addresses: Iterable[str]) -> None:
+        """Remember where a peer said that it can be dialled."""
+        kept = tuple(address.partition("/p2p/")[0] for address in addresses if len(address) < 256)[:16]
+        if kept and peer != self.peer_id:
+            if len(self._known) > 4096:
+                self._known.pop(next(iter(self._known)))
+            self._known[peer] = kept
+
+    def known_peers(self) -> tuple[str, ...]:
+        """Peers that have addresses."""
+        return tuple(self._known)
+
+    def known_addresses(self, peer: str) -> tuple[str, ...]:
+        """What `learn` kept."""
+        return self._known.get(peer, ())
+
+    async def connect(self, peer: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Dial a peer at its known addresses. Raises `Unreachable` or `Silent`."""
+        try:
+            addresses = [Multiaddr(address) for address in self._known.get(peer, ())]
+        except Exception as error:
+            raise Unreachable(peer, "bad address") from error
+        with _translated(peer):
+            await asyncio.wait_for(self.p2p._client.connect(_peer(peer), addresses), timeout_s)
+
+    async def connected(self) -> frozenset[str]:
+        """Peers to which a connection is open now."""
+        with _translated("p2pd"):
+            return frozenset(info.peer_id.to_base58() for info in await asyncio.wait_for(self.p2p.list_peers(), 5))
+
+    async def call(self, peer: str, name: str, request: bytes, timeout_s: float) -> bytes:
+        """Call a handler of `peer`. Raises `Unreachable`, `Silent`, or `Rejected` with the peer's own error."""
+        self.sent_bytes += len(request)
+        with _translated(peer):
+            response: bytes = await asyncio.wait_for(self.p2p._client.call_unary_handler(_peer(peer), name, request), timeout_s)
+        self.received_bytes += len(response)
+        return response
+
+    async def open_stream(self, peer: str, name: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a raw stream to a handler of `peer`. Raises `Unreachable` or `Silent`."""
+        with _translated(peer):
+            _, reader, writer = await asyncio.wait_for(self.p2p.call_binary_stream_handler(_peer(peer), name), timeout_s)
+        return reader, writer
+
+    async def serve_calls(self, name: str, handler: CallHandler) -> None:
+        """Answer calls; a peer that keeps too many open is refused."""
+
+        async def answer(request: bytes, remote: PeerID) -> bytes:
+            peer = remote.to_base58()
+            self.received_bytes += len(request)
+            with self._admitted(peer):
+                response = await handler(peer, request)
+            self.sent_bytes += len(response)
+            return response
+
+        await self.p2p._client.add_unary_handler(name, answer)
+
+    async def serve_streams(self, name: str, handler: StreamHandler) -> None:
+        """Serve raw streams; a peer that keeps too many open is refused."""
+
+        async def serve(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = info.peer_id.to_base58()
+            try:
+                with self._admitted(peer):
+                    await handler(peer, reader, writer)
+            except (Rejected, OSError, EOFError, TimeoutError) as error:
+                log.debug("stream_ended", peer=peer, error=str(error))
+            finally:
+                writer.close()
+
+        await self.p2p.add_binary_stream_handler(name, serve)
+
+    @contextlib.contextmanager
+    def _admitted(self, peer: str) -> Iterator[None]:
+        if self._busy.get(peer, 0) >= MAX_CALLS_PER_PEER or sum(self._busy.values()) >= MAX_CONCURRENT_CALLS:
+            raise Rejected("busy", "too many calls at once", peer)
+        self._busy[peer] = self._busy.get(peer, 0) + 1
+        try:
+            yield
+        finally:
+            self._busy[peer] -= 1
+            if not self._busy[peer]:
+                del self._busy[peer]
+
+
+@contextlib.contextmanager
+def _translated(peer: str) -> Iterator[None]:
+    """hivemind's and the operating system's errors as ours."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise Silent(peer) from error
+    except P2PHandlerError as error:
+        text = str(error)
+        if "swarm-rejected:" in text:
+            raise Rejected("refused", text[:200], peer) from error
+        raise Unreachable(peer, text[:200]) from error
+    except (P2PDaemonError, ControlFailure, OSError, EOFError) as error:
+        raise Unreachable(peer, str(error)[:200]) from error
+
+
+def _peer(peer: str) -> PeerID:
+    public_key_of(peer)
+    return PeerID.from_base58(peer)

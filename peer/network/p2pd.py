@@ -1,0 +1,154 @@
+"""The libp2p daemon as a child that can't outlive us.
+
+hivemind starts `p2pd` itself, but a process that is killed hard leaves it behind, still advertising, and its control socket
+stands in /tmp for everybody. Here the kernel ends it with us (`PR_SET_PDEATHSIG`), and its sockets are in a directory of our own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import importlib.resources
+import os
+import shutil
+import signal
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from hivemind.p2p import P2P
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm.errors import NetworkBroken, PortBusy
+
+PR_SET_PDEATHSIG = 1
+STARTUP_TIMEOUT_S = 20.0
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class P2pdOptions:
+    """How the daemon listens. Addresses are libp2p multiaddresses."""
+
+    identity_path: Path
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce: tuple[str, ...] = ()
+    accept_inbound: bool = True
+    map_port: bool = True
+
+    def arguments(self, binary: Path, control: str) -> list[str]:
+        """The command line. Relaying for strangers is off: a volunteer's traffic caps must cover everything."""
+        options = {
+            "listen": control,
+            "id": str(self.identity_path),
+            "dhtServer": "1",
+            "tls": "1",
+            "b": "0",
+            "connManager": "1",
+            "idleTimeout": "30s",
+            "autonat": "1",
+            "natPortMap": str(int(self.map_port and self.accept_inbound)),
+            "relay": "1",
+            "relayHopLimit": "0",
+            "autoRelay": "0",
+            "persistentConnMaxMsgSize": str(4 << 20),
+        }
+        if self.accept_inbound:
+            options["hostAddrs"] = ",".join(self.listen)
+        else:
+            options["noListenAddrs"] = "1"
+        if self.announce:
+            options["announceAddrs"] = ",".join(self.announce)
+        return [str(binary), *(f"-{name}={value}" for name, value in options.items())]
+
+
+def _die_with_parent(parent: int) -> None:
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setpgid(0, 0)  # a terminal's Ctrl-C is for the daemon, which then ends its child in order
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class P2pd:
+    """A running `p2pd` and hivemind's client for it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, directory: Path, p2p: P2P, reader: asyncio.Task[None]) -> None:
+        self.p2p = p2p
+        self._process = process
+        self._directory = directory
+        self._reader = reader
+
+    @property
+    def pid(self) -> int:
+        """Process id of the daemon."""
+        return self._process.pid
+
+    @classmethod
+    async def start(cls, options: P2pdOptions) -> P2pd:
+        """Start the daemon and wait until it answers. Must run on the main thread, whose end the kernel watches.
+
+        Raises `PortBusy` or `NetworkBroken`.
+        """
+        with importlib.resources.as_file(importlib.resources.files("hivemind.hivemind_cli") / "p2pd") as path:
+            binary = Path(path)
+        directory = Path(tempfile.mkdtemp(prefix="swarm-p2p-"))
+        control = f"/unix{directory}/p2pd.sock"
+        parent = os.getpid()
+        process = await asyncio.create_subprocess_exec(
+            *options.arguments(binary, control),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | {"GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "json"},
+            preexec_fn=lambda: _die_with_parent(parent),
+        )
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        reader = asyncio.create_task(_drain(process, ready), name="p2pd-output")
+        try:
+            await asyncio.wait_for(ready, STARTUP_TIMEOUT_S)
+            client: type[P2P] = type("Client", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/"})
+            p2p = await asyncio.wait_for(client.replicate(Multiaddr(control)), STARTUP_TIMEOUT_S)
+        except BaseException as error:
+            await _end(process, reader, directory)
+            if isinstance(error, TimeoutError):
+                raise NetworkBroken("the libp2p daemon did not start in time", "is the machine overloaded?") from error
+            raise
+        return cls(process, directory, p2p, reader)
+
+    async def wait(self) -> int:
+        """Wait until the daemon ends; its exit status."""
+        return await self._process.wait()
+
+    async def close(self) -> None:
+        """End the daemon and remove its sockets."""
+        await self.p2p.shutdown()
+        await _end(self._process, self._reader, self._directory)
+
+
+async def _end(process: asyncio.subprocess.Process, reader: asyncio.Task[None], directory: Path) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _drain(process: asyncio.subprocess.Process, ready: asyncio.Future[None]) -> None:
+    """Read the daemon's output to its end; resolve `ready` when it names its peer id."""
+    last = ""
+    stream = process.stdout
+    while stream is not None and (line := await stream.readline()):
+        last = line.decode(errors="replace").strip()
+        if last.startswith("Peer ID:") and not ready.done():
+            ready.set_result(None)
+    if ready.done():
+        return
+    if "address already in use" in last or "failed to listen" in last:
+        ready.set_exception(PortBusy("the peer-to-peer address is taken", "choose another with --listen"))
+    else:
+        ready.set_exception(NetworkBroken(f"the libp2p daemon did not start: {last[:200]}", "check --listen"))

@@ -1,0 +1,124 @@
+"""Reports to the coordinator: kept on disk until the receipt is there, then the receipt is kept for good."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmError
+from swarm.messages import parse
+from swarm.rpc.client import CoordinatorClient
+from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
+from swarm.rpc.v1.signed_pb2 import Signed
+
+RETRY_S = 5.0
+MAX_QUEUED = 100_000
+CONCURRENT = 4
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Outbox:
+    """Reports that wait, one file each, named by round: `<directory>/outbox/<round>.pb`; receipts beside it."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self.outbox = self.directory / "outbox"
+        self.receipts = self.directory / "receipts"
+        self.refused = self.directory / "refused"
+        for folder in (self.outbox, self.receipts, self.refused):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def add(self, round_index: int, report: Signed, proposal: Signed) -> None:
+        """Queue a report; whole or not at all."""
+        request = SubmitReportRequest(report=report, proposal=proposal)
+        write_atomically(self.outbox / f"{round_index:012d}.pb", request.SerializeToString())
+
+    def waiting(self) -> list[Path]:
+        """Reports that have no receipt yet, oldest first."""
+        return sorted(self.outbox.glob("*.pb"))
+
+    def settle(self, path: Path, receipt: Signed) -> None:
+        """Keep the receipt, then forget the report."""
+        write_atomically(self.receipts / f"{path.stem}.receipt", receipt.SerializeToString())
+        path.unlink(missing_ok=True)
+
+    def refuse(self, path: Path, reason: str) -> None:
+        """Put a report aside that the coordinator refused, with the reason."""
+        write_atomically(self.refused / f"{path.stem}.reason", reason.encode())
+        path.replace(self.refused / path.name)
+
+
+def read(path: Path) -> bytes:
+    """A small file's content."""
+    return path.read_bytes()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the place, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class Reporter:
+    """Posts what waits in the outbox, in order, for as long as it takes."""
+
+    outbox: Outbox
+    client: Callable[[], CoordinatorClient | None]
+    on_outcome: Callable[[str], None] = lambda outcome: None
+
+    def __post_init__(self) -> None:
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something was added."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Post for ever."""
+        while True:
+            self._wake.clear()
+            emptied = await self.post_all()
+            try:
+                await asyncio.wait_for(self._wake.wait(), None if emptied else RETRY_S)
+            except TimeoutError:
+                continue
+
+    async def post_all(self) -> bool:
+        """Post what waits now; whether nothing is left."""
+        client = self.client()
+        for path in self.outbox.waiting():
+            if client is None or not await self._post(client, path):
+                return False
+        return True
+
+    async def _post(self, client: CoordinatorClient, path: Path) -> bool:
+        try:
+            request = parse(SubmitReportRequest, read(path))
+            receipt = await client.submit_report(request.report, request.proposal)
+        except CoordinatorUnreachable:
+            return False
+        except (Rejected, LedgerInvalid) as error:
+            reason = error.reason if isinstance(error, Rejected) else error.message
+            log.warning("report_refused", report=path.stem, reason=reason)
+            self.outbox.refuse(path, reason)
+            self.on_outcome("refused")
+            return True
+        except SwarmError as error:
+            log.warning("report_not_sent", report=path.stem, error=error.message)
+            return False
+        self.outbox.settle(path, receipt)
+        self.on_outcome("accepted")
+        return True

@@ -1,0 +1,562 @@
+"""Round after round: entering the run, training, taking part, repairing, leaving.
+
+The engine owns the peer's state. It never blocks the loop: arithmetic happens in `pool`, training in its own thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+import structlog
+
+from peer import outer
+from peer.codec import Vector
+from peer.outer import OuterState
+from peer.rounds import agreement
+from peer.rounds.entering import Entered, Entry
+from peer.rounds.inbox import Inbox, read_delivery
+from peer.rounds.machine import RoundSetup
+from peer.rounds.pacing import Pacing
+from peer.rounds.run import Contribution, RoundRun, Services
+from peer.rounds.snapshots import Snapshots
+from peer.rounds.training import TrainingThread
+from peer.rounds.values import CommitArrived, Event, JoinArrived, PeerLost, ProposalFacts, RosterMember
+from peer.rounds.wire import ResultFacts, full_quota
+from peer.state import Layout, Snapshot
+from swarm.errors import Rejected
+from swarm.manifest import Sync
+from swarm.messages import open_signed, parse, seal
+from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncRequest
+from swarm.rpc.v1.signed_pb2 import JoinRequest, Member, Proposal, Result, Signed, Tree
+
+RESULT_WAIT_S = 20.0
+DOWNLOAD_HEAD_START_S = 0.75
+MAX_BACKLOG = 16
+BEHIND_CHECK_S = 2.0
+KEEP_BLOBS_ROUNDS = 3
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+Wish = Literal["train", "finish", "pause", "stop"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the peer stands: the round to play, with whom, and from which state root."""
+
+    round_index: int
+    roster: tuple[RosterMember, ...]
+    base_root: bytes
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """A finished round, for the ledger, the metrics and the log."""
+
+    round_index: int
+    proposal: ProposalFacts
+    commit: Signed | None
+    result: Signed | None
+    root: bytes
+    weight: int
+    tokens: int
+    tokens_total: int
+    loss: float
+    wall_s: float
+    overhead_s: float
+    roster_size: int
+
+
+class Behind(Exception):
+    """The others have gone on without us."""
+
+
+class RepairNeeded(Exception):
+    """The majority holds another root than we do."""
+
+
+class Disagreement(Exception):
+    """Computed again from verified parts, our root is still not the majority's: the others are wrong or forked."""
+
+
+@dataclass
+class Engine:
+    """Plays rounds until it is told to leave. `on_round` hears of each finished round."""
+
+    services: Services
+    training: TrainingThread
+    snapshots: Snapshots
+    entry: Entry
+    on_round: Callable[[RoundReport], Awaitable[None]]
+    pacing: Pacing = field(init=False)
+    inbox: Inbox = field(default_factory=Inbox)
+    wish: Wish = "train"
+    place: Place | None = None
+    state: OuterState | None = None
+    current: RoundRun | None = None
+    previous: RoundRun | None = None
+    joiners: dict[str, Signed] = field(default_factory=dict)
+    last_proposal: ProposalFacts | None = None
+    repairs: int = 0
+    _download: asyncio.Task[OuterState] | None = None
+    _backlog: list[tuple[Vector | None, int]] = field(default_factory=list)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _repair: asyncio.Event = field(default_factory=asyncio.Event)
+    _results_changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        rounds = self.services.manifest.rounds
+        self.pacing = Pacing(rounds.grace_floor_s, rounds.grace_mads)
+        self.layout = Layout.of(self.services.manifest)
+
+    # --- what others ask of us ------------------------------------------------------------------------------------------
+
+    async def deliver(self, peer: str, raw: bytes) -> bytes:
+        """Answer a delivery: verified and handed to its round, or rejected with the reason."""
+        try:
+            self._receive(parse(Delivery, raw, peer))
+        except Rejected as error:
+            self.services.observer.refused(error.sender or peer, error.reason)
+            return Ack(rejected=error.reason, detail=error.detail[:200]).SerializeToString()
+        return Ack().SerializeToString()
+
+    async def answer_sync(self, peer: str, raw: bytes, file_hashes: Callable[[bytes], tuple[bytes, ...]]) -> bytes:
+        """Tell an admitted peer where the run stands, and the chunk hashes of a state or file if it asks for one."""
+        request = parse(SyncRequest, raw, peer)
+        if request.run_id != self.services.checker.run_id or not self.services.admissions.check(peer, request.admission):
+            raise Rejected("not_admitted", "sync", peer)
+        reply = SyncReply()
+        place = self.place
+        if place is not None:
+            reply.round = place.round_index
+            reply.roster.extend(Member(peer_id=member.peer, quota=member.quota) for member in place.roster)
+            reply.results.extend(item.signed for item in self.inbox.results(place.round_index - 1).values())
+            for member in place.roster:
+                reply.addresses[member.peer].CopyFrom(AddressList(addresses=self.addresses_of(member.peer)))
+                token = self.services.admissions.token(member.peer)
+                if token is not None:
+                    reply.admissions.append(token)
+        if self.last_proposal is not None:
+            reply.proposal.CopyFrom(self.last_proposal.signed)
+        if request.state_root:
+            reply.chunk_hashes = b"".join(self.snapshots.lease(request.state_root) or file_hashes(request.state_root))
+        return reply.SerializeToString()
+
+    def addresses_of(self, peer: str) -> Sequence[str]:
+        """Where a peer, or we, can be dialled."""
+        node = self.services.post.node
+        return node.addresses if peer == node.peer_id else node.known_addresses(peer)
+
+    def _receive(self, delivery: Delivery) -> None:
+        body = delivery.WhichOneof("body")
+        if body == "result":
+            self._on_result(self.services.checker.result(delivery.result))
+        elif body == "join_request":
+            self._on_join(delivery.join_request)
+        else:
+            if body == "proposal":
+                self._learn_admissions(delivery.proposal.proposal)
+            for arrival in read_delivery(self.services.checker, delivery):
+                if self.previous is not None and arrival.round_index == self.previous.round_index:
+                    self.previous.answer(arrival.event)
+                    continue
+                self.inbox.add(arrival)
+                self._pass_on(arrival.round_index, arrival.event, arrival.base_root, arrival.sender)
+        self._wake.set()
+
+    def _pass_on(self, round_index: int, event: Event, base_root: bytes | None, sender: str) -> None:
+        run = self.current
+        if run is None or run.round_index != round_index:
+            return
+        if base_root is not None and base_root != run.setup.base_root:
+            raise Rejected("wrong_base", "", sender)
+        run.put(event)
+
+    def _learn_admissions(self, signed: Signed) -> None:
+        for token in open_signed(signed, Proposal, run_id=self.services.checker.run_id).admissions[:64]:
+            self.services.admissions.admit(token)
+
+    def _on_result(self, result: ResultFacts) -> None:
+        completed = self.inbox.add_result(result)
+        if completed is not None and self.current is not None and self.current.round_index == result.round_index:
+            self.current.put(completed)
+        self._results_changed.set()
+        snapshot = self.snapshots.newest
+        if self.state is not None and snapshot is not None and snapshot.round == result.round_index + 1:
+            self._check_agreement(snapshot)
+
+    def _on_join(self, signed: Signed) -> None:
+        request = open_signed(signed, JoinRequest, run_id=self.services.checker.run_id)
+        if self.services.admissions.admit(request.admission) != signed.signer:
+            raise Rejected("wrong_signer", "admission", signed.signer)
+        self.services.post.node.learn(signed.signer, request.addresses)
+        member = self.place is not None and any(item.peer == signed.signer for item in self.place.roster)
+        if member and (self.current is None or signed.signer not in self.current.state.lost):
+            return
+        if len(self.joiners) < 256:
+            self.joiners[signed.signer] = request.admission
+        if self.current is not None:
+            self.current.put(JoinArrived(signed.signer, request.admission))
+
+    # --- the loop -------------------------------------------------------------------------------------------------------
+
+    async def play(self) -> str:
+        """Take part until told to leave, or the run is over; the reason why it ended."""
+        try:
+            while True:
+                if self.wish == "stop" or (self.wish in ("pause", "finish") and self.place is None):
+                    return self.wish
+                total = self.services.manifest.rounds.total
+                if total and self.place is not None and self.place.round_index > total:
+                    return "run_complete"
+                if self.place is None:
+                    await self._enter()
+                    continue
+                try:
+                    await self._play_round(self.place)
+                except RepairNeeded:
+                    await self._repair_state(self.place)
+                except Behind:
+                    log.warning("fell_behind", round=self.place.round_index)
+                    self.place = None
+        finally:
+            await self._close_rounds()
+
+    def ask(self, wish: Wish) -> None:
+        """Change what the peer wants: finish, pause or stop."""
+        self.wish = wish
+        self._wake.set()
+        if wish in ("pause", "stop"):
+            self.training.stop(wish)
+
+    def lost(self, peer: str) -> None:
+        """A peer can't be reached."""
+        if self.current is not None:
+            self.current.put(PeerLost(peer))
+
+    def forget(self) -> None:
+        """Free the memory that the state takes; it comes back from the checkpoint and from others."""
+        self.place = self.state = None
+        self.snapshots.clear()
+
+    async def _enter(self) -> None:
+        self.services.observer.state("joining")
+        self._forget_download()
+        entering = asyncio.create_task(self.entry.enter(self))
+        try:
+            while not entering.done():
+                if self.wish != "train":
+                    return
+                self._wake.clear()
+                wake = asyncio.create_task(self._wake.wait())
+                await asyncio.wait({entering, wake}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+                wake.cancel()
+            self._start_at(await entering)
+        finally:
+            entering.cancel()
+            await asyncio.gather(entering, return_exceptions=True)
+
+    def _start_at(self, entered: Entered) -> None:
+        self.place = Place(entered.round_index, entered.roster, entered.base_root)
+        self.state = None
+        if isinstance(entered.state, OuterState):
+            self._adopt(Snapshot.from_state(entered.state))
+        else:
+            self._download = asyncio.create_task(entered.state)
+        self.inbox.advance(entered.round_index)
+        log.info("entered", round=entered.round_index, roster=len(entered.roster), downloading=self.state is None)
+
+    async def _play_round(self, place: Place) -> None:
+        services = self.services
+        started = services.clock.monotonic_s()
+        self.inbox.advance(place.round_index)
+        run = RoundRun(services, self._setup(place), is_leaving=lambda: self.wish in ("finish", "pause"))
+        self.current = run
+        self._replay(run, place)
+        tasks = [asyncio.create_task(self._contribute(run)), asyncio.create_task(self._watch_behind(run))]
+        playing = asyncio.create_task(run.run())
+        try:
+            proposal = await self._until_done(playing, tasks)
+        except BaseException:
+            await _cancel([playing, *tasks])
+            await run.close()
+            self.current = None
+            raise
+        await _cancel(tasks)
+        await self._finish_round(run, place, proposal, started)
+
+    async def _until_done(self, playing: asyncio.Task[ProposalFacts], tasks: list[asyncio.Task[None]]) -> ProposalFacts:
+        """Wait for the round, while watching for a stop, a repair, and helpers that fail."""
+        while True:
+            self._wake.clear()
+            wake = asyncio.create_task(self._wake.wait())
+            waiting = {playing, wake, *(task for task in tasks if not task.done())}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            wake.cancel()
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    task.result()
+            if playing.done():
+                return playing.result()
+            if self._repair.is_set():
+                raise RepairNeeded
+            if self.wish == "stop":
+                raise Behind
+
+    def _replay(self, run: RoundRun, place: Place) -> None:
+        for peer, admission in self.joiners.items():
+            run.put(JoinArrived(peer, admission))
+        for arrival in self.inbox.events_of(place.round_index):
+            if not isinstance(arrival.event, CommitArrived) or arrival.base_root == place.base_root:
+                run.put(arrival.event)
+        for result in self.inbox.results(place.round_index).values():
+            self._on_result(result)
+
+    def _setup(self, place: Place) -> RoundSetup:
+        manifest = self.services.manifest
+        return RoundSetup(
+            me=self.services.identity.peer_id,
+            run_id=self.services.checker.run_id,
+            round_index=place.round_index,
+            base_root=place.base_root,
+            roster=place.roster,
+            part_count=self.services.codec.part_count,
+            all_gather=self.services.codec.topology == "all_gather",
+            grace_s=self.pacing.grace_s,
+            patience_s=self.pacing.patience_s,
+            exchange_s=self.pacing.exchange_s,
+            min_peers=manifest.rounds.min_peers if place.round_index == 0 else 1,
+            max_peers=manifest.rounds.max_peers,
+            full_quota=full_quota(manifest),
+            shared_quota=isinstance(manifest.strategy, Sync),
+            scale_to_speed=manifest.rounds.scale_to_speed,
+        )
+
+    async def _contribute(self, run: RoundRun) -> None:
+        """Train, or make a zero update where there is nothing to train from or for."""
+        if self._download is not None:
+            await asyncio.wait({self._download}, timeout=DOWNLOAD_HEAD_START_S)
+            self._take_download()
+        quota = next((member.quota for member in run.setup.roster if member.peer == run.setup.me), 0)
+        over = run.state.accepted is not None
+        if self.state is None or run.round_index == 0 or self.wish != "train" or over or not quota:
+            self.services.observer.state("gathering" if run.round_index == 0 else "following")
+            await run.contribute(Contribution(None, 0, 0.0, 0.0))
+            return
+        self.services.observer.state("training")
+        state = self.state
+        contribution = await self.training.train(state.theta, run.round_index, run.setup.me, quota, state.tokens)
+        self.services.observer.phase("train", contribution.seconds)
+        self.services.observer.state("exchanging")
+        await run.contribute(contribution)
+
+    async def _watch_behind(self, run: RoundRun) -> None:
+        """Notice that the others have moved on: several speak of rounds after the next, or this one goes on without us."""
+        while True:
+            await asyncio.sleep(BEHIND_CHECK_S)
+            ahead = self.inbox.ahead(run.round_index + 1) & set(run.setup.peers)
+            if len(ahead) * 2 >= len(run.setup.others) and ahead:
+                raise Behind
+            if run.state.waiting_for == "no_quorum" and await self.entry.others_are_past(self, run.round_index):
+                raise Behind
+
+    async def _finish_round(self, run: RoundRun, place: Place, proposal: ProposalFacts, started: float) -> None:
+        services = self.services
+        completed_s = services.clock.monotonic_s()
+        merged = run.exchange.merged(proposal)
+        tokens = sum(item.weight for item in proposal.commits) * services.manifest.data.sequence_length
+        snapshot = await self._apply(merged, tokens)
+        services.observer.phase("exchange", completed_s - (run.committed_s or completed_s))
+        services.observer.phase("apply", services.clock.monotonic_s() - completed_s)
+        self._retire(run, proposal)
+        result = self._announce_result(run, proposal, snapshot) if snapshot is not None else None
+        root = snapshot.root if snapshot is not None else await self.majority_root(place.round_index, proposal)
+        members = proposal.next_roster
+        here = any(member.peer == run.setup.me for member in members) and not run.leaving
+        self.joiners = {peer: token for peer, token in self.joiners.items() if all(peer != member.peer for member in members)}
+        self._observe_pace(run, completed_s)
+        await self.on_round(self._report(run, proposal, result, root, started))
+        self.place = Place(place.round_index + 1, members, root) if here else None
+        self.inbox.advance(place.round_index + 1)
+        if snapshot is not None:
+            self._check_agreement(snapshot)
+
+    async def _apply(self, merged: Vector | None, tokens: int) -> Snapshot | None:
+        """The next state, or None while our own is still being downloaded."""
+        self._take_download()
+        if self.state is None:
+            self._backlog.append((None if merged is None else merged.copy(), tokens))
+            if len(self._backlog) > MAX_BACKLOG:
+                raise Behind
+            return None
+        snapshot = await self._in_pool(self._advanced, self.state, merged, tokens)
+        self._adopt(snapshot)
+        return snapshot
+
+    def _advanced(self, state: OuterState, merged: Vector | None, tokens: int) -> Snapshot:
+        return Snapshot.from_state(self._next_state(state, merged, tokens))
+
+    def _next_state(self, state: OuterState, merged: Vector | None, tokens: int) -> OuterState:
+        if merged is None:
+            return replace(state, round=state.round + 1)
+        return outer.apply(self.services.manifest.strategy, state, merged, tokens)
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        self.state = snapshot.state
+        self.snapshots.add(snapshot)
+
+    def _take_download(self) -> None:
+        """Bring a finished download up to date with the rounds that have passed meanwhile."""
+        if self._download is None or not self._download.done():
+            return
+        download, backlog = self._download, self._backlog
+        self._download, self._backlog = None, []
+        try:
+            state = download.result()
+        except (Rejected, OSError, RuntimeError) as error:
+            log.warning("download_failed", error=str(error))
+            raise Behind from error
+        for merged, tokens in backlog:
+            state = self._next_state(state, merged, tokens)
+        snapshot = Snapshot.from_state(state)
+        if self.place is not None and snapshot.root != self.place.base_root:
+            raise Behind
+        self._adopt(snapshot)
+
+    def _forget_download(self) -> None:
+        if self._download is not None:
+            self._download.cancel()
+        self._download, self._backlog = None, []
+
+    def _announce_result(self, run: RoundRun, proposal: ProposalFacts, snapshot: Snapshot) -> Signed:
+        tree = Tree(root=snapshot.root, size_bytes=snapshot.size_bytes, chunk_bytes=1 << 20)
+        message = Result(
+            run_id=run.setup.run_id,
+            round=run.round_index,
+            proposal_hash=proposal.proposal_hash,
+            state=tree,
+            tokens_total=snapshot.state.tokens,
+        )
+        signed = seal(self.services.identity, message)
+        self.inbox.add_result(self.services.checker.result(signed))
+        everybody = {*run.setup.others, *(member.peer for member in proposal.next_roster)}
+        self.services.post.send(everybody, Delivery(result=signed))
+        return signed
+
+    def _retire(self, run: RoundRun, proposal: ProposalFacts) -> None:
+        self.last_proposal = proposal
+        self.current = None
+        if self.previous is not None:
+            self.services.post.spawn(self.previous.close())
+        self.previous = run
+        self.services.transfer.store.drop_before(run.round_index - KEEP_BLOBS_ROUNDS)
+
+    def _observe_pace(self, run: RoundRun, completed_s: float) -> None:
+        arrivals = [run.state.seen_s[peer] for peer in run.state.commits if peer in run.state.seen_s]
+        if run.round_index and run.accepted_s:
+            self.pacing.observe(arrivals, run.accepted_s, completed_s)
+
+    def _report(self, run: RoundRun, proposal: ProposalFacts, result: Signed | None, root: bytes, started: float) -> RoundReport:
+        mine = proposal.included(run.setup.me)
+        commits = [run.state.commits[item.peer] for item in proposal.contributors if item.peer in run.state.commits]
+        weight = sum(item.weight for item in proposal.contributors)
+        wall_s = self.services.clock.monotonic_s() - started
+        return RoundReport(
+            round_index=run.round_index,
+            proposal=proposal,
+            commit=run.commit if mine is not None and mine.weight else None,
+            result=result,
+            root=root,
+            weight=mine.weight if mine is not None else 0,
+            tokens=weight * self.services.manifest.data.sequence_length,
+            tokens_total=self.state.tokens if self.state is not None else 0,
+            loss=sum(item.loss * item.weight for item in commits) / max(1, sum(item.weight for item in commits)),
+            wall_s=wall_s,
+            overhead_s=max(0.0, wall_s - max((item.seconds for item in commits), default=0.0)),
+            roster_size=len(run.setup.roster),
+        )
+
+    # --- agreement and repair -------------------------------------------------------------------------------------------
+
+    def _agreement(self, round_index: int, voters: Sequence[str], mine: bytes | None) -> agreement.Agreement:
+        roots = {peer: result.root for peer, result in self.inbox.results(round_index).items()}
+        return agreement.count(roots, voters, mine)
+
+    def _check_agreement(self, snapshot: Snapshot) -> None:
+        proposal = self.last_proposal
+        if proposal is None or self.previous is None or self.previous.round_index != snapshot.round - 1:
+            return
+        voters = [item.peer for item in proposal.commits]
+        if self._agreement(snapshot.round - 1, voters, snapshot.root).verdict == "differs":
+            self._repair.set()
+            self._wake.set()
+
+    async def majority_root(self, round_index: int, proposal: ProposalFacts) -> bytes:
+        """The root that most participants of a round hold. Raises `Behind` if they don't say so in time."""
+        voters = [item.peer for item in proposal.commits if item.peer != self.services.identity.peer_id]
+        deadline = self.services.clock.monotonic_s() + RESULT_WAIT_S
+        while self.services.clock.monotonic_s() < deadline:
+            found = self._agreement(round_index, voters, None)
+            if found.root is not None:
+                return found.root
+            self._results_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._results_changed.wait(), 0.5)
+        raise Behind
+
+    async def _repair_state(self, place: Place) -> None:
+        """Our root isn't the majority's. Compute again: if that gives theirs, our memory was wrong; otherwise fetch what differs.
+
+        Raises `Disagreement` when verified parts and an undamaged state give our own root again.
+        """
+        self._repair.clear()
+        self.services.observer.state("repairing")
+        self.repairs += 1
+        proposal, run = self.last_proposal, self.previous
+        if proposal is None or run is None or run.round_index != place.round_index - 1:
+            raise Behind
+        voters = [item.peer for item in proposal.commits]
+        found = self._agreement(run.round_index, voters, place.base_root)
+        if found.verdict != "differs" or found.root is None:
+            return
+        snapshot = await self._in_pool(self._recomputed, run, proposal)
+        log.warning("root_differs", round=run.round_index, recomputed=snapshot.root_hex[:12] if snapshot else None)
+        if snapshot is not None and snapshot.root == place.base_root:
+            raise Disagreement(f"round {run.round_index}: {place.base_root.hex()[:12]} here, {found.root.hex()[:12]} elsewhere")
+        if snapshot is None or snapshot.root != found.root:
+            state = await self.entry.fetch_state(found.root, found.holders, self.snapshots.newest)
+            snapshot = await self._in_pool(Snapshot.from_state, state)
+        self._adopt(snapshot)
+        self.place = replace(place, base_root=found.root)
+
+    def _recomputed(self, run: RoundRun, proposal: ProposalFacts) -> Snapshot | None:
+        """The state after a round, from the state before it and the stored parts, every hash checked; None if damaged."""
+        before = self.snapshots.previous
+        if before is None or Snapshot.from_state(before.state).root != before.root:
+            return None
+        tokens = sum(item.weight for item in proposal.commits) * self.services.manifest.data.sequence_length
+        try:
+            merged = run.exchange.collected_again(proposal, tuple(run.state.spans.values()))
+        except Rejected:
+            return None
+        return self._advanced(before.state, merged, tokens)
+
+    async def _close_rounds(self) -> None:
+        self._forget_download()
+        for run in (self.current, self.previous):
+            if run is not None:
+                await run.close()
+        self.current = self.previous = None
+
+    async def _in_pool(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.services.pool, function, *args)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[object]] | list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,226 @@
+"""Entering a run: find the roster, ask to be admitted, learn the agreed state, fetch it by chunks from many peers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from peer.network.node import PeerFailure
+from peer.network.transfer import MissingBlob
+from peer.outer import OuterState
+from peer.rounds import agreement
+from peer.rounds.inbox import Inbox
+from peer.rounds.run import Services
+from peer.rounds.values import ProposalFacts, RosterMember
+from peer.rounds.wire import full_quota
+from peer.state import Layout, Snapshot, check_chunk_hashes, differing_chunks, to_state
+from swarm.errors import Rejected
+from swarm.messages import seal, split_hashes
+from swarm.rpc.v1.peer_pb2 import Delivery, SyncReply, SyncRequest
+from swarm.rpc.v1.signed_pb2 import JoinRequest, Signed
+
+RETRY_S = 1.0
+INVITATION_WAIT_S = 10.0
+REQUEST_EVERY_S = 1.0
+MAX_ASKED = 32
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Whom discovery knows to be alive; `first` = the coordinator says that we begin the run."""
+
+    peers: tuple[str, ...]
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Entered:
+    """Where we come in: the next round to play, and its state or the download of it."""
+
+    round_index: int
+    roster: tuple[RosterMember, ...]
+    base_root: bytes
+    state: OuterState | Coroutine[Any, Any, OuterState]
+
+
+class Host(Protocol):
+    """What entering needs of the engine."""
+
+    inbox: Inbox
+
+    async def majority_root(self, round_index: int, proposal: ProposalFacts) -> bytes:
+        """The root that most participants of a round hold."""
+
+
+@dataclass
+class Entry:
+    """How a peer gets in. `find` asks the coordinator and the DHT; `begin` makes or restores the state of a first peer."""
+
+    services: Services
+    layout: Layout
+    find: Callable[[], Awaitable[Whereabouts]]
+    begin: Callable[[], Awaitable[OuterState]]
+    local: Callable[[], Snapshot | None]
+
+    async def enter(self, host: Host) -> Entered:
+        """Try until we are in."""
+        while True:
+            where = await self.find()
+            if where.first:
+                return await self._begin_alone()
+            replies = await self._ask(where.peers)
+            entered = await self._enter_with(host, replies) if replies else None
+            if entered is not None:
+                return entered
+            self.services.observer.state("waiting_for_peers")
+            await asyncio.sleep(RETRY_S)
+
+    async def others_are_past(self, host: Host, round_index: int) -> bool:
+        """Whether peers that discovery knows have finished this round without us."""
+        replies = await self._ask((await self.find()).peers)
+        return any(reply.round > round_index for reply in replies.values())
+
+    async def fetch_state(self, root: bytes, holders: Sequence[str], local: Snapshot | None) -> OuterState:
+        """The state behind `root`: only chunks that `local` doesn't have are fetched, from all holders at once."""
+        sources = [peer for peer in holders if peer != self.services.identity.peer_id]
+        hashes = await self._chunk_hashes(root, sources)
+        mine = {name: index for index, name in enumerate(local.chunk_hashes)} if local is not None else {}
+        chunks: dict[bytes, bytes | memoryview] = {}
+        if local is not None:
+            chunks = {name: local.chunk(mine[name]) for name in hashes if name in mine}
+        sizes = {name: self.layout.chunk_size_limit(index) for index, name in enumerate(hashes) if name not in chunks}
+        changed = len(differing_chunks(local.chunk_hashes, hashes)) if local is not None else len(hashes)
+        log.info("state_fetch", root=root.hex()[:12], chunks=len(hashes), changed=changed, sources=len(sources))
+        if sizes:
+            failed = await self.services.transfer.download_all(sources, sizes, chunks.__setitem__)
+            for peer, reason in failed.items():
+                self.services.observer.refused(peer, reason)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.services.pool, lambda: to_state([chunks[name] for name in hashes], self.layout)
+        )
+
+    async def _begin_alone(self) -> Entered:
+        state = await self.begin()
+        snapshot = Snapshot.from_state(state)
+        quota = full_quota(self.services.manifest)
+        return Entered(state.round, (RosterMember(self.services.identity.peer_id, quota),), snapshot.root, state)
+
+    async def _ask(self, peers: Sequence[str]) -> dict[str, SyncReply]:
+        """Sync replies of those who answer; what they tell of addresses and admissions is learnt."""
+        asked = [peer for peer in peers if peer != self.services.identity.peer_id][:MAX_ASKED]
+        answers = await asyncio.gather(*(self._ask_one(peer) for peer in asked))
+        replies = {peer: reply for peer, reply in zip(asked, answers, strict=True) if reply is not None and reply.roster}
+        for reply in replies.values():
+            self._learn(reply)
+        return replies
+
+    async def _ask_one(self, peer: str) -> SyncReply | None:
+        request = SyncRequest(run_id=self.services.checker.run_id, admission=self._token())
+        try:
+            return await self.services.post.sync(peer, request, timeout_s=5.0)
+        except (PeerFailure, Rejected) as error:
+            log.debug("sync_failed", peer=peer, error=str(error))
+            return None
+
+    def _learn(self, reply: SyncReply) -> None:
+        for peer, entry in list(reply.addresses.items())[:64]:
+            self.services.post.node.learn(peer, entry.addresses)
+        for token in reply.admissions[:64]:
+            try:
+                self.services.admissions.admit(token)
+            except Rejected as error:
+                self.services.observer.refused(error.sender, error.reason)
+
+    async def _enter_with(self, host: Host, replies: dict[str, SyncReply]) -> Entered | None:
+        me = self.services.identity.peer_id
+        for reply in replies.values():
+            self._take_results(host, reply)
+        newest = max(reply.round for reply in replies.values())
+        host.inbox.advance(newest)
+        member_of = [reply for reply in replies.values() if reply.round == newest and _lists(reply, me)]
+        if member_of and newest > 0:
+            return self._as_member(host, member_of[0], newest)
+        invitation = await self._invitation(host, replies, newest)
+        if invitation is None:
+            return None
+        round_index, proposal = invitation
+        root = await host.majority_root(round_index, proposal)
+        holders = [peer for peer, result in host.inbox.results(round_index).items() if result.root == root]
+        download = self.fetch_state(root, holders, self.local())
+        return Entered(round_index + 1, proposal.next_roster, root, download)
+
+    def _as_member(self, host: Host, reply: SyncReply, round_index: int) -> Entered | None:
+        """We are in the roster already (restarted, or fallen behind): what most results name is the state."""
+        results = host.inbox.results(round_index - 1)
+        found = agreement.newest([(item.round_index, item.root, peer) for peer, item in results.items()])
+        if found is None:
+            return None
+        _, root, holders = found
+        roster = tuple(RosterMember(member.peer_id, member.quota) for member in reply.roster)
+        return Entered(round_index, roster, root, self.fetch_state(root, holders, self.local()))
+
+    def _take_results(self, host: Host, reply: SyncReply) -> None:
+        for signed in reply.results[:64]:
+            try:
+                host.inbox.add_result(self.services.checker.result(signed))
+            except Rejected as error:
+                self.services.observer.refused(error.sender, error.reason)
+
+    async def _invitation(self, host: Host, replies: dict[str, SyncReply], newest: int) -> tuple[int, ProposalFacts] | None:
+        """Ask everybody in the roster, and wait for a proposal by one of them that lists us."""
+        me = self.services.identity.peer_id
+        roster = {member.peer_id for reply in replies.values() for member in reply.roster} | set(replies)
+        waited_s = 0.0
+        while waited_s < INVITATION_WAIT_S:
+            self.services.post.send(roster, Delivery(join_request=self._join_request(newest)))
+            for _ in range(int(REQUEST_EVERY_S / 0.05)):
+                for round_index in range(newest, newest + 4):
+                    proposal = host.inbox.proposal(round_index, lambda item: item.leader in roster and _invites(item, me))
+                    if proposal is not None:
+                        return round_index, proposal
+                await asyncio.sleep(0.05)
+            waited_s += REQUEST_EVERY_S
+        return None
+
+    def _join_request(self, round_index: int) -> Signed:
+        request = JoinRequest(
+            run_id=self.services.checker.run_id,
+            round=round_index,
+            admission=self._token(),
+            addresses=self.services.post.node.addresses,
+            issued_at=int(self.services.clock.wall_s()),
+        )
+        return seal(self.services.identity, request)
+
+    def _token(self) -> Signed | None:
+        return self.services.admissions.token(self.services.identity.peer_id)
+
+    async def _chunk_hashes(self, root: bytes, sources: Sequence[str]) -> list[bytes]:
+        """The chunk hashes of a state, from the first holder whose list gives the root."""
+        request = SyncRequest(run_id=self.services.checker.run_id, admission=self._token(), state_root=root)
+        for peer in sources:
+            try:
+                reply = await self.services.post.sync(peer, request)
+                hashes = split_hashes(reply.chunk_hashes)
+                check_chunk_hashes(hashes, root, self.layout)
+            except (PeerFailure, Rejected) as error:
+                log.info("chunk_hashes_refused", peer=peer, error=str(error))
+                if isinstance(error, Rejected):
+                    self.services.observer.refused(peer, error.reason)
+                continue
+            return hashes
+        raise MissingBlob("any source", f"no chunk hashes of {root.hex()[:12]}")
+
+
+def _lists(reply: SyncReply, peer: str) -> bool:
+    return any(member.peer_id == peer for member in reply.roster)
+
+
+def _invites(proposal: ProposalFacts, peer: str) -> bool:
+    return any(member.peer == peer for member in proposal.next_roster)

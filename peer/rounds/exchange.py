@@ -1,0 +1,156 @@
+"""The exchange of one round: encoding our update, merging our span, and collecting what the others merged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from peer import merge
+from peer.codec import Codec, Vector
+from peer.network.transfer import Transfer
+from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
+from swarm.errors import Rejected
+from swarm.merkle import blob_hash
+
+T = TypeVar("T")
+
+
+@dataclass
+class Exchange:
+    """Bulk work of one round. Merged values are collected per proposal; only the accepted one's are kept."""
+
+    round_index: int
+    me: str
+    codec: Codec
+    transfer: Transfer
+    pool: ThreadPoolExecutor
+    clip_ratio: float
+    _proposal_hash: bytes = b""
+    _merged: Vector | None = None
+    _filled: set[int] = field(default_factory=set)
+
+    async def publish(self, update: Vector) -> tuple[bytes, ...]:
+        """Encode our update, [parameters], and keep the parts where others can fetch them; their hashes."""
+        blobs = await self._in_pool(self._encode_all, update)
+        for name, content in blobs:
+            self._keep(name, content)
+        return tuple(name for name, _ in blobs)
+
+    def begin(self, proposal_hash: bytes) -> None:
+        """Collect merged values for this proposal from now on, and forget those of any other."""
+        if proposal_hash != self._proposal_hash:
+            self._proposal_hash, self._filled, self._merged = proposal_hash, set(), None
+
+    async def reduce(
+        self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], parts: range, *, publish: bool
+    ) -> tuple[bytes, ...]:
+        """Pull the contributors' `parts`, merge them in the proposal's order; the hashes of the encoded merged parts.
+
+        With `publish` the merged parts are encoded and kept for others (a reducer's span); without it they stay here.
+        Raises what fetching raises, with the peer's name.
+        """
+        contributors = proposal.contributors
+        await asyncio.gather(*(self._pull(item, commits[item.peer], parts) for item in contributors))
+        hashes = []
+        for part in parts:
+            encoded = await self._in_pool(self._merge_part, proposal, commits, part, publish)
+            if encoded is not None:
+                hashes.append(self.transfer.store.put(encoded, self.round_index))
+        return tuple(hashes)
+
+    async def fetch_span(self, span: SpanFacts, source: str) -> None:
+        """Pull a reducer's merged parts from `source` and decode them. Raises what fetching raises, and `Rejected`."""
+        wanted = {
+            name: self.codec.part_size_limit(span.first_part + place)
+            for place, name in enumerate(span.part_hashes)
+            if name not in self.transfer.store
+        }
+        if wanted:
+            await self.transfer.fetch(source, wanted, keep=self._keep)
+        await self._in_pool(self._take_span, span)
+
+    def merged(self, proposal: ProposalFacts) -> Vector | None:
+        """The merged update, [parameters]; None when nobody contributed. Raises `ValueError` while parts are missing."""
+        if not proposal.contributors:
+            return None
+        if proposal.proposal_hash != self._proposal_hash or len(self._filled) != self.codec.part_count or self._merged is None:
+            raise ValueError(f"{len(self._filled)} of {self.codec.part_count} merged parts")
+        return self._merged
+
+    def collected_again(self, proposal: ProposalFacts, spans: Sequence[SpanFacts]) -> Vector | None:
+        """The merged update, decoded once more from stored parts whose hashes are checked again. Raises `Rejected`."""
+        if not proposal.contributors:
+            return None
+        merged = np.empty(self.codec.values, dtype=np.float32)
+        for span in spans:
+            for place, name in enumerate(span.part_hashes):
+                content = self.transfer.store.get(name)
+                if content is None or blob_hash(content) != name:
+                    raise Rejected("lost_blob", name.hex()[:12], span.reducer)
+                part = span.first_part + place
+                merged[slice(*self.codec.part_span(part))] = self.codec.decode_part(content, part)
+        return merged
+
+    def _encode_all(self, update: Vector) -> list[tuple[bytes, bytes]]:
+        spans = (self.codec.part_span(index) for index in range(self.codec.part_count))
+        parts = [self.codec.encode_part(update[start:end], index) for index, (start, end) in enumerate(spans)]
+        return [(blob_hash(part), part) for part in parts]
+
+    async def _pull(self, item: IncludedCommit, commit: CommitFacts, parts: range) -> None:
+        wanted = {
+            commit.part_hashes[part]: self.codec.part_size_limit(part)
+            for part in parts
+            if commit.part_hashes[part] not in self.transfer.store
+        }
+        if wanted and item.peer != self.me:
+            await self.transfer.fetch(item.peer, wanted, keep=self._keep)
+
+    def _keep(self, name: bytes, content: bytes) -> None:
+        self.transfer.store.put_verified(name, content, self.round_index)
+
+    def _merge_part(self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool) -> bytes | None:
+        contributors = proposal.contributors
+        decoded = [self._decode(item.peer, commits[item.peer].part_hashes[part], part) for item in contributors]
+        merged = merge_part(decoded, [item.weight for item in contributors], self.clip_ratio)
+        if not publish:
+            self._place(proposal.proposal_hash, part, merged)
+            return None
+        encoded = self.codec.encode_part(merged, part)
+        self._place(proposal.proposal_hash, part, self.codec.decode_part(encoded, part))
+        return encoded
+
+    def _take_span(self, span: SpanFacts) -> None:
+        for place, name in enumerate(span.part_hashes):
+            part = span.first_part + place
+            self._place(span.proposal_hash, part, self._decode(span.reducer, name, part))
+
+    def _decode(self, peer: str, name: bytes, part: int) -> Vector:
+        content = self.transfer.store.get(name)
+        if content is None:
+            raise Rejected("lost_blob", name.hex()[:12], peer)
+        try:
+            return self.codec.decode_part(content, part)
+        except Rejected as error:
+            raise Rejected(error.reason, error.detail, peer) from error
+
+    def _place(self, proposal_hash: bytes, part: int, values: Vector) -> None:
+        if proposal_hash != self._proposal_hash:
+            return
+        if self._merged is None:
+            self._merged = np.empty(self.codec.values, dtype=np.float32)
+        self._merged[slice(*self.codec.part_span(part))] = values
+        self._filled.add(part)
+
+    async def _in_pool(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+
+
+def merge_part(decoded: Sequence[Vector], weights: Sequence[int], clip_ratio: float) -> Vector:
+    """The rule `mean` for one part: weighted, each update clipped to `clip_ratio` x the median norm. [values of the part]"""
+    scales = merge.clip_scales([merge.norm(vector) for vector in decoded], clip_ratio)
+    return merge.weighted_mean(decoded, weights, scales)

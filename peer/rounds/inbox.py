@@ -1,0 +1,146 @@
+"""Receiving: every message is verified, then goes to the round that it belongs to; early ones wait, bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from peer.rounds.values import BallotNumber as Number
+from peer.rounds.values import (
+    CommitArrived,
+    ComplaintArrived,
+    Completed,
+    Event,
+    ProposalArrived,
+    ProposalFacts,
+    SealArrived,
+    SealReplyArrived,
+    SpanArrived,
+)
+from peer.rounds.wire import Checker, ResultFacts
+from swarm.errors import Rejected
+from swarm.messages import open_signed
+from swarm.rpc.v1.peer_pb2 import Delivery
+from swarm.rpc.v1.signed_pb2 import Complaint, Seal
+
+ROUNDS_AHEAD = 3
+EVENTS_PER_ROUND = 2048
+RESULTS_KEPT_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A verified event of a round. `base_root` is what its commit started from."""
+
+    round_index: int
+    sender: str
+    event: Event
+    base_root: bytes | None = None
+
+
+def read_delivery(checker: Checker, delivery: Delivery) -> list[Arrival]:
+    """Verify one delivery. Results are not events of the machine alone; see `Inbox.results`. Raises `Rejected`."""
+    match delivery.WhichOneof("body"):
+        case "commit":
+            return [_commit(checker, delivery)]
+        case "proposal":
+            return _proposal(checker, delivery)
+        case "merged_span":
+            round_index, span = checker.span(delivery.merged_span)
+            return [Arrival(round_index, span.reducer, SpanArrived(span))]
+        case "seal":
+            message = open_signed(delivery.seal, Seal, run_id=checker.run_id)
+            ballot = Number(message.ballot.term, message.ballot.amendment)
+            return [Arrival(message.round, delivery.seal.signer, SealArrived(delivery.seal.signer, ballot))]
+        case "seal_reply":
+            round_index, reply = checker.seal_reply(delivery.seal_reply)
+            return [Arrival(round_index, reply.peer, SealReplyArrived(reply))]
+        case "complaint":
+            complaint = open_signed(delivery.complaint, Complaint, run_id=checker.run_id)
+            sender = delivery.complaint.signer
+            event = ComplaintArrived(sender, complaint.about[:64], complaint.reason[:32])
+            return [Arrival(complaint.round, sender, event)]
+        case _:
+            raise Rejected("malformed", "empty delivery")
+
+
+def _commit(checker: Checker, delivery: Delivery) -> Arrival:
+    round_index, base_root, facts = checker.commit(delivery.commit)
+    return Arrival(round_index, facts.peer, CommitArrived(facts), base_root)
+
+
+def _proposal(checker: Checker, delivery: Delivery) -> list[Arrival]:
+    round_index, proposal = checker.proposal(delivery.proposal.proposal)
+    arrivals = []
+    for announced in delivery.proposal.commits[:64]:
+        commit_round, base_root, facts = checker.commit(announced)
+        arrivals.append(Arrival(commit_round, facts.peer, CommitArrived(facts), base_root))
+    arrivals.append(Arrival(round_index, proposal.leader, ProposalArrived(proposal)))
+    return arrivals
+
+
+@dataclass
+class Inbox:
+    """What has arrived for the current round and the next few, and the results of the last few."""
+
+    current: int = 0
+    _waiting: dict[int, list[Arrival]] = field(default_factory=dict)
+    _results: dict[int, dict[str, ResultFacts]] = field(default_factory=dict)
+    _latest: dict[str, int] = field(default_factory=dict)
+
+    def add(self, arrival: Arrival) -> None:
+        """Keep an event for its round. Raises `Rejected` for rounds that are over or too far ahead."""
+        self._latest[arrival.sender] = max(arrival.round_index, self._latest.get(arrival.sender, 0))
+        if arrival.round_index < self.current:
+            raise Rejected("stale", f"round {self.current} is on", arrival.sender)
+        if arrival.round_index > self.current + ROUNDS_AHEAD:
+            raise Rejected("too_early", f"round {self.current} is on", arrival.sender)
+        events = self._waiting.setdefault(arrival.round_index, [])
+        if len(events) >= EVENTS_PER_ROUND:
+            raise Rejected("busy", "too many messages for one round", arrival.sender)
+        events.append(arrival)
+
+    def add_result(self, result: ResultFacts) -> Completed | None:
+        """Keep a result; the event for the machine if it is new. Raises `Rejected` for a second, different one."""
+        self._latest[result.peer] = max(result.round_index + 1, self._latest.get(result.peer, 0))
+        if result.round_index + RESULTS_KEPT_ROUNDS < self.current:
+            raise Rejected("stale", "result", result.peer)
+        if result.round_index > self.current + ROUNDS_AHEAD + RESULTS_KEPT_ROUNDS:
+            raise Rejected("too_early", "result", result.peer)
+        results = self._results.setdefault(result.round_index, {})
+        if result.peer in results:
+            if results[result.peer].root != result.root:
+                results[result.peer] = result
+            return None
+        results[result.peer] = result
+        return Completed(result.peer, result.proposal_hash)
+
+    def events_of(self, round_index: int) -> list[Arrival]:
+        """Everything that has arrived for a round, in order."""
+        return list(self._waiting.get(round_index, []))
+
+    def results(self, round_index: int) -> Mapping[str, ResultFacts]:
+        """The results of a round by peer."""
+        return self._results.get(round_index, {})
+
+    def proposal(self, round_index: int, wanted: Callable[[ProposalFacts], bool]) -> ProposalFacts | None:
+        """The highest ballot's proposal of a round that is `wanted`."""
+        found = [
+            arrival.event.proposal
+            for arrival in self._waiting.get(round_index, [])
+            if isinstance(arrival.event, ProposalArrived) and wanted(arrival.event.proposal)
+        ]
+        return max(found, key=lambda proposal: proposal.ballot, default=None)
+
+    def ahead(self, round_index: int) -> frozenset[str]:
+        """Peers that have spoken of a round after `round_index`."""
+        return frozenset(peer for peer, latest in self._latest.items() if latest > round_index)
+
+    def advance(self, round_index: int) -> None:
+        """Forget everything of rounds before `round_index`, and results that nobody asks for any more."""
+        self.current = round_index
+        self._waiting = {index: events for index, events in self._waiting.items() if index >= round_index}
+        oldest = round_index - RESULTS_KEPT_ROUNDS
+        self._results = {index: results for index, results in self._results.items() if index >= oldest}
+        if len(self._latest) > 4096:
+            self._latest = {peer: latest for peer, latest in self._latest.items() if latest >= round_index}

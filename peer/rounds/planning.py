@@ -1,0 +1,111 @@
+"""Pure decisions of a leader, which every peer can recompute: rotation, quorum, spans, quotas, grace."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+from peer.rounds.values import CommitFacts, RosterMember
+
+QUOTA_CHANGE_IGNORED = 0.15
+SLOWEST_SHARE = 1 / 16
+
+
+def leader_of(run_id: bytes, round_index: int, roster: Sequence[str], term: int) -> str:
+    """The leader of a term: a rotation over the sorted roster from a start that the round's hash gives."""
+    start = int.from_bytes(hashlib.blake2b(run_id + round_index.to_bytes(8, "big"), digest_size=8).digest(), "big")
+    return roster[(start + term) % len(roster)]
+
+
+def quorum_of(roster_size: int) -> int:
+    """The majority that must be present for a round to go on without the coordinator's grant."""
+    return roster_size // 2 + 1
+
+
+def roster_hash(roster: Sequence[RosterMember]) -> bytes:
+    """BLAKE2b-256 over the members and their quotas."""
+    text = "\n".join(f"{member.peer} {member.quota}" for member in roster)
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
+def spans_of(part_count: int, uploads: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Cut the parts into one span per reducer, proportional to upload bandwidth (bytes per second, 0 = unknown).
+
+    Largest remainders, ties by peer id; the spans follow each other in the order of peer ids. An unknown bandwidth counts as the
+    median of the known ones.
+    """
+    peers = sorted(uploads)
+    known = [rate for rate in uploads.values() if rate > 0]
+    middle = int(statistics.median(known)) if known else 1
+    rates = {peer: uploads[peer] or middle for peer in peers}
+    total = sum(rates.values())
+    shares = {peer: part_count * rates[peer] // total for peer in peers}
+    rest = sorted(peers, key=lambda peer: (-(part_count * rates[peer] % total), peer))
+    for peer in rest[: part_count - sum(shares.values())]:
+        shares[peer] += 1
+    spans, first = {}, 0
+    for peer in peers:
+        spans[peer] = (first, shares[peer])
+        first += shares[peer]
+    return spans
+
+
+def quotas_of(
+    members: Sequence[str],
+    previous: Mapping[str, int],
+    commits: Mapping[str, CommitFacts],
+    full_quota: int,
+    shared: bool,
+    scale_to_speed: bool,
+) -> dict[str, int]:
+    """The work of each member in the next round.
+
+    `shared`: the quotas add up to `full_quota` (`sync`: the target batch); otherwise `full_quota` is what the fastest gets
+    (`diloco`: inner steps). A member whose speed is not known gets the slowest known share; one that was given work and came too
+    late gets half of what it had.
+    """
+    if not scale_to_speed:
+        equal = max(1, full_quota // len(members)) if shared else full_quota
+        return _exact_sum(dict.fromkeys(members, equal), full_quota) if shared else dict.fromkeys(members, equal)
+    speeds = {
+        peer: previous[peer] / commit.seconds
+        for peer, commit in commits.items()
+        if peer in previous and commit.weight and commit.seconds > 0
+    }
+    fastest = max(speeds.values(), default=1.0)
+    slowest = min(speeds.values(), default=1.0)
+    for peer in members:
+        if peer not in speeds:
+            late = peer in previous and peer not in commits
+            speeds[peer] = fastest * previous[peer] / full_quota / 2 if late and not shared else slowest
+    if shared:
+        total = sum(speeds[peer] for peer in members)
+        return _exact_sum({peer: max(1, int(full_quota * speeds[peer] / total)) for peer in members}, full_quota)
+    least = max(1, int(full_quota * SLOWEST_SHARE))
+    wanted = {peer: min(full_quota, max(least, round(full_quota * speeds[peer] / fastest))) for peer in members}
+    return {peer: _steady(previous.get(peer), quota) for peer, quota in wanted.items()}
+
+
+def grace_of(lateness_s: Sequence[float], floor_s: float, mads: float) -> float:
+    """How long a late peer is waited for once a quorum has committed: median + k x MAD of recent lateness, in seconds."""
+    if not lateness_s:
+        return 10 * floor_s
+    middle = statistics.median(lateness_s)
+    spread = statistics.median(abs(value - middle) for value in lateness_s)
+    return max(floor_s, middle + mads * spread)
+
+
+def _steady(previous: int | None, wanted: int) -> int:
+    """Ignore small changes, so that noise in the speeds doesn't move the quotas."""
+    if previous and abs(wanted - previous) <= QUOTA_CHANGE_IGNORED * previous:
+        return previous
+    return wanted
+
+
+def _exact_sum(quotas: dict[str, int], total: int) -> dict[str, int]:
+    """Hand out what rounding left over, one each in the order of peer ids."""
+    left = total - sum(quotas.values())
+    for peer in sorted(quotas)[: max(0, left)]:
+        quotas[peer] += 1
+    return quotas

@@ -1,0 +1,424 @@
+"""One round, carried out: it feeds events to the state machine and performs the actions that follow.
+
+Everything that can fail is a task whose outcome comes back as an event; nothing here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+
+from peer.admissions import Admissions
+from peer.codec import Codec, Vector
+from peer.network.node import PeerFailure, Unreachable
+from peer.network.transfer import Transfer
+from peer.rounds import machine
+from peer.rounds.exchange import Exchange
+from peer.rounds.planning import roster_hash
+from peer.rounds.post import Post
+from peer.rounds.values import (
+    Action,
+    BallotNumber,
+    CommitFacts,
+    Complain,
+    Complete,
+    Event,
+    FetchFailed,
+    FetchSpan,
+    ForwardDecision,
+    GrantArrived,
+    PeerAlive,
+    PeerLost,
+    Probe,
+    ProposalArrived,
+    ProposalFacts,
+    Propose,
+    Reduce,
+    Reduced,
+    Refuse,
+    RequestGrant,
+    ResendProposal,
+    SendCommit,
+    SendSeal,
+    SendSealReply,
+    SpanFacts,
+    SpanFetched,
+    Tick,
+    Trained,
+)
+from peer.rounds.wire import Checker, build_proposal
+from swarm.clock import Clock
+from swarm.errors import Rejected
+from swarm.identity import Identity
+from swarm.manifest import Manifest
+from swarm.merkle import root_of
+from swarm.messages import seal
+from swarm.rpc.v1.peer_pb2 import AnnouncedProposal, Delivery
+from swarm.rpc.v1.signed_pb2 import (
+    AnnouncedCommit,
+    Ballot,
+    Commit,
+    Complaint,
+    MergedSpan,
+    Seal,
+    SealReply,
+    Signed,
+)
+
+TICK_S = 0.1
+QUEUE_LIMIT = 8192
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What training gave: the update, [parameters], with its weight in samples; None for a zero update."""
+
+    update: Vector | None
+    weight: int
+    loss: float
+    seconds: float
+
+
+class Observer(Protocol):
+    """Who is told what happens: metrics and the status."""
+
+    def refused(self, sender: str, reason: str) -> None:
+        """A message was rejected."""
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A part of the round took this long."""
+
+    def state(self, reason: str) -> None:
+        """What the peer is doing now, as a reason code."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a round works with."""
+
+    manifest: Manifest
+    identity: Identity
+    checker: Checker
+    admissions: Admissions
+    post: Post
+    transfer: Transfer
+    codec: Codec
+    pool: ThreadPoolExecutor
+    observer: Observer
+    clock: Clock
+    ask_grant: Callable[[machine.RoundSetup, tuple[str, ...]], Awaitable[Signed | None]]
+
+
+@dataclass
+class RoundRun:
+    """A round in progress, and afterwards its record: it goes on answering for the round until the next one is done."""
+
+    services: Services
+    setup: machine.RoundSetup
+    is_leaving: Callable[[], bool]
+    state: machine.RoundState = field(init=False)
+    exchange: Exchange = field(init=False)
+    commit: Signed | None = None
+    leaving: bool = False
+    train_started_s: float = 0.0
+    committed_s: float = 0.0
+    accepted_s: float = 0.0
+    _events: asyncio.Queue[Event] = field(init=False)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _bulk: set[asyncio.Task[Any]] = field(default_factory=set)
+    _fetching: set[tuple[bytes, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        services = self.services
+        self._events = asyncio.Queue(QUEUE_LIMIT)
+        self.state = machine.begin(self.setup, services.clock.monotonic_s())
+        self.exchange = Exchange(
+            self.setup.round_index,
+            self.setup.me,
+            services.codec,
+            services.transfer,
+            services.pool,
+            services.manifest.merge.clip_ratio,
+        )
+
+    @property
+    def round_index(self) -> int:
+        """The round's number."""
+        return self.setup.round_index
+
+    def put(self, event: Event) -> None:
+        """Hand over an event; a full queue drops it, since every message that matters is repeated or asked for."""
+        with contextlib.suppress(asyncio.QueueFull):
+            self._events.put_nowait(event)
+
+    async def contribute(self, contribution: Contribution) -> None:
+        """Encode what training gave, sign the commit and hand it to the machine."""
+        started = self.services.clock.monotonic_s()
+        hashes: tuple[bytes, ...] = ()
+        if contribution.update is not None and contribution.weight:
+            hashes = await self.exchange.publish(contribution.update)
+        self.services.observer.phase("encode", self.services.clock.monotonic_s() - started)
+        self.leaving = self.is_leaving()
+        announced = self._sign_commit(contribution, hashes)
+        self.commit = announced.commit
+        self.committed_s = self.services.clock.monotonic_s()
+        _, _, facts = self.services.checker.commit(announced)
+        self.put(Trained(facts))
+
+    async def run(self) -> ProposalFacts:
+        """Take part until every merged part is here; the proposal that made the round."""
+        while True:
+            event: Event
+            try:
+                event = await asyncio.wait_for(self._events.get(), TICK_S)
+            except TimeoutError:
+                event = Tick()
+            done = self._step(event)
+            if done is not None:
+                return done
+
+    def answer(self, event: Event) -> None:
+        """Take an event after the round is over: late seals and complaints still get their answer."""
+        self._step(event)
+
+    async def close(self) -> None:
+        """Cancel everything that is still under way."""
+        for task in [*self._tasks, *self._bulk]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._bulk, return_exceptions=True)
+
+    def _step(self, event: Event) -> ProposalFacts | None:
+        before = self.state.accepted
+        self.state, actions = machine.step(self.state, event, self.services.clock.monotonic_s())
+        accepted = self.state.accepted
+        if accepted is not None and accepted is not before:
+            self.accepted_s = self.services.clock.monotonic_s()
+            self.exchange.begin(accepted.proposal_hash)
+            self._abandon_bulk()
+        done = None
+        for action in actions:
+            if isinstance(action, Complete):
+                done = action.proposal
+            else:
+                self._perform(action)
+        return done
+
+    def _abandon_bulk(self) -> None:
+        for task in self._bulk:
+            task.cancel()
+        self._fetching.clear()
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case SendCommit(commit):
+                self._to_roster(Delivery(commit=commit.signed))
+            case Propose():
+                self._propose(action)
+            case ResendProposal(to):
+                self._resend(to)
+            case SendSeal(ballot, reason):
+                log.info("round_sealed", round=self.round_index, term=ballot.term, amendment=ballot.amendment, reason=reason)
+                message = Seal(run_id=self.setup.run_id, round=self.round_index, ballot=_ballot(ballot), reason=reason)
+                self._to_roster(Delivery(seal=seal(self.services.identity, message)))
+            case SendSealReply(to, ballot):
+                self.services.post.send([to], Delivery(seal_reply=seal(self.services.identity, self._seal_reply(ballot))))
+            case ForwardDecision(reply):
+                self._to_roster(Delivery(seal_reply=reply.signed))
+            case Reduce(proposal):
+                self._run_bulk(self._reduce(proposal))
+            case FetchSpan(span, sources):
+                self._fetch_span(span, sources)
+            case Complain(leader, about, reason):
+                self._complain(leader, about, reason)
+            case Probe(peer):
+                self._run(self._probe(peer))
+            case RequestGrant(present):
+                self._run(self._request_grant(present))
+            case Refuse(sender, reason):
+                self.services.observer.refused(sender, reason)
+            case Complete():
+                pass
+
+    # --- messages -------------------------------------------------------------------------------------------------------
+
+    def _sign_commit(self, contribution: Contribution, hashes: tuple[bytes, ...]) -> AnnouncedCommit:
+        manifest = self.services.manifest
+        message = Commit(
+            run_id=self.setup.run_id,
+            round=self.round_index,
+            base_root=self.setup.base_root,
+            weight=contribution.weight if hashes else 0,
+            tokens=(contribution.weight if hashes else 0) * manifest.data.sequence_length,
+            codec=manifest.codec.kind,
+            parts_root=root_of(hashes) if hashes else b"",
+            part_count=len(hashes),
+            payload_bytes=0,
+            loss=contribution.loss,
+            train_seconds=contribution.seconds,
+            upload_bytes_per_s=int(self.services.transfer.upload_meter.bytes_per_s),
+            leaving=self.leaving,
+        )
+        return AnnouncedCommit(commit=seal(self.services.identity, message), part_hashes=b"".join(hashes))
+
+    def _propose(self, action: Propose) -> None:
+        services = self.services
+        joiners = [services.admissions.token(peer) for peer in action.joiners]
+        message = build_proposal(
+            run_id=self.setup.run_id,
+            round_index=self.round_index,
+            base_root=self.setup.base_root,
+            ballot=action.ballot,
+            commits=action.commits,
+            next_roster=action.next_roster,
+            roster=roster_hash(self.setup.roster),
+            grant=self.state.grant,
+            admissions=[token for token in joiners if token is not None],
+        )
+        signed = seal(services.identity, message)
+        announced = AnnouncedProposal(proposal=signed, commits=[item.signed for item in action.forward])
+        services.post.send({*self.setup.others, *action.joiners}, Delivery(proposal=announced))
+        _, facts = services.checker.proposal(signed)
+        self.put(ProposalArrived(facts))
+
+    def _resend(self, to: str) -> None:
+        proposal = self.state.accepted
+        if proposal is None:
+            return
+        commits = [self.state.commits[item.peer].signed for item in proposal.commits if item.peer in self.state.commits]
+        announced = AnnouncedProposal(proposal=proposal.signed, commits=commits)
+        self.services.post.send([to], Delivery(proposal=announced))
+
+    def _seal_reply(self, ballot: BallotNumber) -> SealReply:
+        state = self.state
+        holds = [peer for peer, commit in state.commits.items() if self._holds(commit)] if self.setup.all_gather else []
+        complete = state.complete
+        return SealReply(
+            run_id=self.setup.run_id,
+            round=self.round_index,
+            ballot=_ballot(ballot),
+            accepted=state.accepted.signed if state.accepted is not None else None,
+            complete=complete,
+            commits=[commit.signed for commit in state.commits.values()],
+            spans=[span.signed for span in state.spans.values() if span.signed is not None] if complete else [],
+            holds=holds,
+        )
+
+    def _holds(self, commit: CommitFacts) -> bool:
+        return bool(commit.weight) and not self.services.transfer.store.missing(commit.part_hashes)
+
+    def _complain(self, leader: str, about: str, reason: str) -> None:
+        proposal = self.state.accepted
+        log.info("complaint", round=self.round_index, about=about, reason=reason)
+        message = Complaint(
+            run_id=self.setup.run_id,
+            round=self.round_index,
+            proposal_hash=proposal.proposal_hash if proposal is not None else b"",
+            about=about,
+            reason=reason,
+        )
+        self.services.post.send([leader], Delivery(complaint=seal(self.services.identity, message)))
+
+    def _to_roster(self, delivery: Delivery) -> None:
+        self.services.post.send(self.setup.others, delivery)
+
+    # --- bulk work ------------------------------------------------------------------------------------------------------
+
+    async def _reduce(self, proposal: ProposalFacts) -> None:
+        mine = proposal.included(self.setup.me)
+        everything = self.setup.all_gather
+        first, count = (0, self.setup.part_count) if everything or mine is None else (mine.first_part, mine.part_span)
+        started = self.services.clock.monotonic_s()
+        commits = dict(self.state.commits)
+        try:
+            parts = range(first, first + count)
+            hashes = await self.exchange.reduce(proposal, commits, parts, publish=not everything)
+        except (PeerFailure, Rejected) as error:
+            self._fetch_failed(proposal.proposal_hash, error, merged=False)
+            return
+        self.services.observer.phase("merge", self.services.clock.monotonic_s() - started)
+        span = SpanFacts(self.setup.me, proposal.proposal_hash, first, hashes)
+        if not everything:
+            message = MergedSpan(
+                run_id=self.setup.run_id,
+                round=self.round_index,
+                proposal_hash=proposal.proposal_hash,
+                first_part=first,
+                part_hashes=list(hashes),
+            )
+            signed = seal(self.services.identity, message)
+            span = SpanFacts(self.setup.me, proposal.proposal_hash, first, hashes, signed)
+            self._to_roster(Delivery(merged_span=signed))
+        self.put(Reduced(span))
+
+    def _fetch_span(self, span: SpanFacts, sources: tuple[str, ...]) -> None:
+        key = (span.proposal_hash, span.reducer)
+        if key not in self._fetching and span.reducer not in self.state.fetched:
+            self._fetching.add(key)
+            self._run_bulk(self._fetch_span_from(span, sources, key))
+
+    async def _fetch_span_from(self, span: SpanFacts, sources: tuple[str, ...], key: tuple[bytes, str]) -> None:
+        failure: PeerFailure | Rejected | None = None
+        for source in sources:
+            try:
+                await self.exchange.fetch_span(span, source)
+            except (PeerFailure, Rejected) as error:
+                failure = error
+                continue
+            self.put(SpanFetched(span.proposal_hash, span.reducer))
+            return
+        self._fetching.discard(key)
+        if failure is not None:
+            self._fetch_failed(span.proposal_hash, failure, merged=True, peer=span.reducer)
+
+    def _fetch_failed(self, proposal_hash: bytes, error: PeerFailure | Rejected, *, merged: bool, peer: str = "") -> None:
+        reason = error.reason
+        about = peer or (error.sender if isinstance(error, Rejected) else error.peer)
+        log.info("fetch_failed", round=self.round_index, peer=about, reason=reason, merged=merged)
+        if isinstance(error, Rejected):
+            self.services.observer.refused(about, reason)
+        self.put(FetchFailed(proposal_hash, about, merged, reason))
+
+    # --- probes and grants ----------------------------------------------------------------------------------------------
+
+    async def _probe(self, peer: str) -> None:
+        try:
+            if await self.services.post.ping(peer):
+                self.put(PeerAlive(peer))
+        except Unreachable:
+            self.put(PeerLost(peer))
+
+    async def _request_grant(self, present: tuple[str, ...]) -> None:
+        self.services.observer.state("no_quorum")
+        grant = await self.services.ask_grant(self.setup, present)
+        if grant is not None:
+            self.put(GrantArrived(grant))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._track(self._tasks, work)
+
+    def _run_bulk(self, work: Coroutine[Any, Any, None]) -> None:
+        self._track(self._bulk, work)
+
+    @staticmethod
+    def _track(group: set[asyncio.Task[Any]], work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        group.add(task)
+        task.add_done_callback(lambda done: _finish(group, done))
+
+
+def _finish(group: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
+    group.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        log.error("round_task_failed", exc_info=task.exception())
+
+
+def _ballot(ballot: BallotNumber) -> Ballot:
+    return Ballot(term=ballot.term, amendment=ballot.amendment)

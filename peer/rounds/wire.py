@@ -1,0 +1,244 @@
+"""Between the wire and the decisions: signed messages become verified facts, and facts become messages to sign.
+
+Everything that a stranger sends passes here once: size, signature, run, author's admission, ranges, and hashes that must fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from peer.rounds.values import (
+    BallotNumber,
+    CommitFacts,
+    IncludedCommit,
+    ProposalFacts,
+    RosterMember,
+    SealReplyFacts,
+    SpanFacts,
+)
+from swarm.errors import Rejected
+from swarm.manifest import DiLoCo, Manifest, Sync
+from swarm.merkle import HASH_BYTES, root_of
+from swarm.messages import open_signed, payload_hash, split_hashes
+from swarm.rpc.v1.signed_pb2 import (
+    AnnouncedCommit,
+    Ballot,
+    Commit,
+    CommitReference,
+    Grant,
+    Member,
+    MergedSpan,
+    Proposal,
+    Result,
+    SealReply,
+    Signed,
+)
+
+MAX_QUOTA = 1 << 30
+
+
+@dataclass(frozen=True)
+class ResultFacts:
+    """A peer's signed statement of the state that it holds after a round."""
+
+    peer: str
+    round_index: int
+    proposal_hash: bytes
+    root: bytes
+    size_bytes: int
+    tokens_total: int
+    signed: Signed
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Opens messages of one run. `is_admitted(peer, token)` decides who may speak; `coordinator` signs grants."""
+
+    manifest: Manifest
+    run_id: bytes
+    coordinator: str
+    part_count: int
+    is_admitted: Callable[[str], bool]
+
+    @property
+    def weight_limit(self) -> int:
+        """The most samples that one commit may claim."""
+        return weight_limit(self.manifest)
+
+    def commit(self, announced: AnnouncedCommit) -> tuple[int, bytes, CommitFacts]:
+        """Round, base root and facts of a commit. Raises `Rejected`."""
+        signed = announced.commit
+        commit = open_signed(signed, Commit, run_id=self.run_id)
+        self._admitted(signed.signer)
+        hashes = tuple(split_hashes(announced.part_hashes)) if commit.weight else ()
+        problems = (
+            ("bad_weight", commit.weight <= self.weight_limit),
+            ("bad_tokens", commit.tokens == commit.weight * self.manifest.data.sequence_length),
+            ("bad_numbers", math.isfinite(commit.loss) and math.isfinite(commit.train_seconds) and commit.train_seconds >= 0),
+            ("wrong_codec", commit.codec == self.manifest.codec.kind),
+            ("wrong_parts", len(hashes) == commit.part_count == (self.part_count if commit.weight else 0)),
+            ("wrong_parts", not commit.weight or root_of(hashes) == commit.parts_root),
+            ("wrong_base", len(commit.base_root) == HASH_BYTES),
+        )
+        _require(problems, signed.signer)
+        facts = CommitFacts(
+            peer=signed.signer,
+            commit_hash=payload_hash(signed),
+            weight=commit.weight,
+            part_hashes=hashes,
+            seconds=commit.train_seconds,
+            upload_bytes_per_s=min(commit.upload_bytes_per_s, 1 << 40),
+            leaving=commit.leaving,
+            loss=commit.loss,
+            signed=announced,
+        )
+        return commit.round, commit.base_root, facts
+
+    def proposal(self, signed: Signed) -> tuple[int, ProposalFacts]:
+        """Round and facts of a proposal. Raises `Rejected`."""
+        proposal = open_signed(signed, Proposal, run_id=self.run_id)
+        self._admitted(signed.signer)
+        grant = proposal.HasField("grant") and self._grant_fits(proposal)
+        members = tuple(RosterMember(member.peer_id, member.quota) for member in proposal.next_roster)
+        _require(
+            (
+                ("roster_too_large", len(members) <= self.manifest.rounds.max_peers and len(proposal.commits) <= 64),
+                ("bad_quota", all(0 < member.quota <= MAX_QUOTA for member in members)),
+                ("bad_weight", all(item.weight <= self.weight_limit for item in proposal.commits)),
+                ("wrong_spans", all(item.first_part + item.part_span <= self.part_count for item in proposal.commits)),
+            ),
+            signed.signer,
+        )
+        commits = tuple(
+            IncludedCommit(item.peer_id, item.commit_hash, item.weight, item.first_part, item.part_span)
+            for item in proposal.commits
+        )
+        facts = ProposalFacts(
+            proposal_hash=payload_hash(signed),
+            ballot=BallotNumber(proposal.ballot.term, proposal.ballot.amendment),
+            leader=signed.signer,
+            base_root=proposal.base_root,
+            commits=commits,
+            next_roster=members,
+            grant=grant,
+            signed=signed,
+        )
+        return proposal.round, facts
+
+    def span(self, signed: Signed) -> tuple[int, SpanFacts]:
+        """Round and facts of a reducer's merged span. Raises `Rejected`."""
+        span = open_signed(signed, MergedSpan, run_id=self.run_id)
+        self._admitted(signed.signer)
+        hashes = tuple(span.part_hashes)
+        fits = span.first_part + len(hashes) <= self.part_count and all(len(name) == HASH_BYTES for name in hashes)
+        _require((("wrong_spans", fits),), signed.signer)
+        return span.round, SpanFacts(signed.signer, span.proposal_hash, span.first_part, hashes, signed)
+
+    def result(self, signed: Signed) -> ResultFacts:
+        """Facts of a result. Raises `Rejected`."""
+        result = open_signed(signed, Result, run_id=self.run_id)
+        self._admitted(signed.signer)
+        _require((("bad_root", len(result.state.root) == HASH_BYTES),), signed.signer)
+        return ResultFacts(
+            signed.signer,
+            result.round,
+            result.proposal_hash,
+            result.state.root,
+            result.state.size_bytes,
+            result.tokens_total,
+            signed,
+        )
+
+    def seal_reply(self, signed: Signed) -> tuple[int, SealReplyFacts]:
+        """Round and facts of a seal reply, everything inside it checked too. Raises `Rejected`."""
+        reply = open_signed(signed, SealReply, run_id=self.run_id)
+        self._admitted(signed.signer)
+        _require((("too_many", len(reply.commits) <= 64 and len(reply.spans) <= 64),), signed.signer)
+        accepted = None
+        if reply.HasField("accepted"):
+            round_index, accepted = self.proposal(reply.accepted)
+            _require((("wrong_round", round_index == reply.round),), signed.signer)
+        commits = [self.commit(item) for item in reply.commits]
+        spans = [self.span(item) for item in reply.spans]
+        _require((("wrong_round", all(item[0] == reply.round for item in [*commits, *spans])),), signed.signer)
+        facts = SealReplyFacts(
+            peer=signed.signer,
+            ballot=BallotNumber(reply.ballot.term, reply.ballot.amendment),
+            accepted=accepted,
+            complete=reply.complete,
+            commits=tuple(item[2] for item in commits),
+            spans=tuple(item[1] for item in spans),
+            holds=frozenset(reply.holds),
+            signed=signed,
+        )
+        return reply.round, facts
+
+    def _grant_fits(self, proposal: Proposal) -> bool:
+        grant = open_signed(proposal.grant, Grant, signer=self.coordinator, run_id=self.run_id)
+        present = {item.peer_id for item in proposal.commits}
+        return grant.round == proposal.round and grant.base_root == proposal.base_root and present <= set(grant.present)
+
+    def _admitted(self, peer: str) -> None:
+        if not self.is_admitted(peer):
+            raise Rejected("not_admitted", "", peer)
+
+
+def weight_limit(manifest: Manifest) -> int:
+    """The most samples that the strategy gives one peer in one round."""
+    match manifest.strategy:
+        case Sync(batch_samples=samples):
+            return samples
+        case DiLoCo(inner_steps=steps, batch_samples=samples):
+            return steps * samples
+
+
+def full_quota(manifest: Manifest) -> int:
+    """The work of a round: the target batch in samples (`sync`) or the inner steps of the fastest peer (`diloco`)."""
+    match manifest.strategy:
+        case Sync(batch_samples=samples):
+            return samples
+        case DiLoCo(inner_steps=steps):
+            return steps
+
+
+def build_proposal(
+    *,
+    run_id: bytes,
+    round_index: int,
+    base_root: bytes,
+    ballot: BallotNumber,
+    commits: Iterable[IncludedCommit],
+    next_roster: Iterable[RosterMember],
+    roster: bytes,
+    grant: Signed | None,
+    admissions: Iterable[Signed],
+) -> Proposal:
+    """The message behind a leader's decision."""
+    return Proposal(
+        run_id=run_id,
+        round=round_index,
+        ballot=Ballot(term=ballot.term, amendment=ballot.amendment),
+        base_root=base_root,
+        commits=[
+            CommitReference(
+                peer_id=item.peer,
+                commit_hash=item.commit_hash,
+                weight=item.weight,
+                first_part=item.first_part,
+                part_span=item.part_span,
+            )
+            for item in commits
+        ],
+        next_roster=[Member(peer_id=member.peer, quota=member.quota) for member in next_roster],
+        grant=grant,
+        roster_hash=roster,
+        admissions=list(admissions),
+    )
+
+
+def _require(problems: Iterable[tuple[str, bool]], sender: str) -> None:
+    for reason, fine in problems:
+        if not fine:
+            raise Rejected(reason, "", sender)

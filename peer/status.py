@@ -1,0 +1,166 @@
+"""What a peer is doing, and why it isn't training: one list of reason codes, for status, log, metrics and dashboard."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from peer.metrics import PeerMetrics
+from peer.rounds.engine import RoundReport
+from swarm import __version__
+
+REASONS = {
+    "starting": "loading libraries and the model",
+    "connecting": "reaching the coordinator and other peers",
+    "fetching_data": "fetching the run's data from other peers",
+    "joining": "asking the roster to let us in",
+    "waiting_for_peers": "nobody to train with has answered yet",
+    "gathering": "the run begins when enough peers are there",
+    "downloading": "fetching the weights",
+    "following": "in the roster without work this round",
+    "training": "training",
+    "exchanging": "exchanging updates with the others",
+    "repairing": "our state differed from the majority's; fetching what differs",
+    "no_quorum": "too few of the roster can be reached to go on safely",
+    "paused": "paused by the user",
+    "finishing": "completing the round, then stopping",
+    "stopping": "stopping now",
+    "run_complete": "the run is over",
+    "disagreement": "our verified result differs from the majority's: alarm raised",
+    "failed": "stopped by an error",
+}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Status:
+    """The peer's present state and totals; also the rounds' observer."""
+
+    metrics: PeerMetrics
+    reason: str = "starting"
+    error: str = ""
+    round_index: int = 0
+    roster_size: int = 0
+    loss: float | None = None
+    tokens: int = 0
+    samples: int = 0
+    rounds_contributed: int = 0
+    rounds_followed: int = 0
+    tokens_per_s: float = 0.0
+    overhead_s: list[float] = field(default_factory=list)
+    first_loss: float | None = None
+    root: str = ""
+    tokens_total: int = 0
+    history: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.metrics.build.labels(version=__version__).set(1)
+        for reason in REASONS:
+            self.metrics.state.labels(state=reason).set(0)
+        for outcome in ("contributed", "followed", "missed"):
+            self.metrics.rounds.labels(outcome=outcome)
+        for outcome in ("accepted", "refused"):
+            self.metrics.reports.labels(outcome=outcome)
+        self.state(self.reason)
+
+    def state(self, reason: str) -> None:
+        """Change the reason code."""
+        self.metrics.state.labels(state=self.reason).set(0)
+        self.metrics.state.labels(state=reason).set(1)
+        if reason != self.reason:
+            log.info("state", reason=reason, round=self.round_index)
+        self.reason = reason
+
+    def refused(self, sender: str, reason: str) -> None:
+        """Count a message that broke a rule and name who sent it."""
+        self.metrics.rejected.labels(reason=reason).inc()
+        if reason != "stale":
+            log.warning("message_rejected", sender=sender, reason=reason)
+
+    def phase(self, name: str, seconds: float) -> None:
+        """A part of the round took this long."""
+        self.metrics.phase.labels(phase=name).observe(seconds)
+
+    def round_done(self, report: RoundReport) -> None:
+        """Take a finished round into the totals."""
+        sequence = report.tokens // max(1, sum(item.weight for item in report.proposal.commits))
+        outcome = "contributed" if report.weight else "followed"
+        self.metrics.rounds.labels(outcome=outcome).inc()
+        self.round_index, self.roster_size, self.root = report.round_index, report.roster_size, report.root.hex()
+        self.tokens_total = report.tokens_total
+        self.metrics.round.set(report.round_index)
+        self.metrics.roster_size.set(report.roster_size)
+        self.metrics.round_duration.observe(report.wall_s)
+        if report.weight:
+            tokens = report.weight * sequence
+            self.tokens, self.samples = self.tokens + tokens, self.samples + report.weight
+            self.rounds_contributed += 1
+            self.metrics.tokens.inc(tokens)
+            self.metrics.samples.inc(report.weight)
+        else:
+            self.rounds_followed += 1
+        if report.tokens:
+            self.metrics.round_overhead.observe(report.overhead_s)
+            self.overhead_s = [*self.overhead_s[-999:], report.overhead_s]
+            self.tokens_per_s = report.tokens / report.wall_s
+            self.loss = report.loss
+            self.first_loss = report.loss if self.first_loss is None else self.first_loss
+            self.metrics.train_loss.set(report.loss)
+        line = {
+            "round": report.round_index,
+            "root": report.root.hex(),
+            "roster_size": report.roster_size,
+            "weight": report.weight,
+            "tokens": report.tokens,
+            "tokens_total": report.tokens_total,
+            "loss": report.loss,
+            "wall_s": report.wall_s,
+            "overhead_s": report.overhead_s,
+        }
+        self._remember(line)
+        log.info(
+            "round_committed",
+            round=report.round_index,
+            roster=report.roster_size,
+            weight=report.weight,
+            tokens=report.tokens,
+            loss=round(report.loss, 4),
+            wall_s=round(report.wall_s, 3),
+            overhead_s=round(report.overhead_s, 3),
+            root=report.root.hex()[:12],
+        )
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        """Append the round to the history file; a full disk costs the line, nothing else."""
+        if self.history is None:
+            return
+        try:
+            with self.history.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning("history_not_written", error=error.strerror)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `swarm status --json`."""
+        return {
+            "state": self.reason,
+            "explanation": REASONS.get(self.reason, ""),
+            "error": self.error,
+            "round": self.round_index,
+            "roster_size": self.roster_size,
+            "loss": self.loss,
+            "loss_first": self.first_loss,
+            "tokens": self.tokens,
+            "tokens_total": self.tokens_total,
+            "tokens_per_s": self.tokens_per_s,
+            "rounds": self.rounds_contributed,
+            "rounds_followed": self.rounds_followed,
+            "round_overhead_s": self.overhead_s[-200:],
+            "state_root": self.root,
+            "version": __version__,
+        }

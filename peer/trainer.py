@@ -1,0 +1,440 @@
+"""Training in a round: from `theta` and an assignment of samples to an update. Plain synchronous code for a worker thread.
+
+It knows nothing of other peers: exchange, merge and the outer step are elsewhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from peer.batches import MAX_PROBE_SAMPLES, Plan, feed, grouped, halved, plan_for_host
+from peer.data import ShardReader, assignment_seed, sample_indices
+from peer.device import autocast_dtype, free_bytes
+from peer.model import FlatParameters, build_model
+from peer.optimizer import InnerOptimizer, lr_factor, make_inner
+from swarm import manifest
+from swarm.errors import OutOfMemory
+
+Vector = NDArray[np.float32]
+T = TypeVar("T")
+ShouldStop = Callable[[], str | None]
+
+NOT_FINITE = "non_finite"
+FIRST_LOSS_SCALE = 2.0**14
+MAX_SCALE_TRIALS = 24
+GPU_SHARE = 0.92
+OUT_OF_MEMORY_HINT = "close other programs that use the device, or join a run with a smaller model"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a round has come.
+
+    Samples done, out of `samples_total`; `loss` in nats per token is that of the micro-batch before.
+    """
+
+    samples: int
+    samples_total: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class TrainedUpdate:
+    """What a peer made in a round. `update`, [parameters], is the mean gradient (`sync`) or `theta - theta_local` (`diloco`).
+
+    Losses are in nats per token. `stopped` is the reason why it ended before its quota, `error` why it must not be sent
+    (then `update` is zero and `samples` 0). The samples used are the first `samples` positions of the peer's
+    assignment.
+    """
+
+    update: Vector
+    samples: int
+    tokens: int
+    loss_first: float
+    loss_mean: float
+    loss_last: float
+    seconds: float
+    steps: int = 0
+    skipped_steps: int = 0
+    stopped: str | None = None
+    error: str | None = None
+
+
+def never_stop() -> str | None:
+    """Train to the end of the quota."""
+    return None
+
+
+def ignore_progress(progress: Progress) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    run_id: str
+    round: int
+    peer_id: str
+    total: int
+
+
+@dataclass
+class _Run:
+    """What has been done of a round so far; losses stay on the device until somebody asks."""
+
+    assignment: _Assignment
+    quota_samples: int
+    should_stop: ShouldStop
+    progress: Callable[[Progress], None]
+    done: int = 0
+    losses: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    stopped: str | None = None
+    steps: int = 0
+    skipped_steps: int = 0
+
+    def note(self, loss: torch.Tensor, samples: int) -> None:
+        """Count a micro-batch and report the loss of the one before, which the device has finished."""
+        before = float(self.losses[-1][0]) if self.losses else None
+        self.losses.append((loss.detach(), samples))
+        self.done += samples
+        self.progress(Progress(self.done, self.quota_samples, before))
+
+    def mark(self) -> tuple[int, int]:
+        """A moment to return to with `rewind`."""
+        return self.done, len(self.losses)
+
+    def rewind(self, mark: tuple[int, int]) -> None:
+        """Forget what was done after `mark`."""
+        self.done = mark[0]
+        del self.losses[mark[1] :]
+
+
+class Trainer:
+    """Trains one model on one device. Not for several threads at once."""
+
+    def __init__(
+        self,
+        run: manifest.Manifest,
+        device: torch.device,
+        reader: ShardReader,
+        validation: ShardReader | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        self._manifest = run
+        self._device = device
+        self._reader = reader
+        self._validation = validation
+        self._dtype = autocast_dtype(device) if dtype is None else dtype
+        self._plan = None if micro_batch is None else Plan(micro_batch, checkpointing=False)
+        self._network: Any = None
+        self._flat: FlatParameters | None = None
+        self._inner: InnerOptimizer | None = None
+        self._kept_inner: list[dict[str, Any]] | None = None
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_LOSS_SCALE, enabled=self._dtype == torch.float16)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Samples per forward pass, once known."""
+        return self._plan.samples if self._plan else None
+
+    @property
+    def parameters(self) -> FlatParameters:
+        """The mapping to the flat vector."""
+        self._load()
+        return _present(self._flat)
+
+    def train_round(
+        self,
+        theta: Vector,
+        round_number: int,
+        peer_id: str,
+        quota: int,
+        tokens_so_far: int,
+        should_stop: ShouldStop = never_stop,
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> TrainedUpdate:
+        """Train from `theta`, [parameters]: `quota` samples in `sync`, `quota` inner steps in `diloco`.
+
+        `should_stop` is asked before every micro-batch and gives a reason to end early; only whole inner steps count.
+        Raises `OutOfMemory` when one sample doesn't fit, `DataInvalid` for bad data. Values that are not finite come
+        back as `error`.
+        """
+        started = time.monotonic()
+        strategy = self._manifest.strategy
+        samples = quota if isinstance(strategy, manifest.Sync) else quota * strategy.batch_samples
+        assignment = _Assignment(self._manifest.run_id, round_number, peer_id, len(self._reader))
+        run = _Run(assignment, samples, should_stop, progress)
+        with self._seeded(assignment):
+            self._prepare(theta)
+            match strategy:
+                case manifest.Sync():
+                    update = self._gradient_round(run)
+                case manifest.DiLoCo():
+                    update = self._inner_round(strategy, run, theta, tokens_so_far)
+        return self._report(run, update, time.monotonic() - started)
+
+    def evaluate(self, theta: Vector, max_samples: int | None = None) -> float:
+        """The mean loss in nats per token of the first `max_samples` validation samples (all by default)."""
+        if self._validation is None or not len(self._validation):
+            return math.nan
+        self._prepare(theta)
+        count = len(self._validation) if max_samples is None else min(max_samples, len(self._validation))
+        self._network.eval()
+        try:
+            return self._retried(lambda plan: self._evaluate(count, plan))
+        finally:
+            self._network.train()
+
+    def release(self) -> None:
+        """Free the model's and the device's memory; the inner optimizer's state is kept on the host for the next round."""
+        if self._inner is not None:
+            self._kept_inner = self._inner.state()
+        self._network = self._flat = self._inner = None
+        gc.collect()
+        self._empty_cache()
+
+    def _load(self) -> None:
+        if self._network is not None:
+            return
+        network = build_model(self._manifest.model)
+        try:
+            network = network.to(self._device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory("the model doesn't fit on the device", OUT_OF_MEMORY_HINT) from error
+        network.train()
+        self._network = network
+        self._flat = FlatParameters(network)
+        if isinstance(self._manifest.strategy, manifest.DiLoCo):
+            self._inner = make_inner(self._manifest.strategy.inner, network)
+            if self._kept_inner is not None:
+                self._inner.load_state(self._kept_inner)
+        if self._plan is not None:
+            self._use(self._plan)
+
+    def _prepare(self, theta: Vector) -> None:
+        self.parameters.write(self._network, theta)
+        self._zero_grad()
+        if self._plan is None:
+            self._use(self._find_plan())
+
+    def _use(self, plan: Plan) -> Plan:
+        if plan.checkpointing:
+            _recompute_activations(self._network)
+        self._plan = plan
+        return plan
+
+    def _find_plan(self) -> Plan:
+        if self._device.type == "cuda":
+            return self._probe()
+        plan = plan_for_host(self._network.config.get_text_config(), self._reader.sequence_length, free_bytes(self._device))
+        if plan is None:
+            raise OutOfMemory("this machine has too little free memory for one sample", OUT_OF_MEMORY_HINT)
+        return plan
+
+    def _probe(self) -> Plan:
+        """Double the micro-batch until the GPU is full; recompute activations if not even one sample fits."""
+        for checkpointing in (False, True):
+            plan = self._use(Plan(1, checkpointing))
+            fitting = 0
+            while plan.samples <= self._largest_useful() and self._fits(plan):
+                fitting, plan = plan.samples, Plan(plan.samples * 2, checkpointing)
+            if fitting:
+                return self._use(Plan(fitting, checkpointing))
+        raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
+
+    def _largest_useful(self) -> int:
+        return min(MAX_PROBE_SAMPLES, self._manifest.strategy.batch_samples)
+
+    def _fits(self, plan: Plan) -> bool:
+        """Whether a forward and a backward pass leave room for the inner optimizer's state."""
+        shape = (plan.samples, self._reader.sequence_length + 1)
+        try:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._backward(torch.zeros(shape, dtype=torch.int64, device=self._device), share=1.0)
+            room = free_bytes(self._device) + torch.cuda.memory_allocated(self._device)
+            needed = torch.cuda.max_memory_allocated(self._device) + self._missing_optimizer_bytes()
+            return needed <= GPU_SHARE * room
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self._zero_grad()
+            self._empty_cache()
+
+    def _missing_optimizer_bytes(self) -> int:
+        has_state = self._inner is None or any(part.state for part in self._inner.parts)
+        return 0 if has_state else 8 * self.parameters.size
+
+    def _gradient_round(self, run: _Run) -> Vector:
+        """The mean gradient over the quota's samples, or over those that were done."""
+        holder = torch.optim.SGD(self._network.parameters(), lr=0.0)
+        for _ in range(MAX_SCALE_TRIALS):
+            done = self._accumulate(run, 0, run.quota_samples)
+            if done == 0 or self._unscale(holder):
+                break
+            run.skipped_steps += 1
+            run.rewind((0, 0))
+        gradient = self.parameters.read_gradients(self._network)
+        self._zero_grad()
+        return gradient * np.float32(run.quota_samples / run.done) if 0 < run.done < run.quota_samples else gradient
+
+    def _unscale(self, holder: torch.optim.Optimizer) -> bool:
+        """Take the loss scale out of the gradients; False if they overflowed, and then the scale is halved."""
+        if not self._scaler.is_enabled():
+            return True
+        before = self._scaler.get_scale()
+        self._scaler.unscale_(holder)
+        self._scaler.step(holder)
+        self._scaler.update()
+        return self._scaler.get_scale() >= before
+
+    def _inner_round(self, strategy: manifest.DiLoCo, run: _Run, theta: Vector, tokens_so_far: int) -> Vector:
+        """`theta` minus where the inner steps lead."""
+        while run.done < run.quota_samples:
+            mark = run.mark()
+            if self._accumulate(run, run.done, strategy.batch_samples) < strategy.batch_samples:
+                run.rewind(mark)
+                self._zero_grad()
+                break
+            factor = lr_factor(strategy.schedule, tokens_so_far + run.done * self._reader.sequence_length)
+            run.skipped_steps += not self._inner_step(factor, strategy.clip_norm)
+            run.steps += 1
+        return theta - self.parameters.read(self._network)
+
+    def _inner_step(self, factor: float, clip_norm: float) -> bool:
+        """One optimizer step on the accumulated gradient; False if it was skipped because the gradient overflowed."""
+        inner = _present(self._inner)
+        before = self._scaler.get_scale()
+        inner.set_factor(factor)
+        for part in inner.parts:
+            self._scaler.unscale_(part)
+        nn.utils.clip_grad_norm_(self._network.parameters(), clip_norm)
+        for part in inner.parts:
+            self._scaler.step(part)
+        self._scaler.update()
+        inner.zero_grad()
+        return self._scaler.get_scale() >= before
+
+    def _accumulate(self, run: _Run, start: int, count: int) -> int:
+        """Add up the gradients of `count` samples from position `start` on, each with weight 1 / `count`.
+
+        Returns how many were done.
+        """
+        mark = run.mark()
+        place = run.assignment
+        indices = sample_indices(place.run_id, place.round, place.peer_id, start, count, place.total)
+
+        def attempt(plan: Plan) -> int:
+            run.rewind(mark)
+            self._zero_grad()
+            for batch in feed(self._reader, grouped(indices, plan.samples), self._device):
+                run.stopped = run.should_stop()
+                if run.stopped is not None:
+                    break
+                run.note(self._backward(batch, share=len(batch) / count), len(batch))
+            return run.done - mark[0]
+
+        return self._retried(attempt)
+
+    def _evaluate(self, count: int, plan: Plan) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for batch in feed(_present(self._validation), grouped(np.arange(count), plan.samples), self._device):
+                total += float(self._losses(batch).double().sum())
+        return total / (count * self._reader.sequence_length)
+
+    def _retried(self, attempt: Callable[[Plan], T]) -> T:
+        """What `attempt` gives, begun again with smaller micro-batches while the device's memory doesn't suffice."""
+        plan: Plan | None = _present(self._plan)
+        while plan is not None:
+            try:
+                return attempt(self._use(plan))
+            except RuntimeError as error:
+                if not _ran_out(error):
+                    raise
+                plan = halved(plan)
+            self._zero_grad()
+            self._empty_cache()
+        raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
+
+    def _backward(self, batch: torch.Tensor, share: float) -> torch.Tensor:
+        loss = self._losses(batch).mean()
+        torch.autograd.backward(self._scaler.scale(loss * share))
+        return loss
+
+    def _losses(self, batch: torch.Tensor) -> torch.Tensor:
+        """The loss of every token in nats, [samples, sequence_length], for ids [samples, sequence_length + 1]."""
+        with self._autocast():
+            logits = self._network(input_ids=batch[:, :-1], use_cache=False).logits
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        return losses.view(len(batch), -1)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    @contextmanager
+    def _seeded(self, assignment: _Assignment) -> Iterator[None]:
+        """Draw dropout masks from the assignment, so that a replay sees the same ones."""
+        seed = assignment_seed(assignment.run_id, assignment.round, assignment.peer_id)
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(seed[:8], "big"))
+            yield
+
+    def _zero_grad(self) -> None:
+        self._network.zero_grad(set_to_none=True)
+
+    def _empty_cache(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _report(self, run: _Run, update: Vector, seconds: float) -> TrainedUpdate:
+        losses = [(float(loss), samples) for loss, samples in run.losses]
+        finite = bool(np.isfinite(update).all()) and all(math.isfinite(loss) for loss, _ in losses)
+        samples = run.done if finite else 0
+        return TrainedUpdate(
+            update=update if finite and samples else np.zeros_like(update),
+            samples=samples,
+            tokens=samples * self._reader.sequence_length,
+            loss_first=losses[0][0] if losses else math.nan,
+            loss_mean=sum(loss * count for loss, count in losses) / run.done if run.done else math.nan,
+            loss_last=losses[-1][0] if losses else math.nan,
+            seconds=seconds,
+            steps=run.steps,
+            skipped_steps=run.skipped_steps,
+            stopped=run.stopped,
+            error=None if finite else NOT_FINITE,
+        )
+
+
+def _recompute_activations(network: Any) -> None:
+    """Switch on gradient checkpointing. Raises `OutOfMemory` for a model that can't, as it is only asked for in need."""
+    if not network.supports_gradient_checkpointing:
+        raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    """Whether torch found no memory; its CPU allocator says so with a plain `RuntimeError`."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _present(value: T | None) -> T:
+    """The value, which `_load` and `_prepare` have set."""
+    if value is None:
+        raise RuntimeError("the trainer is not prepared")
+    return value

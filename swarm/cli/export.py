@@ -1,0 +1,64 @@
+"""`swarm export`: the latest agreed weights as a directory that transformers loads with no extra code."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli.output import print_fields, print_json
+from swarm.config import PeerSettings, load
+from swarm.control import ask
+from swarm.errors import LinkError, NotRunning, Rejected, SwarmError
+from swarm.ledger import open_manifest
+from swarm.rpc.v1.coordinator_pb2 import GetRunResponse
+
+if TYPE_CHECKING:
+    from swarm.manifest import Manifest
+
+RUN_CACHE = "run.pb"
+
+
+def command(
+    to: Annotated[Path, typer.Option("--to", help="Directory to write; new or empty.")],
+    data_dir: Annotated[Path | None, typer.Option("--dir", help="The peer's folder, if it isn't the configured one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Write the trained model as safetensors, with tokenizer and model card.
+
+    A running peer is asked for its present weights first; otherwise its newest checkpoint is taken.
+
+    Example:
+
+      swarm export --to ./model
+    """
+    folder = load(PeerSettings, {"data_dir": data_dir}).data_dir
+    asyncio.run(_refresh(folder))
+    run = _read_run(folder / RUN_CACHE)
+    from peer.export import Provenance
+    from peer.outcome import FILES, export, newest_weights
+
+    snapshot = newest_weights(folder, run)
+    provenance = Provenance(snapshot.round, snapshot.state.tokens, snapshot.root_hex)
+    export(run, folder / FILES, snapshot, to, provenance)
+    fields: dict[str, object] = {"directory": str(to), "round": snapshot.round, "state_root": snapshot.root_hex}
+    print_json(fields) if as_json else print_fields(fields)
+
+
+async def _refresh(folder: Path) -> None:
+    try:
+        await ask(folder, "checkpoint")
+    except NotRunning:
+        return
+
+
+def _read_run(path: Path) -> Manifest:
+    try:
+        answer = GetRunResponse.FromString(path.read_bytes())
+        return open_manifest(answer.manifest, answer.run_id)
+    except FileNotFoundError as error:
+        raise LinkError(f"no peer has ever run in {path.parent}", "join a run first: swarm join LINK") from error
+    except Rejected as error:
+        raise SwarmError(f"{path} is damaged: {error}", "start the peer again; it is fetched anew") from error

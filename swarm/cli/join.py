@@ -1,0 +1,157 @@
+"""`swarm join`: the volunteer's daemon, one peer per device."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli.output import configure_logging
+from swarm.config import PeerSettings, find_link, load
+from swarm.errors import LinkError, UsageError
+from swarm.messages import JoinLink
+
+if TYPE_CHECKING:
+    from peer.daemon import Daemon, DaemonOptions
+
+LINK_WAIT_S = 120.0
+CPU = "cpu"
+
+
+def command(
+    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A GPU's number, several (0,1), or auto.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.")] = False,
+    data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,
+    identity: Annotated[Path | None, typer.Option("--identity", help="The peer's key file; made at the first start.")] = None,
+    files: Annotated[Path | None, typer.Option("--files", help="Folder where the run's data files lie already.")] = None,
+    link_file: Annotated[Path | None, typer.Option("--link-file", help="File that holds the link; waited for.")] = None,
+    listen: Annotated[str | None, typer.Option("--listen", help="host:port for other peers; port 0 = any free one.")] = None,
+    announce: Annotated[str | None, typer.Option("--announce", help="host:port at which others can dial us.")] = None,
+    no_inbound: Annotated[bool, typer.Option("--no-inbound", help="Accept no connections, only dial out.")] = False,
+    metrics: Annotated[str | None, typer.Option("--metrics", help="host:port for Prometheus; none by default.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Processor threads for training; 0 = all.")] = None,
+    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
+) -> None:
+    """Train with your GPU and earn credits.
+
+    First Ctrl-C completes the round and stops; the second stops at once.
+
+    Examples:
+
+      swarm join swarm://host:4300/...#... --gpu 0
+
+      SWARM_LINK=swarm://... swarm join --cpu --threads 2
+    """
+    flags = {
+        "gpu": CPU if cpu else gpu,
+        "data_dir": data_dir,
+        "identity": identity or (data_dir / "identity.key" if data_dir else None),
+        "files": files,
+        "link_file": link_file,
+        "listen": listen,
+        "announce": announce,
+        "inbound": False if no_inbound else None,
+        "metrics": metrics,
+        "threads": threads,
+        "log_level": log_level,
+    }
+    settings = load(PeerSettings, flags)
+    configure_logging(settings.log_level)
+    target = _read_link(link, settings)
+    devices = _devices(settings.gpu)
+    if len(devices) > 1:
+        raise typer.Exit(_run_several(devices, str(target), settings))
+    from peer.daemon import Daemon
+
+    daemon = Daemon.create(_options(target, devices[0], settings))
+    _welcome(daemon, settings)
+    asyncio.run(_serve(daemon))
+
+
+def _read_link(argument: str | None, settings: PeerSettings) -> JoinLink:
+    if argument or settings.link_file is None:
+        return find_link(argument)
+    deadline = time.monotonic() + LINK_WAIT_S
+    while not settings.link_file.exists():
+        if time.monotonic() > deadline:
+            raise LinkError(f"no link in {settings.link_file}", "the coordinator writes it with --link-file")
+        time.sleep(0.2)
+    return JoinLink.parse(settings.link_file.read_text())
+
+
+def _devices(spec: str) -> list[str]:
+    """The devices to train on, by name: `cpu`, or `cuda:N`. torch is asked only where a GPU is wanted."""
+    if spec.strip().lower() == CPU:
+        return [CPU]
+    from peer.device import choose_devices
+
+    return [str(device) for device in choose_devices(spec)]
+
+
+def _options(link: JoinLink, device: str, settings: PeerSettings) -> DaemonOptions:
+    import torch
+
+    from peer.daemon import DaemonOptions
+
+    if settings.files is not None and not settings.files.is_dir():
+        raise UsageError(f"{settings.files} is not a folder", "name the folder that holds the run's data files")
+    return DaemonOptions(
+        link=link,
+        directory=settings.data_dir,
+        identity_path=settings.identity,
+        device=torch.device(device),
+        listen=settings.listen,
+        announce=settings.announce,
+        inbound=settings.inbound,
+        metrics=settings.metrics,
+        files=settings.files,
+        threads=settings.threads,
+    )
+
+
+def _welcome(daemon: Daemon, settings: PeerSettings) -> None:
+    typer.echo(f"peer       {daemon.identity.peer_id}", err=True)
+    typer.echo(f"key        {settings.identity} (back it up with: swarm identity backup)", err=True)
+    typer.echo(f"device     {daemon.options.device}", err=True)
+    typer.echo("Ctrl-C completes the round and stops; a second one stops at once.", err=True)
+
+
+async def _serve(daemon: Daemon) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, daemon.wish, "finish")
+    await daemon.serve()
+
+
+def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:
+    """One process per device, each with its own key and folder; signals are passed on."""
+    children = [subprocess.Popen(_child_command(device, link, settings)) for device in devices]
+
+    def pass_on(number: int, frame: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    return max(child.wait() for child in children)
+
+
+def _child_command(device: str, link: str, settings: PeerSettings) -> list[str]:
+    index = device.rpartition(":")[2]
+    folder = settings.data_dir / f"gpu-{index}"
+    command = [sys.executable, "-m", "swarm.cli.main", "join", link, "--gpu", index, "--dir", str(folder)]
+    command += ["--listen", settings.listen.rpartition(":")[0] + ":0", "--log-level", settings.log_level]
+    if settings.files is not None:
+        command += ["--files", str(settings.files)]
+    if not settings.inbound:
+        command.append("--no-inbound")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return command

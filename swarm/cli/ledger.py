@@ -1,0 +1,109 @@
+"""`swarm ledger`: check everything that the coordinator has promised, or take a copy of the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.cli.output import format_credits, print_fields, print_json, print_table
+from swarm.config import find_link
+from swarm.credits import Balance, CreditState, verify_ledger
+from swarm.errors import LedgerInvalid, UsageError
+from swarm.ledger import LedgerReader, verify_receipt
+from swarm.ledger_copy import LedgerCopy
+from swarm.messages import JoinLink
+from swarm.rpc.client import CoordinatorClient
+from swarm.rpc.v1.signed_pb2 import Signed
+
+RECEIPT_SUFFIX = ".receipt"
+SHOWN_BALANCES = 20
+
+app = typer.Typer(help="Check the public ledger, or export it.", no_args_is_help=True, rich_markup_mode=None)
+
+LinkArgument = Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
+
+
+@app.command()
+def verify(
+    link: LinkArgument = None,
+    file: Annotated[Path | None, typer.Option("--file", help="An exported ledger instead of the coordinator's.")] = None,
+    receipts: Annotated[Path | None, typer.Option("--receipts", help=f"Folder with your receipts (*{RECEIPT_SUFFIX}).")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes for signatures; 0 = one per core.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the tree against the signed checkpoint, every signature, every rule and your receipts; recompute balances."""
+    copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link)))
+    reader = LedgerReader()
+    reader.extend(copy.entries)
+    reader.check_checkpoint(copy.checkpoint())
+    state = verify_ledger(copy.entries, copy.coordinator, workers)
+    if copy.run_id not in state.run_ids:
+        raise LedgerInvalid("the ledger doesn't open the run that it is said to be of")
+    count = _check_receipts(reader, receipts, copy) if receipts else 0
+    _print_result(copy, state, count, as_json)
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Option("--to", help="File to write.")], link: LinkArgument = None, as_json: JsonOption = False
+) -> None:
+    """Write the ledger with its signed checkpoint to a file that `swarm ledger verify --file` checks offline."""
+    copy = asyncio.run(_download(find_link(link)))
+    copy.write(to)
+    fields: dict[str, object] = {"entries": len(copy.entries), "path": str(to)}
+    print_json(fields) if as_json else print_fields(fields)
+
+
+def _read_copy(path: Path, link: str | None) -> LedgerCopy:
+    copy = LedgerCopy.read(path)
+    if link is not None and JoinLink.parse(link).run_id != copy.run_id:
+        raise LedgerInvalid(f"{path} is the ledger of another run than the link's")
+    return copy
+
+
+async def _download(link: JoinLink) -> LedgerCopy:
+    async with await CoordinatorClient.connect(link) as client:
+        run = await client.get_run()
+        checkpoint, note, _ = await client.checkpoint()
+        entries = [entry async for entry in client.entries(0, checkpoint.size)]
+    return LedgerCopy(run.run_id, run.coordinator, note, entries)
+
+
+def _check_receipts(reader: LedgerReader, folder: Path, copy: LedgerCopy) -> int:
+    paths = sorted(folder.rglob(f"*{RECEIPT_SUFFIX}"))
+    if not paths:
+        raise UsageError(f"no receipts in {folder}", f"a peer keeps them as *{RECEIPT_SUFFIX} in its data folder")
+    for path in paths:
+        try:
+            receipt = verify_receipt(Signed.FromString(path.read_bytes()), copy.coordinator)
+            reader.check_receipt(receipt)
+        except LedgerInvalid as error:
+            raise LedgerInvalid(f"{path.name}: {error.message}", error.hint) from error
+    return len(paths)
+
+
+def _print_result(copy: LedgerCopy, state: CreditState, receipts: int, as_json: bool) -> None:
+    checkpoint = copy.checkpoint()
+    balances = state.balances(copy.run_id)
+    fields: dict[str, object] = {
+        "verified": True,
+        "entries": checkpoint.size,
+        "root": checkpoint.root.hex(),
+        "receipts": receipts,
+    }
+    if as_json:
+        progress = state.progress(copy.run_id)
+        more = {"confirmed_round": progress.confirmed_round, "tokens": progress.tokens}
+        print_json({**fields, **more, "balances": [item._asdict() for item in balances.values()]})
+        return
+    print_fields(fields)
+    rows = [_row(item) for item in state.leaderboard(copy.run_id, SHOWN_BALANCES)]
+    print_table(("account", "credits", "pending", "tokens"), rows, numbers=("credits", "pending", "tokens"))
+
+
+def _row(item: Balance) -> tuple[str, str, str, int]:
+    return item.account, format_credits(item.earned_flops), format_credits(item.pending_flops), item.tokens

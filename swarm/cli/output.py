@@ -1,0 +1,73 @@
+"""What commands print: one line of JSON for programs, or tables for people; log events go to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+import typer
+
+from swarm.credits import FLOPS_PER_CREDIT
+from swarm.errors import UsageError
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def print_json(value: object) -> None:
+    """Write `value` as one line of JSON, at once."""
+    sys.stdout.write(json.dumps(value, separators=(", ", ": "), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[str] = ()) -> None:
+    """Write a table; the columns in `numbers` are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+
+
+def print_fields(fields: dict[str, object]) -> None:
+    """Write names and values below each other."""
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        typer.echo(f"{name:<{width}}  {_cell(value)}")
+
+
+def format_credits(flops: int) -> str:
+    """FLOPs as credits, rounded down to three digits after the point."""
+    thousandths = flops * 1000 // FLOPS_PER_CREDIT
+    return f"{thousandths // 1000:,}.{thousandths % 1000:03d}"
+
+
+def configure_logging(level: str) -> None:
+    """Send log events to stderr: as JSON lines, or in colour where a person watches. Raises `UsageError`."""
+    if level not in LEVELS:
+        raise UsageError(f"no such log level: {level}", f"choose one of {', '.join(LEVELS)}")
+    watched = sys.stderr.isatty()
+    renderer: Any = structlog.dev.ConsoleRenderer() if watched else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if watched else [structlog.processors.format_exc_info]),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

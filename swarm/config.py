@@ -1,0 +1,141 @@
+"""Configuration of the daemon and the coordinator: flag > `SWARM_*` > file > default, as frozen values.
+
+The file is `config.toml` in the user's configuration folder, with one table per component. `load` reads everything when it is
+called; `origins` tells where each value came from.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import platformdirs
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from swarm.errors import LinkError, UsageError
+from swarm.messages import JoinLink
+
+APPLICATION = "swarm"
+CONFIG_VARIABLE = "SWARM_CONFIG"
+LINK_VARIABLE = "SWARM_LINK"
+
+
+def config_path() -> Path:
+    """The configuration file: `SWARM_CONFIG`, or `config.toml` in the user's configuration folder."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    return Path(named) if named else platformdirs.user_config_path(APPLICATION) / "config.toml"
+
+
+def data_path() -> Path:
+    """Where keys, checkpoints and databases go by default."""
+    return platformdirs.user_data_path(APPLICATION)
+
+
+class Settings(BaseSettings):
+    """A component's configuration; `table` is its part of the file."""
+
+    table: ClassVar[str]
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags first, then the environment, then the file."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _file_table(cls.table))
+
+
+class PeerSettings(Settings):
+    """`swarm join`: one peer on this machine."""
+
+    table: ClassVar[str] = "peer"
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SWARM_")
+
+    link: str = Field("", description="join link of the run")
+    link_file: Path | None = Field(None, description="file that holds the join link, waited for at start")
+    files: Path | None = Field(None, description="folder where the run's data files may lie already")
+    identity: Path = Field(default_factory=lambda: data_path() / "identity.key", description="the peer's key file")
+    data_dir: Path = Field(default_factory=lambda: data_path() / "peer", description="state, blobs and receipts")
+    gpu: str = Field("auto", description="device: a GPU's number, several (0,1), auto, or cpu")
+    listen: str = Field("0.0.0.0:0", description="address for other peers; port 0 = any free one")
+    announce: str = Field("", description="host:port at which others can dial us, where it differs from `listen`")
+    inbound: bool = Field(True, description="accept connections; false = only dial out")
+    threads: int = Field(0, ge=0, le=1024, description="processor threads for training; 0 = all")
+    metrics: str = Field("", description="address for Prometheus; empty = none")
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+
+class CoordinatorSettings(Settings):
+    """`swarm coordinator`: admission, ledger and credits of one run."""
+
+    table: ClassVar[str] = "coordinator"
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SWARM_COORDINATOR_")
+
+    listen: str = Field("0.0.0.0:4300", description="address for peers; port 0 = any free one")
+    advertise: str = Field("", description="host:port in the join link; empty = this machine's address")
+    metrics: str = Field("", description="address for the web page, /metrics and /healthz; empty = none")
+    db: str = Field("", description="database URL; empty = SQLite in the state folder")
+    state_dir: Path | None = Field(None, description="keys and database; empty = per run in the user's data folder")
+    presence_ttl_s: float = Field(45.0, ge=1, le=3600, description="a peer that is silent this long is gone")
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+
+COMPONENTS: tuple[type[Settings], ...] = (PeerSettings, CoordinatorSettings)
+S = TypeVar("S", bound=Settings)
+
+
+def load(model: type[S], flags: dict[str, Any] | None = None) -> S:
+    """The component's settings. `flags` set to None count as not given. Raises `UsageError` with every problem."""
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return model(**given)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
+        raise UsageError(f"configuration: {problems}", "see where each value comes from: swarm config show") from error
+
+
+def origins(model: type[Settings], flags: dict[str, Any] | None = None) -> dict[str, str]:
+    """Where each field's value comes from: `flag`, the variable, the file, or `default`."""
+    table = _file_table(model.table)
+    prefix = model.model_config.get("env_prefix", "")
+    found = {}
+    for name in model.model_fields:
+        variable = f"{prefix}{name}".upper()
+        if (flags or {}).get(name) is not None:
+            found[name] = "flag"
+        elif variable in os.environ:
+            found[name] = variable
+        else:
+            found[name] = str(config_path()) if name in table else "default"
+    return found
+
+
+def find_link(argument: str | None) -> JoinLink:
+    """The join link: the argument, `SWARM_LINK`, or `link` in the file's table `peer`. Raises `LinkError`."""
+    text = argument or os.environ.get(LINK_VARIABLE) or str(_file_table(PeerSettings.table).get("link", ""))
+    if not text:
+        raise LinkError("no join link", f"give one as argument, in {LINK_VARIABLE}, or as `link` in {config_path()}")
+    return JoinLink.parse(text)
+
+
+def _file_table(name: str) -> dict[str, Any]:
+    path = config_path()
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"can't read {path}: {error}", "correct or remove the file") from error
+    table = content.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: `{name}` is not a table", f"write [{name}] above its values")
+    return table

@@ -1,0 +1,546 @@
+"""Credits as a pure fold over the ledger's entries: what anyone recomputes, and what the coordinator itself goes by.
+
+    RunOpened   opens a run under an owner-signed manifest
+    Admitted    a key may take part
+    Proposed    by a peer of the roster: which commits make up the round
+    Reported    by a peer of the proposal: its contribution is *pending*
+    Confirmed   a strict majority of the proposal's peers came to one state: contributions to it are *verified*, others void
+    (later)     once round r + hold_rounds is confirmed, round r's credit is *final*
+
+`apply_entry` either changes the state or raises `LedgerInvalid` with the entry's index and the broken rule, and changes nothing.
+The state is owned by whoever folds; it holds no more of a settled round than is needed to recognise a replay.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from swarm.entries import (
+    Admission,
+    Claim,
+    Confirmation,
+    Nomination,
+    Opened,
+    Opening,
+    Permission,
+    open_entry,
+)
+from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
+from swarm.manifest import DiLoCo, Manifest
+
+FLOPS_PER_CREDIT = 10**15
+SPEED_SCALE = 4  # the most inner steps that a fast peer may take, relative to the manifest's
+PARALLEL_FROM = 4096  # entries; below it a process pool costs more than it saves
+CHUNK_ENTRIES = 2048
+
+
+class Balance(NamedTuple):
+    """What one account has, in exact FLOPs."""
+
+    peer_id: str
+    account: str
+    pending_flops: int = 0
+    verified_flops: int = 0
+    final_flops: int = 0
+    rounds: int = 0
+    tokens: int = 0
+
+    @property
+    def earned_flops(self) -> int:
+        """Verified and final together."""
+        return self.verified_flops + self.final_flops
+
+
+class Progress(NamedTuple):
+    """Where a run stands: its newest confirmed round. `state_root` is empty before the first one."""
+
+    confirmed_round: int = 0
+    state_root: bytes = b""
+    tokens: int = 0
+    loss: float = 0.0
+
+
+class Terms(NamedTuple):
+    """What a manifest says about credit."""
+
+    sequence_length: int
+    max_weight: int
+    flops_per_token: int
+    hold_rounds: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Terms:
+        """The terms of a manifest; `diloco` lets a fast peer take up to four times the inner steps."""
+        strategy = manifest.strategy
+        steps = strategy.inner_steps * SPEED_SCALE if isinstance(strategy, DiLoCo) else 1
+        return cls(
+            manifest.data.sequence_length,
+            steps * strategy.batch_samples,
+            manifest.credit.flops_per_token,
+            manifest.credit.hold_rounds,
+        )
+
+
+class RoundSet:
+    """A set of round numbers as disjoint intervals: a few bytes for a peer that never missed one."""
+
+    __slots__ = ("_bounds",)
+
+    def __init__(self) -> None:
+        self._bounds: list[int] = []
+
+    def __contains__(self, number: int) -> bool:
+        return bisect_right(self._bounds, number) % 2 == 1
+
+    def add(self, number: int) -> None:
+        """Put `number` into the set."""
+        place = bisect_right(self._bounds, number)
+        if place % 2:
+            return
+        joins_left = place > 0 and self._bounds[place - 1] == number
+        joins_right = place < len(self._bounds) and self._bounds[place] == number + 1
+        start, end = place - joins_left, place + joins_right
+        edges = ([] if joins_left else [number]) + ([] if joins_right else [number + 1])
+        self._bounds[start:end] = edges
+
+
+@dataclass(slots=True)
+class _Tally:
+    """One account's tokens by state."""
+
+    account: str
+    pending: int = 0
+    verified: int = 0
+    final: int = 0
+    rounds: int = 0
+
+
+@dataclass(slots=True)
+class _Member:
+    """An admitted key."""
+
+    tally: _Tally
+    weight_limit: int
+    reported: RoundSet = field(default_factory=RoundSet)
+
+
+@dataclass(slots=True)
+class _Proposal:
+    """A proposal and the votes for the states that its peers came to."""
+
+    nomination: Nomination
+    votes: dict[bytes, int] = field(default_factory=dict)
+
+    def has_majority(self, state_root: bytes, extra: int = 0) -> bool:
+        return 2 * (self.votes.get(state_root, 0) + extra) > len(self.nomination.commits)
+
+
+@dataclass(slots=True)
+class _Round:
+    """A round that isn't settled."""
+
+    proposals: dict[bytes, _Proposal] = field(default_factory=dict)
+    ballots: set[tuple[tuple[int, int], str]] = field(default_factory=set)
+    claims: list[tuple[_Tally, Claim]] = field(default_factory=list)
+    confirmed: Confirmation | None = None
+    final: bool = False
+    held: list[tuple[_Tally, int]] = field(default_factory=list)
+    weighted_loss: float = 0.0
+    weight: int = 0
+
+    def matches(self, claim: Claim) -> bool:
+        confirmed = self.confirmed
+        return (
+            confirmed is not None and claim.proposal_hash == confirmed.proposal_hash and claim.state_root == confirmed.state_root
+        )
+
+
+@dataclass(slots=True)
+class _Run:
+    """Everything that is known of one run."""
+
+    manifest: Manifest
+    terms: Terms
+    members: dict[str, _Member] = field(default_factory=dict)
+    tallies: dict[str, _Tally] = field(default_factory=dict)
+    rounds: dict[int, _Round] = field(default_factory=dict)
+    confirmed: RoundSet = field(default_factory=RoundSet)
+    newest: int | None = None
+    unsettled: list[int] = field(default_factory=list)
+    grants: dict[int, Permission] = field(default_factory=dict)
+    tokens: int = 0
+
+
+class CreditState:
+    """What the entries so far amount to, judged for a coordinator's key."""
+
+    def __init__(self, coordinator: str) -> None:
+        self.coordinator = coordinator
+        self.size = 0
+        self._runs: dict[bytes, _Run] = {}
+
+    @property
+    def run_ids(self) -> tuple[bytes, ...]:
+        """The runs that were opened."""
+        return tuple(self._runs)
+
+    def manifest(self, run_id: bytes) -> Manifest:
+        """The manifest of a run. Raises `Rejected`."""
+        return self._run(run_id).manifest
+
+    def is_admitted(self, run_id: bytes, peer_id: str) -> bool:
+        """Whether the key was ever admitted."""
+        run = self._runs.get(run_id)
+        return run is not None and peer_id in run.members
+
+    def member_count(self, run_id: bytes) -> int:
+        """Number of keys that were admitted."""
+        return len(self._run(run_id).members)
+
+    def has_reported(self, run_id: bytes, number: int, peer_id: str) -> bool:
+        """Whether the peer's report for the round is in the ledger."""
+        member = self._run(run_id).members.get(peer_id)
+        return member is not None and number in member.reported
+
+    def knows_proposal(self, run_id: bytes, number: int, proposal_hash: bytes) -> bool:
+        """Whether reports that name this proposal can be judged."""
+        current = self._run(run_id).rounds.get(number)
+        return current is not None and proposal_hash in current.proposals
+
+    def rosters(self, run_id: bytes, number: int) -> list[frozenset[str]]:
+        """The rosters that round `number` may have: the confirmed one, or those of all proposals of the round before."""
+        before = self._run(run_id).rounds.get(number - 1)
+        if before is None:
+            return []
+        roster = _roster_after(before)
+        if roster is not None:
+            return [roster]
+        return [proposal.nomination.next_roster for proposal in before.proposals.values()]
+
+    def grant(self, run_id: bytes, number: int) -> Permission | None:
+        """The grant that was given for the round."""
+        return self._run(run_id).grants.get(number)
+
+    def is_confirmed(self, run_id: bytes, number: int) -> bool:
+        """Whether the round is confirmed."""
+        return number in self._run(run_id).confirmed
+
+    def progress(self, run_id: bytes) -> Progress:
+        """The newest confirmed round; its loss is the mean over the verified commits, by weight."""
+        run = self._run(run_id)
+        newest = None if run.newest is None else run.rounds[run.newest]
+        if newest is None or newest.confirmed is None:
+            return Progress()
+        loss = newest.weighted_loss / newest.weight if newest.weight else 0.0
+        return Progress(newest.confirmed.round, newest.confirmed.state_root, run.tokens, loss)
+
+    def balance(self, run_id: bytes, peer_id: str) -> Balance:
+        """What the peer's account has; nothing if it was never admitted."""
+        run = self._run(run_id)
+        member = run.members.get(peer_id)
+        return Balance(peer_id, peer_id) if member is None else _balance(run, peer_id, member.tally)
+
+    def leaderboard(self, run_id: bytes, limit: int) -> list[Balance]:
+        """The accounts that earned most, best first."""
+        run = self._run(run_id)
+        best = heapq.nsmallest(limit, run.tallies.values(), key=lambda tally: (-tally.verified - tally.final, tally.account))
+        return [_balance(run, tally.account, tally) for tally in best]
+
+    def balances(self, run_id: bytes) -> dict[str, Balance]:
+        """Every account's balance."""
+        run = self._run(run_id)
+        return {account: _balance(run, account, tally) for account, tally in sorted(run.tallies.items())}
+
+    def judge(self, opened: Opened) -> None:
+        """Whether `opened` may be the next entry. Raises `Rejected` with the broken rule; changes nothing."""
+        match opened:
+            case Claim():
+                self._judge_claim(opened)
+            case Nomination():
+                self._judge_nomination(opened)
+            case Confirmation():
+                self._judge_confirmation(opened)
+            case Admission():
+                if opened.peer_id in self._run(opened.run_id).members:
+                    raise Rejected("already_admitted", "a key is admitted once", opened.peer_id)
+            case Permission():
+                if opened.round in self._run(opened.run_id).grants:
+                    raise Rejected("already_granted", f"round {opened.round}", opened.peer_id)
+            case Opening():
+                if opened.run_id in self._runs:
+                    raise Rejected("already_open", "a run is opened once")
+
+    def judge_with(self, nomination: Nomination, claim: Claim) -> None:
+        """Whether `claim` may follow right after `nomination`, which it names. Raises `Rejected`."""
+        self._judge_nomination(nomination)
+        self._judge_listed(self._judge_claimant(claim), nomination, claim)
+
+    def apply(self, opened: Opened) -> None:
+        """Take in the next entry. Raises `Rejected` and changes nothing if it breaks a rule."""
+        self.judge(opened)
+        match opened:
+            case Claim():
+                self._take_claim(self._runs[opened.run_id], opened)
+            case Nomination():
+                current = self._runs[opened.run_id].rounds.setdefault(opened.round, _Round())
+                current.ballots.add((opened.ballot, opened.leader))
+                current.proposals[opened.proposal_hash] = _Proposal(opened)
+            case Confirmation():
+                _confirm(self._runs[opened.run_id], opened)
+            case Admission():
+                _admit(self._runs[opened.run_id], opened)
+            case Permission():
+                self._runs[opened.run_id].grants[opened.round] = opened
+            case Opening():
+                self._runs[opened.run_id] = _Run(opened.manifest, Terms.of(opened.manifest))
+        self.size += 1
+
+    def confirms(self, claim: Claim, nomination: Nomination | None = None) -> Confirmation | None:
+        """The confirmation that becomes due once `claim` (and, before it, `nomination`) is taken in."""
+        if claim.round in self._run(claim.run_id).confirmed:
+            return None
+        current = self._run(claim.run_id).rounds.get(claim.round, _Round())
+        proposal = current.proposals.get(claim.proposal_hash)
+        if proposal is None and nomination is not None:
+            proposal = _Proposal(nomination)
+        if proposal is None or not proposal.has_majority(claim.state_root, extra=1):
+            return None
+        return Confirmation(claim.run_id, claim.round, claim.proposal_hash, claim.state_root)
+
+    def _run(self, run_id: bytes) -> _Run:
+        run = self._runs.get(run_id)
+        if run is None:
+            raise Rejected("unknown_run", run_id.hex()[:16])
+        return run
+
+    def _member(self, run: _Run, peer_id: str) -> _Member:
+        member = run.members.get(peer_id)
+        if member is None:
+            raise Rejected("not_admitted", "the key was never admitted", peer_id)
+        return member
+
+    def _open_round(self, run: _Run, number: int, sender: str) -> _Round | None:
+        current = run.rounds.get(number)
+        if current is None and number in run.confirmed:
+            raise Rejected("round_closed", f"round {number} is settled", sender)
+        return current
+
+    def _judge_claimant(self, claim: Claim) -> _Member:
+        member = self._member(self._run(claim.run_id), claim.peer_id)
+        if claim.round in member.reported:
+            raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
+        return member
+
+    def _judge_claim(self, claim: Claim) -> None:
+        member = self._judge_claimant(claim)
+        current = self._open_round(self._run(claim.run_id), claim.round, claim.peer_id)
+        proposal = None if current is None else current.proposals.get(claim.proposal_hash)
+        if proposal is None:
+            raise Rejected("unknown_proposal", f"round {claim.round}", claim.peer_id)
+        self._judge_listed(member, proposal.nomination, claim)
+
+    def _judge_listed(self, member: _Member, nomination: Nomination, claim: Claim) -> None:
+        if (nomination.run_id, nomination.round) != (claim.run_id, claim.round):
+            raise Rejected("wrong_round", "the proposal is of another round", claim.peer_id)
+        listed = nomination.commits.get(claim.peer_id)
+        if listed is None or listed.commit_hash != claim.commit_hash:
+            raise Rejected("not_in_proposal", "the proposal doesn't list this commit", claim.peer_id)
+        if listed.weight != claim.weight:
+            raise Rejected("wrong_weight", f"{claim.weight}, the proposal says {listed.weight}", claim.peer_id)
+        self._judge_amount(member, claim)
+
+    def _judge_amount(self, member: _Member, claim: Claim) -> None:
+        terms = self._run(claim.run_id).terms
+        limit = min(terms.max_weight, member.weight_limit or terms.max_weight)
+        if claim.weight > limit:
+            raise Rejected("too_heavy", f"weight {claim.weight}, at most {limit}", claim.peer_id)
+        if claim.tokens != claim.weight * terms.sequence_length:
+            raise Rejected("wrong_tokens", f"{claim.tokens} tokens for weight {claim.weight}", claim.peer_id)
+
+    def _judge_nomination(self, nomination: Nomination) -> None:
+        run = self._run(nomination.run_id)
+        self._member(run, nomination.leader)
+        current = self._open_round(run, nomination.round, nomination.leader) or _Round()
+        if nomination.proposal_hash in current.proposals:
+            raise Rejected("already_proposed", f"round {nomination.round}", nomination.leader)
+        if (nomination.ballot, nomination.leader) in current.ballots:
+            raise Rejected("two_proposals", f"round {nomination.round}, ballot {nomination.ballot}", nomination.leader)
+        for peer_id in nomination.commits:
+            self._member(run, peer_id)
+        _judge_roster(run, nomination)
+
+    def _judge_confirmation(self, confirmation: Confirmation) -> None:
+        run = self._run(confirmation.run_id)
+        if confirmation.round in run.confirmed:
+            raise Rejected("already_confirmed", f"round {confirmation.round}")
+        current = run.rounds.get(confirmation.round, _Round())
+        proposal = current.proposals.get(confirmation.proposal_hash)
+        if proposal is None:
+            raise Rejected("unknown_proposal", f"round {confirmation.round}")
+        if not proposal.has_majority(confirmation.state_root):
+            raise Rejected("no_majority", f"round {confirmation.round}")
+
+    def _take_claim(self, run: _Run, claim: Claim) -> None:
+        current = run.rounds[claim.round]
+        member = run.members[claim.peer_id]
+        member.reported.add(claim.round)
+        if current.confirmed is None:
+            votes = current.proposals[claim.proposal_hash].votes
+            votes[claim.state_root] = votes.get(claim.state_root, 0) + 1
+            current.claims.append((member.tally, claim))
+            member.tally.pending += claim.tokens
+            return
+        if current.matches(claim):
+            _verify(run, current, member.tally, claim)
+        _prune(run, claim.round)
+
+
+def apply_entry(state: CreditState, index: int, entry: bytes, check_signatures: bool = True) -> Opened:
+    """Fold one entry into the state. Raises `LedgerInvalid` naming the index and the fault, and then changes nothing."""
+    if index != state.size:
+        raise LedgerInvalid(f"entry {index}: out of order, expected entry {state.size}")
+    try:
+        opened = open_entry(entry, state.coordinator, check_signatures)
+        state.apply(opened)
+    except (Rejected, ManifestInvalid) as error:
+        raise _fault(index, error) from error
+    return opened
+
+
+def fold(entries: Iterable[bytes], coordinator: str, check_signatures: bool = True) -> CreditState:
+    """The state after `entries`. Raises `LedgerInvalid`."""
+    state = CreditState(coordinator)
+    for index, entry in enumerate(entries):
+        apply_entry(state, index, entry, check_signatures)
+    return state
+
+
+def verify_ledger(entries: Sequence[bytes], coordinator: str, workers: int = 0) -> CreditState:
+    """Check every signature and every rule, and return the balances. Raises `LedgerInvalid` naming the first fault.
+
+    Signatures are checked by `workers` processes (0 = one per processor) where the ledger is long enough to gain by it.
+    """
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(entries) < PARALLEL_FROM:
+        return fold(entries, coordinator)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        faults = pool.map(_first_fault, *zip(*_chunks(entries, coordinator), strict=True))
+        state = CreditState(coordinator)
+        for index, entry in enumerate(entries):
+            if index % CHUNK_ENTRIES == 0:
+                fault = next(faults)
+            if fault is not None and fault[0] == index:
+                raise LedgerInvalid(fault[1])
+            apply_entry(state, index, entry, check_signatures=False)
+    return state
+
+
+def _chunks(entries: Sequence[bytes], coordinator: str) -> Iterator[tuple[int, list[bytes], str]]:
+    for first in range(0, len(entries), CHUNK_ENTRIES):
+        yield first, list(islice(entries, first, first + CHUNK_ENTRIES)), coordinator
+
+
+def _first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int, str] | None:
+    for index, entry in enumerate(entries, first):
+        try:
+            open_entry(entry, coordinator)
+        except (Rejected, ManifestInvalid) as error:
+            return index, _fault(index, error).message
+    return None
+
+
+def _fault(index: int, error: Rejected | ManifestInvalid) -> LedgerInvalid:
+    who = f" ({error.sender})" if isinstance(error, Rejected) and error.sender else ""
+    return LedgerInvalid(f"entry {index}: {error}{who}", "the ledger breaks its own rules from this entry on")
+
+
+def _roster_after(current: _Round) -> frozenset[str] | None:
+    if current.confirmed is None:
+        return None
+    return current.proposals[current.confirmed.proposal_hash].nomination.next_roster
+
+
+def _judge_roster(run: _Run, nomination: Nomination) -> None:
+    before = run.rounds.get(nomination.round - 1)
+    roster = None if before is None else _roster_after(before)
+    if roster is None:
+        return
+    if nomination.leader not in roster:
+        raise Rejected("not_in_roster", f"round {nomination.round}", nomination.leader)
+    strangers = nomination.commits.keys() - roster
+    if strangers:
+        raise Rejected("not_in_roster", f"{min(strangers)} in round {nomination.round}", nomination.leader)
+
+
+def _admit(run: _Run, admission: Admission) -> None:
+    tally = run.tallies.setdefault(admission.account, _Tally(admission.account))
+    run.members[admission.peer_id] = _Member(tally, admission.weight_limit)
+
+
+def _confirm(run: _Run, confirmation: Confirmation) -> None:
+    current = run.rounds[confirmation.round]
+    current.confirmed = confirmation
+    run.confirmed.add(confirmation.round)
+    for tally, claim in current.claims:
+        tally.pending -= claim.tokens
+        if current.matches(claim):
+            _verify(run, current, tally, claim)
+    current.claims = []
+    run.newest = confirmation.round if run.newest is None else max(run.newest, confirmation.round)
+    heapq.heappush(run.unsettled, confirmation.round)
+    while run.unsettled and run.unsettled[0] + run.terms.hold_rounds <= run.newest:
+        _finalise(run, heapq.heappop(run.unsettled))
+    _prune(run, confirmation.round - 1)
+
+
+def _verify(run: _Run, current: _Round, tally: _Tally, claim: Claim) -> None:
+    run.tokens += claim.tokens
+    current.weighted_loss += claim.weight * claim.loss
+    current.weight += claim.weight
+    tally.rounds += claim.weight > 0
+    if current.final:
+        tally.final += claim.tokens
+        return
+    tally.verified += claim.tokens
+    current.held.append((tally, claim.tokens))
+
+
+def _finalise(run: _Run, number: int) -> None:
+    current = run.rounds[number]
+    current.final = True
+    for tally, tokens in current.held:
+        tally.verified -= tokens
+        tally.final += tokens
+    current.held = []
+    _prune(run, number)
+
+
+def _prune(run: _Run, number: int) -> None:
+    """Forget a final round that no proposal can follow and no report can come for."""
+    current = run.rounds.get(number)
+    if current is None or current.confirmed is None or not current.final or number + 1 not in run.confirmed:
+        return
+    commits = current.proposals[current.confirmed.proposal_hash].nomination.commits
+    if all(number in run.members[peer_id].reported for peer_id in commits):
+        del run.rounds[number]
+
+
+def _balance(run: _Run, peer_id: str, tally: _Tally) -> Balance:
+    rate = run.terms.flops_per_token
+    return Balance(
+        peer_id,
+        tally.account,
+        tally.pending * rate,
+        tally.verified * rate,
+        tally.final * rate,
+        tally.rounds,
+        tally.verified + tally.final,
+    )

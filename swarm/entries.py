@@ -1,0 +1,204 @@
+"""The stateless half of reading a ledger: from an entry's bytes to a small frozen value.
+
+`open_entry` checks what an entry says by itself: shapes, signatures, and that its parts belong together. Whether it may stand
+where it stands depends on the entries before it, which is `swarm.credits`. Checking signatures can be left out where that was
+done already, or is done by other processes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypeVar
+
+from google.protobuf.message import Message
+
+from swarm.errors import Rejected
+from swarm.identity import public_key_of
+from swarm.ledger import open_manifest, parse_entry
+from swarm.manifest import Manifest
+from swarm.merkle import HASH_BYTES
+from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, open_signed, parse, payload_hash
+from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
+from swarm.rpc.v1.signed_pb2 import AdmissionToken, Commit, Grant, Proposal, Result, Signed
+
+MAX_ROUND = 1 << 48
+
+M = TypeVar("M", bound=Message)
+
+
+class Opening(NamedTuple):
+    """A run begins under this manifest."""
+
+    run_id: bytes
+    manifest: Manifest
+
+
+class Admission(NamedTuple):
+    """A key may take part; what it earns goes to `account`."""
+
+    run_id: bytes
+    peer_id: str
+    account: str
+    weight_limit: int
+
+
+class Commitment(NamedTuple):
+    """What a proposal says about one peer's commit."""
+
+    commit_hash: bytes
+    weight: int
+
+
+class Nomination(NamedTuple):
+    """A leader's proposal: the commits that make up the round and the roster of the next one."""
+
+    run_id: bytes
+    round: int
+    proposal_hash: bytes
+    ballot: tuple[int, int]
+    leader: str
+    commits: dict[str, Commitment]
+    next_roster: frozenset[str]
+
+
+class Claim(NamedTuple):
+    """A peer's report: its commit, the proposal that it followed and the state that it came to."""
+
+    run_id: bytes
+    round: int
+    peer_id: str
+    proposal_hash: bytes
+    state_root: bytes
+    commit_hash: bytes
+    weight: int
+    tokens: int
+    loss: float
+
+
+class Confirmation(NamedTuple):
+    """The state that the majority of a round's reports came to."""
+
+    run_id: bytes
+    round: int
+    proposal_hash: bytes
+    state_root: bytes
+
+
+class Permission(NamedTuple):
+    """A coordinator's grant to go on without a quorum."""
+
+    run_id: bytes
+    round: int
+    peer_id: str
+    base_root: bytes
+    present: tuple[str, ...]
+
+
+Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission
+
+
+def open_entry(entry: bytes, coordinator: str, check_signatures: bool = True) -> Opened:
+    """Read one entry. Raises `Rejected` or `ManifestInvalid`."""
+    return open_body(parse_entry(entry), coordinator, check_signatures)
+
+
+def open_body(entry: LedgerEntry, coordinator: str, check_signatures: bool = True) -> Opened:
+    """Read one parsed entry. Raises `Rejected` or `ManifestInvalid`."""
+    match entry.WhichOneof("body"):
+        case "reported":
+            return open_report(entry.reported, check_signatures)
+        case "proposed":
+            return open_proposal(entry.proposed, check_signatures)
+        case "confirmed":
+            return _open_confirmed(entry.confirmed, coordinator, check_signatures)
+        case "admitted":
+            return _open_admitted(entry.admitted, coordinator, check_signatures)
+        case "granted":
+            return _open_granted(entry.granted, coordinator, check_signatures)
+        case "run_opened":
+            return _open_run(entry.run_opened)
+    raise Rejected("malformed", "an entry without a body")
+
+
+def open_report(signed: Signed, check_signatures: bool = True) -> Claim:
+    """Read a peer's report with the commit and the result inside. Raises `Rejected`."""
+    peer_id = signed.signer
+    report = _open(signed, Report, None, check_signatures)
+    commit = _open(report.commit, Commit, peer_id, check_signatures)
+    result = _open(report.result, Result, peer_id, check_signatures)
+    _check_together(report, commit, result, peer_id)
+    return Claim(
+        report.run_id,
+        report.round,
+        peer_id,
+        report.proposal_hash,
+        result.state.root,
+        payload_hash(report.commit),
+        commit.weight,
+        commit.tokens,
+        commit.loss,
+    )
+
+
+def open_proposal(signed: Signed, check_signatures: bool = True) -> Nomination:
+    """Read a leader's proposal. Raises `Rejected`."""
+    proposal = _open(signed, Proposal, None, check_signatures)
+    commits = {item.peer_id: Commitment(item.commit_hash, item.weight) for item in proposal.commits}
+    roster = frozenset(member.peer_id for member in proposal.next_roster)
+    if not commits or len(commits) != len(proposal.commits) or len(roster) != len(proposal.next_roster):
+        raise Rejected("malformed", "a proposal without commits or with a peer named twice", signed.signer)
+    _check_round(proposal.round, signed.signer)
+    ballot = (proposal.ballot.term, proposal.ballot.amendment)
+    return Nomination(proposal.run_id, proposal.round, payload_hash(signed), ballot, signed.signer, commits, roster)
+
+
+def _check_together(report: Report, commit: Commit, result: Result, peer_id: str) -> None:
+    if not report.run_id == commit.run_id == result.run_id:
+        raise Rejected("wrong_run", "the commit or the result belongs to another run", peer_id)
+    if not report.round == commit.round == result.round:
+        raise Rejected("wrong_round", "the commit or the result belongs to another round", peer_id)
+    if result.proposal_hash != report.proposal_hash:
+        raise Rejected("wrong_proposal", "the result follows another proposal", peer_id)
+    if len(result.state.root) != HASH_BYTES:
+        raise Rejected("malformed", "the state root is not a hash", peer_id)
+    if not math.isfinite(commit.loss):
+        raise Rejected("not_finite", "the loss is not a number", peer_id)
+    _check_round(report.round, peer_id)
+
+
+def _check_round(number: int, sender: str) -> None:
+    if number >= MAX_ROUND:
+        raise Rejected("malformed", "the round's number is too large", sender)
+
+
+def _open_run(opened: RunOpened) -> Opening:
+    return Opening(opened.run_id, open_manifest(opened.manifest, opened.run_id))
+
+
+def _open_admitted(signed: Signed, coordinator: str, check_signatures: bool) -> Admission:
+    token = _open(signed, AdmissionToken, coordinator, check_signatures)
+    public_key_of(token.peer_id)
+    return Admission(token.run_id, token.peer_id, token.account or token.peer_id, token.weight_limit)
+
+
+def _open_confirmed(signed: Signed, coordinator: str, check_signatures: bool) -> Confirmation:
+    confirmed = _open(signed, RoundConfirmed, coordinator, check_signatures)
+    return Confirmation(confirmed.run_id, confirmed.round, confirmed.proposal_hash, confirmed.state_root)
+
+
+def _open_granted(signed: Signed, coordinator: str, check_signatures: bool) -> Permission:
+    grant = _open(signed, Grant, coordinator, check_signatures)
+    _check_round(grant.round, signed.signer)
+    return Permission(grant.run_id, grant.round, grant.peer_id, grant.base_root, tuple(grant.present))
+
+
+def _open(signed: Signed, expected: type[M], signer: str | None, check_signatures: bool) -> M:
+    if check_signatures:
+        return open_signed(signed, expected, signer)
+    if signed.kind != KINDS[expected]:
+        raise Rejected("wrong_kind", f"expected {KINDS[expected]}", signed.signer)
+    if signer is not None and signed.signer != signer:
+        raise Rejected("wrong_signer", KINDS[expected], signed.signer)
+    if len(signed.payload) > SIZE_LIMITS.get(expected, DEFAULT_SIZE_LIMIT):
+        raise Rejected("too_large", KINDS[expected], signed.signer)
+    return parse(expected, signed.payload, signed.signer)

@@ -1,0 +1,68 @@
+"""A ledger in one file, to be checked offline: a line of JSON, then length-prefixed entries."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from swarm.errors import LedgerInvalid, UsageError
+from swarm.ledger import MAX_ENTRY_BYTES, MAX_NOTE_BYTES, Checkpoint, origin_of, verify_checkpoint
+
+FORMAT = "swarm-ledger-1"
+LENGTH = struct.Struct(">I")
+MAX_HEADER_BYTES = MAX_NOTE_BYTES * 2
+
+
+@dataclass(frozen=True)
+class LedgerCopy:
+    """The raw entries of a run's ledger with the checkpoint that a coordinator signed over them."""
+
+    run_id: bytes
+    coordinator: str
+    note: str
+    entries: list[bytes]
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, if the coordinator signed it. Raises `LedgerInvalid`."""
+        return verify_checkpoint(self.note, origin_of(self.run_id), self.coordinator)
+
+    def write(self, path: Path) -> None:
+        """Write the file. Raises `UsageError` if that fails."""
+        header = {"format": FORMAT, "run_id": self.run_id.hex(), "coordinator": self.coordinator, "note": self.note}
+        try:
+            with path.open("wb") as file:
+                file.write(json.dumps(header).encode() + b"\n")
+                for entry in self.entries:
+                    file.write(LENGTH.pack(len(entry)) + entry)
+        except OSError as error:
+            raise UsageError(f"can't write {path}: {error.strerror}", "choose another path") from error
+
+    @classmethod
+    def read(cls, path: Path) -> LedgerCopy:
+        """Read the file. Raises `LedgerInvalid` if it is none, or cut short."""
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.readline(MAX_HEADER_BYTES))
+                if header["format"] != FORMAT:
+                    raise ValueError(header["format"])
+                entries = _read_entries(file)
+                return cls(bytes.fromhex(header["run_id"]), str(header["coordinator"]), str(header["note"]), entries)
+        except OSError as error:
+            raise UsageError(f"can't read {path}: {error.strerror}", "check the path") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise LedgerInvalid(f"{path} is not an exported ledger", "write one with: swarm ledger export") from error
+
+
+def _read_entries(file: BinaryIO) -> list[bytes]:
+    entries: list[bytes] = []
+    while head := file.read(LENGTH.size):
+        if len(head) < LENGTH.size or (size := LENGTH.unpack(head)[0]) > MAX_ENTRY_BYTES:
+            raise LedgerInvalid(f"entry {len(entries)}: the file is cut short or damaged")
+        entry = file.read(size)
+        if len(entry) < size:
+            raise LedgerInvalid(f"entry {len(entries)}: the file is cut short")
+        entries.append(entry)
+    return entries

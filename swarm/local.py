@@ -1,0 +1,170 @@
+"""A coordinator and peers as processes of this machine: what the demo, the benchmarks and the tests start and end.
+
+Every process is a child that the kernel ends with us, and is ended here by its own id. Ports are chosen by the system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from swarm.control import ask, history, last_status
+from swarm.errors import NotRunning, SwarmError
+
+PR_SET_PDEATHSIG = 1
+COORDINATOR_START_S = 30.0
+STOP_S = 15.0
+POLL_S = 0.1
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class LocalPeer:
+    """One `swarm join` process and its folder."""
+
+    name: str
+    directory: Path
+    process: asyncio.subprocess.Process
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is alive."""
+        return self.process.returncode is None
+
+    async def status(self) -> dict[str, Any]:
+        """The daemon's status; what it left behind if it has ended; empty before it answers."""
+        with contextlib.suppress(NotRunning):
+            return await ask(self.directory, "status", timeout_s=5.0)
+        return {} if self.running else last_status(self.directory)
+
+    async def ask(self, verb: str) -> dict[str, Any]:
+        """Give the daemon a verb. Raises `NotRunning`."""
+        return await ask(self.directory, verb)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rounds that it has finished."""
+        return history(self.directory)
+
+    def log(self) -> str:
+        """What it has printed."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for its end; its exit code."""
+        return await asyncio.wait_for(self.process.wait(), timeout_s)
+
+    async def end(self, timeout_s: float = STOP_S) -> int:
+        """End it: twice the polite way, then hard."""
+        for number, patience_s in ((signal.SIGTERM, 0.2), (signal.SIGTERM, timeout_s), (signal.SIGKILL, None)):
+            self.signal(number)
+            with contextlib.suppress(TimeoutError):
+                return await self.wait(patience_s)
+        return await self.process.wait()
+
+
+@dataclass
+class LocalSwarm:
+    """Use as `async with LocalSwarm(directory) as swarm`. `environment` is added to every process's own."""
+
+    directory: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    link: str = ""
+    metrics: str = ""
+    coordinator: asyncio.subprocess.Process | None = None
+    peers: list[LocalPeer] = field(default_factory=list)
+
+    async def __aenter__(self) -> LocalSwarm:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def start_coordinator(self, run: Path, owner_key: Path, *options: str, listen: str = "127.0.0.1:0") -> str:
+        """Start it and wait for its join link. Raises `SwarmError` with what it said if it ends instead."""
+        log = self.directory / "coordinator.log"
+        command = [*swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
+        command += ["--listen", listen, "--metrics", "127.0.0.1:0", "--state-dir", str(self.directory / "coordinator"), *options]
+        with log.open("ab") as sink:
+            process = await _spawn(command, self.environment, stdout=asyncio.subprocess.PIPE, stderr=sink)
+        self.coordinator = process
+        if process.stdout is None:
+            raise SwarmError("no output from the coordinator")
+        line = await asyncio.wait_for(process.stdout.readline(), COORDINATOR_START_S)
+        if not line:
+            await process.wait()
+            raise SwarmError(f"the coordinator did not start: {log.read_text()[-500:]}")
+        answer = json.loads(line)
+        self.link, self.metrics = answer["link"], answer["metrics"] or ""
+        return self.link
+
+    async def stop_coordinator(self, number: int = signal.SIGTERM) -> None:
+        """End the coordinator."""
+        process, self.coordinator = self.coordinator, None
+        if process is not None:
+            await _end(process, number)
+
+    async def join(self, name: str, *options: str, threads: int = 1, environment: Mapping[str, str] | None = None) -> LocalPeer:
+        """Start a peer in the folder `name`."""
+        directory = self.directory / name
+        directory.mkdir(mode=0o700, exist_ok=True)
+        command = [*swarm_command(), "join", self.link, "--cpu", "--dir", str(directory), "--threads", str(threads)]
+        command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *options]
+        with (directory / "log").open("ab") as sink:
+            process = await _spawn(command, {**self.environment, **(environment or {})}, stdout=sink, stderr=sink)
+        peer = LocalPeer(name, directory, process)
+        self.peers.append(peer)
+        return peer
+
+    async def close(self) -> None:
+        """End every process that was started here."""
+        await asyncio.gather(*(peer.end() for peer in self.peers if peer.running))
+        await self.stop_coordinator()
+
+
+def swarm_command() -> list[str]:
+    """How this installation's `swarm` is started."""
+    return [sys.executable, "-m", "swarm.cli.main"]
+
+
+async def _spawn(command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> asyncio.subprocess.Process:
+    parent = os.getpid()
+    return await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        preexec_fn=lambda: _die_with_parent(parent),
+        **streams,
+    )
+
+
+def _die_with_parent(parent: int) -> None:
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def _end(process: asyncio.subprocess.Process, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
+    try:
+        await asyncio.wait_for(process.wait(), STOP_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()

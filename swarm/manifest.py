@@ -1,0 +1,267 @@
+"""The manifest of a run: one YAML file, parsed into frozen values, whose canonical bytes are hashed into the run id.
+
+A manifest can never make a peer run code: models come from transformers' own registry by plain configuration values, weights
+are safetensors, everything else is JSON, and every file is named by its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from swarm.errors import ManifestInvalid
+
+MAX_MANIFEST_BYTES = 1 << 20
+FORBIDDEN_MODEL_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation_internal"})
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hexadecimal")]
+Positive = Annotated[int, Field(gt=0, le=1 << 48)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
+
+
+class Frozen(BaseModel):
+    """An immutable value that knows all its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Tree(Frozen):
+    """A file named by the RFC 6962 Merkle root (over BLAKE2b-256 chunk hashes) of its chunks."""
+
+    root: Hash
+    size_bytes: Positive
+    chunk_bytes: Positive = 1 << 20
+
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunks; only the last one may be shorter than `chunk_bytes`."""
+        return -(-self.size_bytes // self.chunk_bytes)
+
+
+class Shard(Tree):
+    """Token ids, little-endian unsigned integers: `samples` rows of `sequence_length + 1` ids."""
+
+    samples: Positive
+    token_bytes: Literal[2, 4] = 2
+
+
+class Model(Frozen):
+    """A transformers configuration by value; `model_type` names an architecture of transformers' own registry."""
+
+    config: dict[str, Any]
+    seed: int = Field(0, ge=0, lt=1 << 32)
+    parameters: Positive = Field(description="number of trained parameters")
+
+    @field_validator("config")
+    @classmethod
+    def _plain_values_only(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(config.get("model_type"), str):
+            raise ValueError("model_type is missing")
+        bad = sorted(FORBIDDEN_MODEL_KEYS & config.keys())
+        if bad:
+            raise ValueError(f"{', '.join(bad)} not allowed: a manifest can't make a peer run code")
+        json.dumps(config, allow_nan=False)
+        return config
+
+
+class Data(Frozen):
+    """Ordered shards. Sample `i` of the training set is found by walking through `train`."""
+
+    sequence_length: int = Field(ge=8, le=1 << 17)
+    train: tuple[Shard, ...] = Field(min_length=1, max_length=65536)
+    validation: tuple[Shard, ...] = Field(min_length=1, max_length=1024)
+    license: str = Field("unknown", max_length=200)
+    description: str = Field("", max_length=2000)
+
+    @property
+    def train_samples(self) -> int:
+        """Number of training samples over all shards."""
+        return sum(shard.samples for shard in self.train)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Data:
+        for shard in (*self.train, *self.validation):
+            if shard.size_bytes != shard.samples * (self.sequence_length + 1) * shard.token_bytes:
+                raise ValueError(f"shard {shard.root[:12]}: size_bytes is not samples x (sequence_length + 1) x token_bytes")
+        return self
+
+
+class Schedule(Frozen):
+    """Learning rate by trained tokens: linear warm-up, then cosine down to `final_fraction`."""
+
+    warmup_tokens: int = Field(0, ge=0)
+    total_tokens: Positive
+    final_fraction: Fraction = 0.1
+
+
+class AdamW(Frozen):
+    """AdamW (Loshchilov and Hutter, 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: LearningRate = 2e-3
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: float = Field(1e-8, gt=0, le=1e-2)
+    weight_decay: float = Field(0.01, ge=0, le=1)
+
+
+class Muon(Frozen):
+    """Muon for the hidden matrices (Jordan et al., 2024), AdamW for everything else."""
+
+    kind: Literal["muon"] = "muon"
+    lr: LearningRate = 4e-3
+    momentum: Fraction = 0.95
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    adamw: AdamW = AdamW()
+
+
+Inner = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+class Outer(Frozen):
+    """Outer step on the merged pseudo-gradient: `theta -= lr * (g + momentum * buffer)` (Nesterov) or plain averaging."""
+
+    lr: LearningRate = 1.0
+    momentum: Fraction = 0.0
+
+
+class Sync(Frozen):
+    """Accumulate gradients until the swarm has `batch_samples`, then one optimizer step that every peer computes alike."""
+
+    kind: Literal["sync"] = "sync"
+    batch_samples: Positive
+    optimizer: AdamW = AdamW()
+    schedule: Schedule
+    clip_norm: float = Field(1.0, gt=0, le=1e6)
+
+
+class DiLoCo(Frozen):
+    """`inner_steps` local optimizer steps of `batch_samples` each, then the difference is averaged (DiLoCo, 2311.08105)."""
+
+    kind: Literal["diloco"] = "diloco"
+    inner_steps: int = Field(ge=1, le=10_000)
+    batch_samples: Positive
+    inner: Inner = Muon()
+    outer: Outer = Outer()
+    schedule: Schedule
+    clip_norm: float = Field(1.0, gt=0, le=1e6)
+
+
+Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
+
+
+class Codec(Frozen):
+    """How an update travels."""
+
+    kind: Literal["fp16"] = "fp16"
+    part_values: int = Field(1 << 17, ge=1 << 12, le=1 << 21, description="values per part; a multiple of 4096")
+
+    @field_validator("part_values")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if value % 4096:
+            raise ValueError("must be a multiple of 4096")
+        return value
+
+
+class Merge(Frozen):
+    """How the included updates become one. An update whose norm exceeds `clip_ratio` x the median norm is scaled down."""
+
+    kind: Literal["mean"] = "mean"
+    clip_ratio: float = Field(10.0, gt=1, le=1e6)
+
+
+class Rounds(Frozen):
+    """When rounds start and end."""
+
+    min_peers: int = Field(1, ge=1, le=64, description="the first round waits for this many")
+    max_peers: int = Field(32, ge=1, le=64)
+    total: int = Field(0, ge=0, description="the run ends after this many rounds; 0 = never")
+    scale_to_speed: bool = Field(True, description="give slower peers less work, so that all arrive together")
+    grace_floor_s: float = Field(1.0, gt=0, le=3600, description="the least extra time that a late peer gets")
+    grace_mads: float = Field(6.0, gt=0, le=100, description="k in the grace period: median + k x MAD of recent lateness")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Rounds:
+        if self.min_peers > self.max_peers:
+            raise ValueError("min_peers is larger than max_peers")
+        return self
+
+
+class Admission(Frozen):
+    """Who may take part."""
+
+    kind: Literal["open", "allow_list"] = "open"
+    allow: tuple[str, ...] = Field((), max_length=100_000)
+    valid_s: Positive = 86_400
+
+
+class Credit(Frozen):
+    """1 credit = 10^15 verified training FLOPs."""
+
+    flops_per_token: Positive
+    hold_rounds: int = Field(3, ge=0, le=100_000, description="verified credit becomes final after this many further rounds")
+
+
+class Manifest(Frozen):
+    """Everything that defines a run."""
+
+    version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    description: str = Field("", max_length=2000)
+    model: Model
+    tokenizer: Tree
+    data: Data
+    objective: Literal["causal_lm"] = "causal_lm"
+    strategy: Strategy
+    codec: Codec = Codec()
+    merge: Merge = Merge()
+    rounds: Rounds = Rounds()
+    admission: Admission = Admission()
+    credit: Credit
+    min_client_version: str = Field("0.1.0", pattern=r"^\d+\.\d+\.\d+$")
+
+    @property
+    def canonical_bytes(self) -> bytes:
+        """The bytes that are hashed and signed: JSON with sorted keys and no spaces, every default written out."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @property
+    def run_id(self) -> str:
+        """BLAKE2b-256 of the canonical bytes, hexadecimal."""
+        return hashlib.blake2b(self.canonical_bytes, digest_size=32).hexdigest()
+
+    @classmethod
+    def parse(cls, raw: bytes, source: str = "manifest") -> Manifest:
+        """Parse YAML or JSON. Raises `ManifestInvalid` with every problem at once."""
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise ManifestInvalid([f"larger than {MAX_MANIFEST_BYTES} bytes"], source)
+        try:
+            values = yaml.safe_load(raw)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ManifestInvalid([f"not YAML: {' '.join(str(error).split())}"], source) from error
+        if not isinstance(values, dict):
+            raise ManifestInvalid(["not a mapping of fields"], source)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ManifestInvalid([_problem(dict(item)) for item in error.errors()], source) from error
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Parse the file at `path`."""
+        try:
+            return cls.parse(path.read_bytes(), str(path))
+        except OSError as error:
+            raise ManifestInvalid([f"can't be read: {error.strerror}"], str(path)) from error
+
+
+def _problem(item: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "manifest"
+    return f"{place}: {str(item['msg']).removeprefix('Value error, ').lower()}"

@@ -1,0 +1,1 @@
+"""Generated from `proto/swarm/v1`; run `make proto` to renew."""

@@ -1,0 +1,169 @@
+"""Merging updates, bit by bit the same everywhere."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from peer.merge import BLOCK_VALUES, arithmetic_is_ieee, check_weight, clip_scales, norm, tree_sum, weighted_mean
+from swarm.errors import Rejected
+
+value = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6)
+any_finite = st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=65504 * 2.0**112, min_value=-65504 * 2.0**112)
+
+
+def group(elements: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[list[np.ndarray], list[int]]]:
+    """One to six vectors of one length with weights."""
+    return st.tuples(st.integers(1, 6), st.integers(1, 9)).flatmap(
+        lambda shape: st.tuples(
+            st.lists(arrays(np.float32, shape[1], elements=elements), min_size=shape[0], max_size=shape[0]),
+            st.lists(st.integers(0, 1 << 20), min_size=shape[0], max_size=shape[0]),
+        )
+    )
+
+
+@given(group(value))
+@settings(max_examples=100, deadline=None)
+def test_the_mean_is_the_documented_order_of_operations(updates: tuple[list[np.ndarray], list[int]]) -> None:
+    """Plain float32 scalars, multiplied and added one after the other, give the same bits."""
+    vectors, weights = updates
+    total = sum(weights)
+    expected = []
+    for position in range(vectors[0].size):
+        sum_ = np.float32(0)
+        for vector, weight in zip(vectors, weights, strict=True):
+            product = vector[position] * np.float32(weight / total if total else 0)
+            sum_ = sum_ + product
+        expected.append(sum_)
+    assert weighted_mean(vectors, weights).tolist() == [float(item) for item in expected]
+
+
+@given(group(any_finite))
+@settings(max_examples=100, deadline=None)
+def test_finite_updates_give_a_finite_mean(updates: tuple[list[np.ndarray], list[int]]) -> None:
+    """No decodable values and weights, however large, make the weights of the model infinite."""
+    assert np.isfinite(weighted_mean(*updates)).all()
+
+
+def test_the_mean_is_near_the_exact_one() -> None:
+    """Many values with different weights average to what float64 gives, to float32's accuracy."""
+    random = np.random.default_rng(0)
+    vectors = [random.standard_normal(3 * BLOCK_VALUES + 7).astype(np.float32) for _ in range(5)]
+    weights = [1, 5, 17, 100, 3]
+    exact = np.average(np.stack(vectors).astype(np.float64), axis=0, weights=weights)
+    assert np.abs(weighted_mean(vectors, weights) - exact).max() < 1e-6
+
+
+def test_a_span_merges_like_the_whole() -> None:
+    """A reducer of one span gets the bits that a peer gets who merges everything."""
+    random = np.random.default_rng(1)
+    vectors = [random.standard_normal(2 * BLOCK_VALUES).astype(np.float32) for _ in range(3)]
+    whole = weighted_mean(vectors, [3, 1, 2])
+    span = slice(BLOCK_VALUES - 100, BLOCK_VALUES + 1000)
+    assert np.array_equal(weighted_mean([vector[span] for vector in vectors], [3, 1, 2]), whole[span])
+
+
+def test_an_empty_update_with_weight_zero_changes_nothing() -> None:
+    """A joiner takes part without an influence on the mean."""
+    vector = np.array([1.5, -2.0], np.float32)
+    assert weighted_mean([vector, np.zeros(2, np.float32)], [8, 0]).tolist() == [1.5, -2.0]
+    assert weighted_mean([vector, vector], [0, 0]).tolist() == [0.0, 0.0]
+
+
+def test_scales_multiply_updates() -> None:
+    """A clipped update counts with its full weight but a part of its length."""
+    vectors = [np.array([8.0], np.float32), np.array([100.0], np.float32)]
+    assert weighted_mean(vectors, [1, 1], [1.0, 0.25]).tolist() == [16.5]
+
+
+def test_mismatched_inputs_are_a_programming_error() -> None:
+    """Vectors of different lengths or without weights are never averaged."""
+    one, two = np.zeros(1, np.float32), np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match="different lengths"):
+        weighted_mean([one, two], [1, 1])
+    with pytest.raises(ValueError, match="weights"):
+        weighted_mean([one], [1, 1])
+    with pytest.raises(ValueError, match="weights"):
+        weighted_mean([], [])
+
+
+@pytest.mark.parametrize("weight", [0, 1, 1000])
+def test_a_weight_in_range_passes(weight: int) -> None:
+    """The limit itself is allowed."""
+    assert check_weight(weight, 1000) == weight
+
+
+@pytest.mark.parametrize("weight", [-1, 1001, 1 << 70, True, 1.0, "1", None])
+def test_a_weight_out_of_range_is_rejected(weight: object) -> None:
+    """A huge weight would let one peer overrule all others."""
+    with pytest.raises(Rejected) as raised:
+        check_weight(weight, 1000)  # type: ignore[arg-type]
+    assert raised.value.reason == "bad_weight"
+
+
+def test_an_update_far_longer_than_the_median_is_scaled_down_to_the_limit() -> None:
+    """After scaling, no update exceeds ratio x median."""
+    assert clip_scales([1.0, 1.2, 0.9, 48.0], ratio=10.0) == [1.0, 1.0, 1.0, 10.0 / 48.0]
+
+
+def test_of_two_updates_the_larger_doesnt_vouch_for_itself() -> None:
+    """The lower median of two is the smaller norm."""
+    assert clip_scales([1.0, 1000.0], ratio=10.0) == [1.0, 0.01]
+
+
+def test_empty_updates_dont_move_the_median() -> None:
+    """Many joiners with zero updates don't clip the others to zero."""
+    assert clip_scales([0.0, 0.0, 0.0, 5.0], ratio=2.0) == [1.0] * 4
+    assert clip_scales([0.0, 0.0], ratio=2.0) == [1.0, 1.0]
+
+
+@given(st.lists(st.just(0.0) | st.floats(1e-45, 1e43), min_size=1, max_size=9), st.floats(1.5, 100))
+@settings(max_examples=100, deadline=None)
+def test_clipping_only_ever_shrinks(norms: list[float], ratio: float) -> None:
+    """Factors are in (0, 1], and at least half of the updates are left alone."""
+    scales = clip_scales(norms, ratio)
+    assert all(0 < scale <= 1 for scale in scales)
+    assert 2 * scales.count(1.0) >= len(norms)
+
+
+@given(arrays(np.float64, st.integers(0, 70), elements=st.floats(-1e9, 1e9)))
+@settings(max_examples=80, deadline=None)
+def test_a_tree_sum_is_halving_over_zero_padding(values: np.ndarray) -> None:
+    """The order of additions is fixed by the length alone."""
+    length = 1 << max(0, (values.size - 1).bit_length())
+    padded = [*values.tolist(), *[0.0] * (length - values.size)]
+    while len(padded) > 1:
+        half = len(padded) // 2
+        padded = [left + right for left, right in zip(padded[:half], padded[half:], strict=True)]
+    assert tree_sum(values) == padded[0]
+
+
+def test_a_long_sum_is_exact_where_float64_is() -> None:
+    """Several blocks of integers add up to the exact sum, and the input is left alone."""
+    values = np.arange(3 * BLOCK_VALUES + 5, dtype=np.float32)
+    before = values.copy()
+    assert tree_sum(values) == sum(range(values.size))
+    assert np.array_equal(values, before)
+
+
+def test_a_norm_is_euclidean_and_never_overflows() -> None:
+    """3, 4, 5; and the largest float32 values have a finite norm."""
+    assert norm(np.array([3.0, -4.0], np.float32)) == 5.0
+    assert norm(np.zeros(0, np.float32)) == 0.0
+    assert math.isfinite(norm(np.full(BLOCK_VALUES + 1, 3.4e38, np.float32)))
+
+
+def test_the_norm_is_golden() -> None:
+    """The same vector has the same norm on every processor."""
+    vector = (np.arange(200_000, dtype=np.float32) - np.float32(99_999.5)) / np.float32(7)
+    assert norm(vector).hex() == "0x1.c2435c8ac98f7p+21"
+
+
+def test_this_machine_keeps_subnormal_numbers() -> None:
+    """Determinism needs IEEE arithmetic."""
+    assert arithmetic_is_ieee()

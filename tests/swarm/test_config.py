@@ -1,0 +1,73 @@
+"""Configuration: flag > variable > file > default, and where each value came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from swarm.config import CoordinatorSettings, PeerSettings, find_link, load, origins
+from swarm.errors import LinkError, UsageError
+from swarm.messages import JoinLink
+
+LINK = str(JoinLink("host", 1, b"\x01" * 32, b"\x02" * 32))
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty configuration file that is in force, and no variables."""
+    for name in ("SWARM_LINK", "SWARM_GPU", "SWARM_COORDINATOR_LISTEN"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "config.toml"
+    monkeypatch.setenv("SWARM_CONFIG", str(path))
+    return path
+
+
+def test_precedence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source beats those after it, and `origins` names the winner."""
+    assert load(CoordinatorSettings).listen == "0.0.0.0:4300"
+    assert origins(CoordinatorSettings)["listen"] == "default"
+    file.write_text('[coordinator]\nlisten = "file:1"\n')
+    assert load(CoordinatorSettings).listen == "file:1"
+    assert origins(CoordinatorSettings)["listen"] == str(file)
+    monkeypatch.setenv("SWARM_COORDINATOR_LISTEN", "variable:1")
+    assert load(CoordinatorSettings).listen == "variable:1"
+    assert origins(CoordinatorSettings)["listen"] == "SWARM_COORDINATOR_LISTEN"
+    flags = {"listen": "flag:1", "db": None}
+    assert load(CoordinatorSettings, flags).listen == "flag:1"
+    assert origins(CoordinatorSettings, flags)["listen"] == "flag"
+    assert origins(CoordinatorSettings, flags)["db"] == "default"
+
+
+def test_settings_are_frozen(file: Path) -> None:
+    """A loaded configuration can't be changed."""
+    with pytest.raises(ValidationError):
+        load(PeerSettings).gpu = "1"  # type: ignore[misc]
+
+
+def test_mistakes_are_named(file: Path) -> None:
+    """Unknown names, wrong values and broken files are usage errors that say where."""
+    file.write_text('[coordinator]\nlisen = "x"\npresence_ttl_s = -1\n')
+    with pytest.raises(UsageError, match=r"(?s)lisen.*|presence_ttl_s.*") as caught:
+        load(CoordinatorSettings)
+    assert "lisen" in caught.value.message
+    assert "presence_ttl_s" in caught.value.message
+    file.write_text("not toml")
+    with pytest.raises(UsageError, match="can't read"):
+        load(CoordinatorSettings)
+    file.write_text("coordinator = 3")
+    with pytest.raises(UsageError, match="not a table"):
+        load(CoordinatorSettings)
+
+
+def test_link_sources(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link comes from the argument, the variable, or the file; without any the hint lists all three."""
+    with pytest.raises(LinkError) as caught:
+        find_link(None)
+    assert "SWARM_LINK" in caught.value.hint
+    file.write_text(f'[peer]\nlink = "{LINK}"\n')
+    assert str(find_link(None)) == LINK
+    monkeypatch.setenv("SWARM_LINK", LINK.replace("host", "variable"))
+    assert find_link(None).host == "variable"
+    assert find_link(LINK.replace("host", "argument")).host == "argument"

@@ -1,0 +1,57 @@
+"""Manifests: one canonical form, all problems at once, and no way to make a peer run code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swarm.errors import ManifestInvalid
+from swarm.manifest import Manifest
+from tests.world import manifest
+
+
+def parse(**changes: object) -> Manifest:
+    """The tiny manifest with changes, through JSON."""
+    return Manifest.parse(json.dumps(manifest().model_dump(mode="json") | changes).encode())
+
+
+def test_run_id_depends_on_content_only() -> None:
+    """YAML layout, key order and written-out defaults don't change the run id."""
+    value = manifest()
+    shuffled = dict(reversed(list(value.model_dump(mode="json").items())))
+    assert Manifest.parse(json.dumps(shuffled, indent=3).encode()).run_id == value.run_id
+    assert parse(name="other").run_id != value.run_id
+
+
+def test_every_problem_is_listed() -> None:
+    """Several mistakes are told at once, each with its place."""
+    with pytest.raises(ManifestInvalid) as caught:
+        parse(name="UPPER", nonsense=1, credit={"flops_per_token": 0})
+    assert len(caught.value.problems) == 3
+    assert any(problem.startswith("credit.flops_per_token") for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("key", ["auto_map", "trust_remote_code"])
+def test_no_code_in_a_manifest(key: str) -> None:
+    """Configuration keys that make transformers load code are refused."""
+    with pytest.raises(ManifestInvalid, match="run code"):
+        parse(model={"config": {"model_type": "llama", key: True}, "parameters": 1})
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfe\x00", b"[1]", b"a: [", b"!!python/object:os.system {}", b"x" * ((1 << 20) + 1)])
+def test_what_is_no_manifest(raw: bytes) -> None:
+    """Binary, lists, broken YAML, YAML tags and huge files are refused."""
+    with pytest.raises(ManifestInvalid):
+        Manifest.parse(raw)
+
+
+def test_shard_sizes_must_fit(tmp_path: Path) -> None:
+    """A shard's bytes follow from its samples, and a missing file is a problem, not a crash."""
+    data = manifest().model_dump(mode="json")["data"]
+    data["train"][0]["samples"] += 1
+    with pytest.raises(ManifestInvalid, match="size_bytes"):
+        parse(data=data)
+    with pytest.raises(ManifestInvalid, match="can't be read"):
+        Manifest.read(tmp_path / "missing.yaml")
