@@ -180,27 +180,36 @@ async def _ticks(journal: Journal, metrics: Metrics, clock: Clock) -> None:
 
 @asynccontextmanager
 async def _grpc(service: PeerService, guard: Guard, certificate: Certificate, listen: str) -> AsyncIterator[Address]:
+    wanted = Address.parse(listen)
+    _check_free(wanted)
     options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES))
     server = grpc.aio.server(interceptors=(guard,), options=options)
     health = HealthServicer()
     add_PeerServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    address = _bind(server, certificate, Address.parse(listen))
-    await server.start()
-    await health.set("", health_pb2.HealthCheckResponse.SERVING)
     try:
-        yield address
+        port = _bind(server, certificate, wanted)
+        await server.start()
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        yield Address(wanted.host, port)
     finally:
         await health.enter_graceful_shutdown()
         await server.stop(GRACE_S)
 
 
-def _bind(server: grpc.aio.Server, certificate: Certificate, wanted: Address) -> Address:
+def _bind(server: grpc.aio.Server, certificate: Certificate, wanted: Address) -> int:
     credentials = grpc.ssl_server_credentials([(certificate.key, certificate.certificate)])
     try:
-        _listener(wanted).close()  # asks the system first, since gRPC writes a failure to stderr
-        return Address(wanted.host, server.add_secure_port(str(wanted), credentials))
-    except (OSError, RuntimeError) as error:
+        return server.add_secure_port(str(wanted), credentials)
+    except RuntimeError as error:
+        raise _busy(wanted) from error
+
+
+def _check_free(wanted: Address) -> None:
+    """Ask the system first: gRPC itself writes a failure to stderr."""
+    try:
+        _listener(wanted).close()
+    except OSError as error:
         raise _busy(wanted) from error
 
 

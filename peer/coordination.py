@@ -39,6 +39,7 @@ class Standing:
     state: str
     hardware_class: str
     reachable: bool
+    state_root: bytes = b""
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Coordination:
             issued_at=int(self.clock.wall_s()),
             leaving=leaving,
             reachable=standing.reachable,
+            state_root=standing.state_root,
         )
         client = await self._connected()
         try:

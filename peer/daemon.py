@@ -15,57 +15,63 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
+import numpy as np
 import psutil
 import structlog
 import torch
 from prometheus_client import CollectorRegistry, start_http_server
 
 from peer.admissions import Admissions
+from peer.checkpoints import Checkpoints
 from peer.codec import make_codec
 from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
 from peer.data import ShardReader
-from peer.device import hardware_class, read_gpu
+from peer.device import hardware_class
+from peer.faults import Faults
+from peer.finding import Finder
 from peer.materials import Materials
 from peer.metrics import PeerMetrics
 from peer.model import initial_theta
 from peer.network.blobs import BlobStore
-from peer.network.discovery import Discovery
 from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
 from peer.network.transfer import Transfer
+from peer.outcome import CHECKPOINTS, FILES
 from peer.outer import OuterState, initial_state
 from peer.reports import Outbox, Reporter
-from peer.rounds.engine import Disagreement, Engine, RoundReport
-from peer.rounds.entering import Entry, Whereabouts
-from peer.rounds.post import DELIVER, PING, SYNC, Post
+from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
+from peer.rounds.entering import Entry
+from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
 from peer.rounds.run import Services
 from peer.rounds.snapshots import Snapshots
 from peer.rounds.training import TrainingThread
 from peer.rounds.wire import Checker
-from peer.state import Layout, Snapshot, load_newest, save_checkpoint
+from peer.state import Layout
 from peer.status import Status
 from peer.trainer import Trainer
+from peer.vitals import Vitals
 from swarm import __version__
 from swarm.clock import SystemClock
 from swarm.control import HISTORY_NAME, STATUS_NAME
-from swarm.errors import AlreadyRunning, DiskFull, OutOfMemory, PortBusy, SwarmError, VersionTooOld
+from swarm.errors import AlreadyRunning, NetworkBroken, OutOfMemory, PortBusy, Rejected, SwarmError, VersionTooOld
 from swarm.identity import Identity
-from swarm.manifest import Manifest
-from swarm.messages import JoinLink, seal
+from swarm.manifest import Manifest, Tree
+from swarm.messages import JoinLink, parse
 from swarm.rpc.client import RunInfo
-from swarm.rpc.v1.ledger_pb2 import Report
+from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
+from swarm.rpc.v1.peer_pb2 import RelayRequest, SyncReply, SyncRequest
 
-CHECKPOINT_EVERY_S = 60.0
-DHT_EVERY_S = 30.0
-METRICS_EVERY_S = 2.0
-CREDITS_EVERY_S = 10.0
 FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
+GOODBYE_S = 3.0
+REBUILD_ATTEMPTS = 5
 RESERVE_BYTES = 256 << 20
 MEMORY_LIMIT_BYTES = 512 << 20
+DISK_LIMIT_BYTES = 4 << 30
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - volunteers accept connections on every interface unless told otherwise
 
 log = structlog.get_logger(__name__)
 
@@ -78,12 +84,31 @@ class DaemonOptions:
     directory: Path
     identity_path: Path
     device: torch.device
-    listen: str = "0.0.0.0:0"
+    listen: str = f"{ANY_ADDRESS}:0"
     announce: str = ""
     inbound: bool = True
     metrics: str = ""
     files: Path | None = None
     threads: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A wired peer."""
+
+    run: RunInfo
+    node: Node
+    coordination: Coordination
+    admissions: Admissions
+    materials: Materials
+    transfer: Transfer
+    post: Post
+    finder: Finder
+    services: Services
+    snapshots: Snapshots
+    checkpoints: Checkpoints
+    reporter: Reporter
+    vitals: Vitals
 
 
 @dataclass
@@ -94,30 +119,15 @@ class Daemon:
     identity: Identity
     status: Status
     registry: CollectorRegistry
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="arithmetic"))
+    faults: Faults
     engine: Engine | None = None
-    node: Node | None = None
-    coordination: Coordination | None = None
-    transfer: Transfer | None = None
-    outbox: Outbox | None = None
     run: RunInfo | None = None
     metrics_address: str = ""
-    balances: dict[str, float] = field(default_factory=dict)
     started_s: float = field(default_factory=time.monotonic)
+    _parts: Parts | None = None
     _wish: str = "train"
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _checkpointed_s: float = 0.0
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
-    _sent: tuple[int, int] = (0, 0)
-    _parts: _Parts | None = None
-    _reporter: Reporter | None = None
-
-    @property
-    def parts(self) -> _Parts:
-        """What `_build` has made."""
-        if self._parts is None:
-            raise SwarmError("the peer is still starting", "try again in a few seconds")
-        return self._parts
 
     @classmethod
     def create(cls, options: DaemonOptions) -> Daemon:
@@ -126,7 +136,24 @@ class Daemon:
         options.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         identity = Identity.load_or_create(options.identity_path)
         status = Status(PeerMetrics(registry), history=options.directory / HISTORY_NAME)
-        return cls(options, identity, status, registry)
+        daemon = cls(options, identity, status, registry, Faults.from_environment())
+        daemon.faults.actions["flip_bit"] = daemon.flip_bit
+        return daemon
+
+    def flip_bit(self) -> None:
+        """What a cosmic ray does to the weights; only fault scripts ask for it."""
+        if self.engine is not None and self.engine.state is not None:
+            theta = self.engine.state.theta
+            theta.setflags(write=True)
+            theta.view(np.uint32)[theta.size // 2] ^= np.uint32(1 << 20)
+            theta.setflags(write=False)
+
+    @property
+    def parts(self) -> Parts:
+        """The wired parts. Raises `SwarmError` while they are still being put together."""
+        if self._parts is None:
+            raise SwarmError("the peer is still starting", "try again in a few seconds")
+        return self._parts
 
     # --- verbs ----------------------------------------------------------------------------------------------------------
 
@@ -135,8 +162,8 @@ class Daemon:
         if verb == "finish" and self._wish == "finish":
             verb = "stop"
         self._wish = {"resume": "train"}.get(verb, verb)
-        if self.engine is not None and verb in ("pause", "finish", "stop"):
-            self.engine.ask(verb)  # type: ignore[arg-type]
+        if self.engine is not None and verb != "resume":
+            self.engine.ask(cast("Wish", verb))
         self.status.state({"finish": "finishing", "stop": "stopping", "pause": "paused"}.get(verb, self.status.reason))
         log.info("asked", verb=verb)
         self._changed.set()
@@ -150,13 +177,14 @@ class Daemon:
                 self.wish(verb)
                 return {"accepted": verb, **self.describe()}
             case "checkpoint":
-                return {"directory": str(await self._checkpoint())}
+                await self.parts.checkpoints.save()
+                return {"directory": str(self.parts.checkpoints.directory)}
             case _:
                 return {"error": f"unknown verb {verb[:32]!r}"}
 
     def describe(self) -> dict[str, Any]:
         """Everything that `swarm status` shows."""
-        node, engine = self.node, self.engine
+        parts, engine = self._parts, self.engine
         return {
             "peer_id": self.identity.peer_id,
             "run_id": self.options.link.run_id.hex(),
@@ -164,12 +192,14 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": time.monotonic() - self.started_s,
             "device": str(self.options.device),
-            "addresses": list(node.addresses) if node else [],
-            "bytes_sent": node.sent_bytes if node else 0,
-            "bytes_received": node.received_bytes if node else 0,
-            "reports_waiting": len(self.outbox.waiting()) if self.outbox else 0,
-            "coordinator_reachable": bool(self.coordination and self.coordination.reachable),
-            "credits": self.balances,
+            "addresses": list(parts.node.addresses) if parts else [],
+            "inbound": self.options.inbound,
+            "bytes_sent": parts.node.sent_bytes if parts else 0,
+            "bytes_received": parts.node.received_bytes if parts else 0,
+            "reports_waiting": len(parts.reporter.outbox.waiting()) if parts else 0,
+            "coordinator_reachable": bool(parts and parts.coordination.reachable),
+            "clock_offset_s": parts.coordination.clock_offset_s if parts else 0.0,
+            "credits": parts.vitals.balances if parts else {},
             "repairs": engine.repairs if engine else 0,
             "rounds_total": self.run.manifest.rounds.total if self.run else 0,
             "metrics": self.metrics_address,
@@ -183,14 +213,29 @@ class Daemon:
         """Run until finished or stopped. Raises `SwarmError`."""
         async with self._stack:
             try:
-                await self._start()
-                await self._live()
+                await self._interruptible(self._start())
+                if self._wish in ("train", "pause") and self.engine is not None:
+                    await self._live(self.engine, self.parts)
             except SwarmError as error:
                 self.status.error = error.message
                 self.status.state("failed")
                 raise
             finally:
                 self._keep_status()
+
+    async def _interruptible(self, starting: Any) -> None:
+        """Start up, unless we are asked to stop meanwhile: there is no round to finish yet."""
+        work = asyncio.create_task(starting)
+        while not work.done() and self._wish not in ("finish", "stop"):
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait((work, changed), return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            return
+        work.result()
 
     def _keep_status(self) -> None:
         """Leave the last status behind for `swarm status`; a full disk costs only that."""
@@ -203,322 +248,268 @@ class Daemon:
         control = ControlServer(options.directory, self.control)
         await control.start()
         self._stack.push_async_callback(control.close)
-        self._stack.callback(self.pool.shutdown)
         self._serve_metrics()
         self.status.state("connecting")
-        self.coordination = Coordination(options.link, self.identity, options.directory)
-        self._stack.push_async_callback(self.coordination.close)
-        self.run = await self.coordination.describe()
-        manifest = self.run.manifest
-        _check_version(manifest)
-        _check_memory(manifest)
-        self.node = await Node.start(_p2pd_options(options))
-        self._stack.push_async_callback(self.node.close)
-        await self._build(self.run, self.node)
+        coordination = Coordination(options.link, self.identity, options.directory)
+        self._stack.push_async_callback(coordination.close)
+        self.run = await coordination.describe()
+        _check_version(self.run.manifest)
+        _check_memory(self.run.manifest)
+        node = await Node.start(_p2pd_options(options))
+        self._stack.push_async_callback(node.close)
+        parts = self._parts = self._wire(self.run, node, coordination)
+        await self._open(parts)
+        await self._prepare(parts)
 
-    async def _build(self, run: RunInfo, node: Node) -> None:
-        """Wire the parts; from here on others can reach us."""
-        options, manifest, coordination = self.options, run.manifest, self.coordination
-        if coordination is None:
-            raise SwarmError("not connected")
-        clock = SystemClock()
+    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
+        """Put the parts together; nothing runs yet."""
+        options, manifest = self.options, run.manifest
+        pool = ThreadPoolExecutor(2, thread_name_prefix="arithmetic")
+        self._stack.callback(pool.shutdown)
         admissions = Admissions(run.run_id, run.coordinator)
         codec = make_codec(manifest.codec, manifest.model.parameters)
-        snapshots, materials = Snapshots(), Materials(options.directory / "files", options.files)
-        store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=4 << 30, directory=options.directory / "blobs")
+        layout = Layout.of(manifest)
+        snapshots, materials = Snapshots(), Materials(options.directory / FILES, options.files)
+        store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
         store.provide(snapshots.lookup)
         store.provide(materials.lookup)
-        transfer = Transfer(node, store, run.run_id, admissions.check, lambda: admissions.token(self.identity.peer_id))
-        post = Post(node, on_refused=lambda peer, reason: log.debug("delivery_refused", peer=peer, reason=reason))
-        self._stack.push_async_callback(post.close)
+
+        def token() -> Any:
+            return admissions.token(self.identity.peer_id)
+
+        transfer = Transfer(node, store, run.run_id, admissions.check, token, relays=self._relays)
+        post = Post(
+            node,
+            on_lost=self._on_lost,
+            on_refused=lambda peer, reason: log.debug("delivery_refused", peer=peer, reason=reason),
+            relays=self._relays,
+            relay_request=lambda to, call, payload: RelayRequest(
+                run_id=run.run_id, to=to, call=call, payload=payload, admission=token()
+            ),
+        )
         checker = Checker(manifest, run.run_id, run.coordinator, codec.part_count, admissions.is_admitted)
         services = Services(
-            manifest, self.identity, checker, admissions, post, transfer, codec, self.pool, self.status, clock, coordination.grant
+            manifest,
+            self.identity,
+            checker,
+            admissions,
+            post,
+            transfer,
+            codec,
+            pool,
+            self.status,
+            SystemClock(),
+            coordination.grant,
+            self.faults,
         )
-        layout = Layout.of(manifest)
-        discovery = await Discovery.start(
+        outbox = Outbox(options.directory)
+        finder = Finder(
             node,
             self.identity,
             run.run_id,
-            client_only=not options.inbound,
+            coordination,
+            self._standing,
+            options.inbound,
             on_rejected=lambda reason: self.status.refused("dht", reason),
         )
-        self._stack.push_async_callback(discovery.close)
-        self.transfer, self.outbox = transfer, Outbox(options.directory)
-        self._parts = _Parts(services, snapshots, materials, discovery, layout, coordination)
-        entry = Entry(services, layout, self._find, self._begin, lambda: self._local_snapshot())
-        trainer = await self._trainer(manifest, materials, admissions, node)
-        self._stack.callback(trainer.close)
-        self.engine = Engine(services, trainer, snapshots, entry, self._on_round)
-        post.on_lost = self._on_lost
-        await self._register(node, self.engine)
+        reporter = Reporter(run.run_id, outbox, lambda: coordination.client, self._on_report)
+        vitals = Vitals(self.status.metrics, node, outbox, options.device, self.identity.peer_id, lambda: coordination.client)
+        checkpoints = Checkpoints(options.directory / CHECKPOINTS, run.run_id.hex(), layout, snapshots)
+        return Parts(
+            run,
+            node,
+            coordination,
+            admissions,
+            materials,
+            transfer,
+            post,
+            finder,
+            services,
+            snapshots,
+            checkpoints,
+            reporter,
+            vitals,
+        )
 
-    async def _register(self, node: Node, engine: Engine) -> None:
-        async def pong(peer: str, raw: bytes) -> bytes:
-            return b""
-
-        await node.serve_calls(PING, pong)
-        await node.serve_calls(DELIVER, engine.deliver)
-
-    async def _trainer(self, manifest: Manifest, materials: Materials, admissions: Admissions, node: Node) -> TrainingThread:
-        """Get the run's files while the model's libraries load; the network serves others meanwhile."""
-        parts = self.parts
-        coordination = parts.coordination
-        coordination.remember_admission(admissions)
-        coordination.on_answer = lambda answer: self._on_answer(admissions, answer)
-        await node.serve_calls(SYNC, self._answer_sync)
-        await parts.services.transfer.start()
+    async def _open(self, parts: Parts) -> None:
+        """Let others reach us, and be admitted."""
+        self._stack.push_async_callback(parts.post.close)
+        self._stack.push_async_callback(parts.finder.close)
+        parts.coordination.remember_admission(parts.admissions)
+        parts.coordination.on_answer = self._on_answer
+        await parts.node.serve_calls(PING, _pong)
+        await parts.node.serve_calls(SYNC, self._answer_sync)
+        await parts.node.serve_calls(DELIVER, self._answer_delivery)
+        await parts.node.serve_calls(RELAY, self._answer_relay)
+        await parts.transfer.start()
+        await parts.finder.start()
         try:
-            await coordination.announce(node, self._standing())
+            await parts.coordination.announce(parts.node, self._standing())
         except SwarmError:
-            if coordination.last is None:
+            if parts.coordination.last is None:
                 raise
+
+    async def _prepare(self, parts: Parts) -> None:
+        """Have the run's files and a loaded model."""
+        manifest, materials = parts.run.manifest, parts.materials
         trees = [manifest.tokenizer, *manifest.data.train, *manifest.data.validation]
         materials.check_space(trees, RESERVE_BYTES)
-        await self._meet()
+        await parts.finder.meet()
         for tree in trees:
-            await self._obtain(tree)
-        return await asyncio.to_thread(self._make_trainer, manifest, materials)
+            await self._obtain(parts, tree)
+        training = await asyncio.to_thread(self._make_trainer, manifest, materials)
+        self._stack.callback(training.close)
+        entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
+        self.engine = Engine(parts.services, training, parts.snapshots, entry, self._on_round)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
-        data, config = manifest.data, manifest.model.config
-        vocabulary = int(config.get("vocab_size", 1 << 32))
-        reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
-        validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
+        """Load the model and warm it up, so that the first round isn't slower than the others."""
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
-        return TrainingThread(Trainer(manifest, self.options.device, reader, validation))
+        data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
+        reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
+        validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
+        trainer = Trainer(manifest, self.options.device, reader, validation)
+        trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)
+        return TrainingThread(trainer)
 
-    async def _obtain(self, tree: Any) -> None:
+    async def _obtain(self, parts: Parts, tree: Tree) -> None:
         """Have one of the run's files, from this disk or from others; wait until somebody has it."""
-        parts = self.parts
         while not await asyncio.to_thread(parts.materials.take_local, tree):
             self.status.state("fetching_data")
-            where = await self._find()
-            token = parts.services.admissions.token(self.identity.peer_id)
+            where = await parts.finder.find()
+            token = parts.admissions.token(self.identity.peer_id)
             with contextlib.suppress(PeerFailure):
-                await parts.materials.fetch(tree, where.peers, parts.services.post, parts.services.transfer, token)
+                await parts.materials.fetch(tree, where.peers, parts.post, parts.transfer, token)
                 continue
             await asyncio.sleep(FETCH_RETRY_S)
 
-    async def _live(self) -> None:
+    async def _live(self, engine: Engine, parts: Parts) -> None:
         """Play rounds, and pause in between, until finished."""
-        engine, coordination, node, outbox = self.engine, self.coordination, self.node, self.outbox
-        if engine is None or coordination is None or node is None or outbox is None:
-            raise SwarmError("not started")
-        reporter = Reporter(outbox, lambda: coordination.client, self._on_report)
-        self._reporter = reporter
         async with _background(
-            coordination.announce_for_ever(node, self._standing),
-            self._announce_in_dht(),
-            reporter.run(),
-            self._update_metrics(),
-            self._watch_daemon(node),
+            parts.coordination.announce_for_ever(parts.node, self._standing),
+            parts.finder.announce_for_ever(),
+            parts.reporter.run(),
+            parts.vitals.watch(),
+            self._keep_network(parts),
         ) as failed:
-            while True:
+            while self._wish in ("train", "pause"):
                 playing: asyncio.Future[str] = asyncio.create_task(self._play(engine))
                 await asyncio.wait((playing, failed), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
                     playing.cancel()
                     await asyncio.gather(playing, return_exceptions=True)
                     failed.result()
-                reason = playing.result()
-                if reason == "run_complete":
-                    self.status.state("run_complete")
-                if reason != "pause":
+                if playing.result() != "pause":
                     break
-                if not await self._paused(engine):
-                    break
-            await self._leave(coordination, node, reporter)
+                await self._paused(engine, parts)
+            await self._leave(parts)
 
     async def _play(self, engine: Engine) -> str:
         try:
-            return await engine.play()
+            reason = await engine.play()
         except Disagreement as error:
             log.error("disagreement", error=str(error))
             self.status.error = str(error)
-            self.status.state("disagreement")
-            return "disagreement"
+            reason = "disagreement"
+        if reason in ("run_complete", "disagreement"):
+            self.status.state(reason)
+        return reason
 
-    async def _paused(self, engine: Engine) -> bool:
-        """Free the device and wait; whether to go on."""
+    async def _paused(self, engine: Engine, parts: Parts) -> None:
+        """Free the device and wait until something else is wanted."""
         self.status.state("paused")
-        await self._checkpoint()
+        await parts.checkpoints.save_quietly()
         await engine.training.release()
         engine.forget()
         while self._wish == "pause":
             self._changed.clear()
             await self._changed.wait()
         engine.wish = "train"
-        return self._wish == "train"
 
-    async def _leave(self, coordination: Coordination, node: Node, reporter: Reporter) -> None:
+    async def _leave(self, parts: Parts) -> None:
         """Post what is left, keep a checkpoint, say good-bye."""
-        with contextlib.suppress(DiskFull):
-            await self._checkpoint()
+        await parts.checkpoints.save_quietly()
         if self._wish != "stop":
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(reporter.post_all(), RECEIPT_WAIT_S)
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(coordination.announce(node, self._standing(), leaving=True), 3.0)
-        log.info("left", rounds=self.status.rounds_contributed, reports_waiting=len(reporter.outbox.waiting()))
+                await asyncio.wait_for(parts.reporter.post_all(), RECEIPT_WAIT_S)
+        with contextlib.suppress(TimeoutError, SwarmError, Rejected):
+            await asyncio.wait_for(parts.coordination.announce(parts.node, self._standing(), leaving=True), GOODBYE_S)
+        log.info("left", rounds=self.status.rounds_contributed, reports_waiting=len(parts.reporter.outbox.waiting()))
+
+    async def _keep_network(self, parts: Parts) -> None:
+        """Rebuild the network when its daemon dies; the training state is not touched."""
+        for attempt in range(REBUILD_ATTEMPTS):
+            status = await parts.node.daemon.wait()
+            log.warning("network_lost", status=status, attempt=attempt)
+            await parts.finder.close()
+            await parts.node.rebuild()
+            await parts.finder.start()
+            await parts.finder.find()
+            log.info("network_rebuilt", addresses=list(parts.node.addresses))
+        raise NetworkBroken("the libp2p daemon keeps dying", "see the log; is something killing it?")
 
     # --- what the parts ask for -----------------------------------------------------------------------------------------
 
     async def _answer_sync(self, peer: str, raw: bytes) -> bytes:
+        parts = self.parts
         if self.engine is not None:
-            return await self.engine.answer_sync(peer, raw, self.parts.materials.hashes)
-        return b""
+            return await self.engine.answer_sync(peer, raw, parts.materials.hashes)
+        request = parse(SyncRequest, raw, peer)
+        if not parts.admissions.check(peer, request.admission):
+            raise Rejected("not_admitted", "sync", peer)
+        return SyncReply(chunk_hashes=b"".join(parts.materials.hashes(request.state_root))).SerializeToString()
 
-    async def _find(self) -> Whereabouts:
-        """Peers by the coordinator's list and the DHT."""
-        parts, node = self.parts, self.node
-        if node is None:
-            return Whereabouts(())
-        first = False
-        try:
-            answer = await parts.coordination.announce(node, self._standing())
-            first = answer.genesis
-        except SwarmError as error:
-            log.info("announce_failed", error=error.message)
-        await self._meet()
-        for peer, presence in (await parts.discovery.find()).items():
-            node.learn(peer, presence.addresses)
-        known = [peer.peer_id for peer in parts.coordination.last.peers] if parts.coordination.last else []
-        return Whereabouts(tuple(dict.fromkeys([*known, *node.known_peers()])), first)
+    async def _answer_delivery(self, peer: str, raw: bytes) -> bytes:
+        if self.engine is None:
+            raise Rejected("starting", "", peer)
+        return await self.engine.deliver(peer, raw)
 
-    async def _meet(self) -> None:
-        """Connect to the peers that the coordinator knows, and get to know their DHT nodes."""
-        last, node = self.parts.coordination.last, self.node
-        if last is None or node is None:
-            return
-        connected = await node.connected()
-        new = [peer.peer_id for peer in last.peers if peer.peer_id not in connected and peer.peer_id != node.peer_id]
-        await asyncio.gather(*(node.connect(peer) for peer in new), return_exceptions=True)
-        await self.parts.discovery.meet(new)
+    async def _answer_relay(self, peer: str, raw: bytes) -> bytes:
+        parts = self.parts
+        request = parse(RelayRequest, raw, peer)
+        if not parts.admissions.check(peer, request.admission) or not parts.admissions.is_admitted(request.to):
+            raise Rejected("not_admitted", "relay", peer)
+        return (await parts.post.relay(request)).SerializeToString()
+
+    def _relays(self, peer: str) -> list[str]:
+        """Who could pass something on to a peer that accepts no connections: members of the roster that do."""
+        parts, engine = self.parts, self.engine
+        if not parts.node.is_dial_only(peer) or engine is None or engine.place is None:
+            return []
+        members = (member.peer for member in engine.place.roster)
+        return [name for name in members if name not in (peer, self.identity.peer_id) and not parts.node.is_dial_only(name)]
 
     async def _begin(self) -> OuterState:
         """The state of a first peer: the newest checkpoint, or the manifest's initial weights."""
-        local = self._local_snapshot()
+        local = self.parts.checkpoints.newest()
         if local is not None:
             return local.state
-        if self.run is None:
-            raise SwarmError("not started")
-        manifest = self.run.manifest
+        manifest = self.parts.run.manifest
         theta = await asyncio.to_thread(initial_theta, manifest.model)
         return initial_state(manifest.strategy, theta)
 
-    def _local_snapshot(self) -> Snapshot | None:
-        newest = self.parts.snapshots.newest
-        if newest is not None:
-            return newest
-        loaded = load_newest(self.options.directory / "checkpoints", self.parts.layout, self.options.link.run_id.hex())
-        for skipped in loaded.skipped:
-            log.warning("checkpoint_skipped", path=str(skipped.path), reason=skipped.reason)
-        return loaded.snapshot
-
     async def _on_round(self, report: RoundReport) -> None:
         self.status.round_done(report)
-        if report.commit is not None and report.result is not None and self.outbox is not None:
-            message = Report(
-                run_id=self.options.link.run_id,
-                round=report.round_index,
-                commit=report.commit,
-                result=report.result,
-                proposal_hash=report.proposal.proposal_hash,
-                issued_at=int(time.time()),
-            )
-            signed = seal(self.identity, message)
-            await asyncio.to_thread(self.outbox.add, report.round_index, signed, report.proposal.signed)
-            if self._reporter is not None:
-                self._reporter.wake()
-        if time.monotonic() - self._checkpointed_s > CHECKPOINT_EVERY_S:
-            self._checkpointed_s = time.monotonic()
-            self.parts.services.post.spawn(self._checkpoint_quietly())
+        parts = self.parts
+        await parts.reporter.add(self.identity, report)
+        if parts.checkpoints.due():
+            parts.post.spawn(parts.checkpoints.save_quietly())
 
     def _on_report(self, outcome: str) -> None:
         self.status.metrics.reports.labels(outcome=outcome).inc()
 
-    def _on_answer(self, admissions: Admissions, answer: Any) -> None:
-        admissions.admit(answer.admission)
-        self.status.metrics.clock_offset.set(self.coordination.clock_offset_s if self.coordination else 0.0)
+    def _on_answer(self, answer: AnnounceResponse) -> None:
+        self.parts.admissions.admit(answer.admission)
+        self.status.metrics.clock_offset.set(self.parts.coordination.clock_offset_s)
 
     def _on_lost(self, peer: str) -> None:
         if self.engine is not None:
             self.engine.lost(peer)
 
     def _standing(self) -> Standing:
-        return Standing(self.status.round_index, self.status.reason, hardware_class(self.options.device), self.options.inbound)
-
-    async def _checkpoint(self) -> Path:
-        directory = self.options.directory / "checkpoints"
-        snapshot = self.parts.snapshots.newest
-        if snapshot is not None:
-            await asyncio.to_thread(save_checkpoint, directory, snapshot, self.options.link.run_id.hex())
-        return directory
-
-    async def _checkpoint_quietly(self) -> None:
-        try:
-            await self._checkpoint()
-        except DiskFull as error:
-            self.status.error = error.message
-            log.warning("checkpoint_failed", error=error.message)
-
-    # --- background -----------------------------------------------------------------------------------------------------
-
-    async def _announce_in_dht(self) -> None:
-        while True:
-            node = self.node
-            if node is not None:
-                await self._meet()
-                await self.parts.discovery.announce(node.addresses, self.status.round_index, __version__, self.options.inbound)
-            await asyncio.sleep(DHT_EVERY_S)
-
-    async def _watch_daemon(self, node: Node) -> None:
-        status = await node.daemon.wait()
-        raise SwarmError(f"the libp2p daemon ended with status {status}", "start again; see the log")
-
-    async def _update_metrics(self) -> None:
-        asked_s = 0.0
-        while True:
-            self._measure()
-            if time.monotonic() - asked_s > CREDITS_EVERY_S:
-                asked_s = time.monotonic()
-                await self._ask_credits()
-            await asyncio.sleep(METRICS_EVERY_S)
-
-    def _measure(self) -> None:
-        metrics, node, outbox = self.status.metrics, self.node, self.outbox
-        if node is not None:
-            sent, received = self._sent
-            metrics.sent.inc(node.sent_bytes - sent)
-            metrics.received.inc(node.received_bytes - received)
-            self._sent = (node.sent_bytes, node.received_bytes)
-        if outbox is not None:
-            metrics.outbox.set(len(outbox.waiting()))
-        reading = read_gpu(self.options.device)
-        if reading is not None:
-            metrics.temperature.set(reading.temperature_c)
-            metrics.power.set(reading.power_w)
-            metrics.memory.labels(kind="used").set(reading.memory_used_bytes)
-            metrics.memory.labels(kind="total").set(reading.memory_total_bytes)
-
-    async def _ask_credits(self) -> None:
-        client = self.coordination.client if self.coordination else None
-        if client is None:
-            return
-        try:
-            answer = await client.credits(self.identity.peer_id)
-        except SwarmError:
-            return
-        for balance in answer.balances:
-            if balance.peer_id == self.identity.peer_id:
-                flops = (balance.pending_flops, balance.verified_flops, balance.final_flops)
-                self.balances = {
-                    state: int(value or 0) / 1e15 for state, value in zip(("pending", "verified", "final"), flops, strict=True)
-                }
-        for state, value in self.balances.items():
-            self.status.metrics.credits.labels(state=state).set(value)
+        round_index, root = self._parts.checkpoints.standing() if self._parts is not None else (0, b"")
+        return Standing(round_index, self.status.reason, hardware_class(self.options.device), self.options.inbound, root)
 
     def _serve_metrics(self) -> None:
         if not self.options.metrics:
@@ -536,26 +527,20 @@ class Daemon:
         self._stack.callback(server.shutdown)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    services: Services
-    snapshots: Snapshots
-    materials: Materials
-    discovery: Discovery
-    layout: Layout
-    coordination: Coordination
+async def _pong(peer: str, raw: bytes) -> bytes:
+    return b""
 
 
 def _p2pd_options(options: DaemonOptions) -> P2pdOptions:
     host, _, port = options.listen.rpartition(":")
-    kind = "ip6" if ":" in host else "ip4"
+    host = host.strip("[]") or ANY_ADDRESS
     announce: tuple[str, ...] = ()
     if options.announce:
         name, _, announced = options.announce.rpartition(":")
         family = "ip4" if name.replace(".", "").isdigit() else "dns4"
         announce = (f"/{family}/{name}/tcp/{announced}",)
-    listen = (f"/{kind}/{host.strip('[]') or '0.0.0.0'}/tcp/{port}",)
-    return P2pdOptions(options.identity_path, listen, announce, options.inbound, map_port=host in ("", "0.0.0.0"))
+    listen = (f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}",)
+    return P2pdOptions(options.identity_path, listen, announce, options.inbound, map_port=host == ANY_ADDRESS)
 
 
 def _check_version(manifest: Manifest) -> None:

@@ -67,9 +67,10 @@ class Materials:
         try:
             with path.open("rb") as file:
                 file.seek(offset)
-                return file.read(size)
+                content = file.read(size)
         except OSError:
             return None
+        return content if blob_hash(content) == name else None
 
     def check_space(self, trees: Sequence[Tree], reserve_bytes: int) -> None:
         """Raise `DiskFull` unless what is missing fits on the disk, with `reserve_bytes` to spare."""

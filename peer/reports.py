@@ -10,15 +10,18 @@ from pathlib import Path
 
 import structlog
 
+from peer.rounds.engine import RoundReport
+from swarm.clock import Clock, SystemClock
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmError
-from swarm.messages import parse
+from swarm.identity import Identity
+from swarm.messages import parse, seal
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
+from swarm.rpc.v1.ledger_pb2 import Receipt, Report
 from swarm.rpc.v1.signed_pb2 import Signed
 
 RETRY_S = 5.0
-MAX_QUEUED = 100_000
-CONCURRENT = 4
+KEPT_REPORTS = 10_000
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +36,8 @@ class Outbox:
         self.outbox = self.directory / "outbox"
         self.receipts = self.directory / "receipts"
         self.refused = self.directory / "refused"
-        for folder in (self.outbox, self.receipts, self.refused):
+        self.posted = self.directory / "posted"
+        for folder in (self.outbox, self.receipts, self.refused, self.posted):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def add(self, round_index: int, report: Signed, proposal: Signed) -> None:
@@ -46,9 +50,22 @@ class Outbox:
         return sorted(self.outbox.glob("*.pb"))
 
     def settle(self, path: Path, receipt: Signed) -> None:
-        """Keep the receipt, then forget the report."""
+        """Keep the receipt, and the report for as long as a coordinator restored from a backup might have forgotten it."""
         write_atomically(self.receipts / f"{path.stem}.receipt", receipt.SerializeToString())
-        path.unlink(missing_ok=True)
+        path.replace(self.posted / path.name)
+        for old in sorted(self.posted.glob("*.pb"))[:-KEPT_REPORTS]:
+            old.unlink(missing_ok=True)
+
+    def post_again(self, ledger_size: int) -> int:
+        """Queue the reports whose receipts name a place that the ledger no longer has; how many."""
+        again = 0
+        for path in sorted(self.posted.glob("*.pb"), reverse=True):
+            receipt = parse(Signed, read(self.receipts / f"{path.stem}.receipt"))
+            if parse(Receipt, receipt.payload).ledger_index < ledger_size:
+                break
+            path.replace(self.outbox / path.name)
+            again += 1
+        return again
 
     def refuse(self, path: Path, reason: str) -> None:
         """Put a report aside that the coordinator refused, with the reason."""
@@ -75,15 +92,29 @@ def write_atomically(path: Path, content: bytes) -> None:
 class Reporter:
     """Posts what waits in the outbox, in order, for as long as it takes."""
 
+    run_id: bytes
     outbox: Outbox
     client: Callable[[], CoordinatorClient | None]
     on_outcome: Callable[[str], None] = lambda outcome: None
+    clock: Clock = SystemClock()
 
     def __post_init__(self) -> None:
         self._wake = asyncio.Event()
+        self._checked: CoordinatorClient | None = None
 
-    def wake(self) -> None:
-        """Something was added."""
+    async def add(self, identity: Identity, report: RoundReport) -> None:
+        """Queue the report of a round in which our contribution counted."""
+        if report.commit is None or report.result is None:
+            return
+        message = Report(
+            run_id=self.run_id,
+            round=report.round_index,
+            commit=report.commit,
+            result=report.result,
+            proposal_hash=report.proposal.proposal_hash,
+            issued_at=int(self.clock.wall_s()),
+        )
+        await asyncio.to_thread(self.outbox.add, report.round_index, seal(identity, message), report.proposal.signed)
         self._wake.set()
 
     async def run(self) -> None:
@@ -99,10 +130,23 @@ class Reporter:
     async def post_all(self) -> bool:
         """Post what waits now; whether nothing is left."""
         client = self.client()
+        if client is not None and client is not self._checked:
+            await self._check_ledger(client)
         for path in self.outbox.waiting():
             if client is None or not await self._post(client, path):
                 return False
         return True
+
+    async def _check_ledger(self, client: CoordinatorClient) -> None:
+        """A coordinator that was restored from a backup has forgotten what we hold receipts for: report it again."""
+        try:
+            progress = await client.progress()
+        except (SwarmError, Rejected):
+            return
+        again = await asyncio.to_thread(self.outbox.post_again, progress.ledger_size)
+        self._checked = client
+        if again:
+            log.warning("ledger_shrunk", size=progress.ledger_size, reports_again=again)
 
     async def _post(self, client: CoordinatorClient, path: Path) -> bool:
         try:

@@ -34,6 +34,8 @@ REASONS = {
     "failed": "stopped by an error",
 }
 
+EXPECTED = frozenset({"stale", "too_early", "starting"})
+
 log = structlog.get_logger(__name__)
 
 
@@ -79,7 +81,7 @@ class Status:
     def refused(self, sender: str, reason: str) -> None:
         """Count a message that broke a rule and name who sent it."""
         self.metrics.rejected.labels(reason=reason).inc()
-        if reason != "stale":
+        if reason not in EXPECTED:
             log.warning("message_rejected", sender=sender, reason=reason)
 
     def phase(self, name: str, seconds: float) -> None:

@@ -159,8 +159,9 @@ Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
 class Codec(Frozen):
     """How an update travels."""
 
-    kind: Literal["fp16"] = "fp16"
+    kind: Literal["fp16", "int8", "int4", "int2", "sparse"] = "fp16"
     part_values: int = Field(1 << 17, ge=1 << 12, le=1 << 21, description="values per part; a multiple of 4096")
+    density_top_k: int = Field(64, ge=4, le=1024, description="`sparse`: how many of 4096 values travel")
 
     @field_validator("part_values")
     @classmethod

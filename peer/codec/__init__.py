@@ -1,8 +1,7 @@
 """How an update travels: parts of a fixed number of values, each encoded by itself.
 
-A codec is a pure function of one part's values. What a lossy codec loses is kept outside of it, by whoever sends (error
-feedback): `encode` the update plus the residual, then subtract `decode` of what was sent. Everything downstream works
-on decoded values.
+A codec is a pure function of one part's values. What a lossy codec loses is kept outside of it, by whoever sends
+(`peer.codec.feedback`). Everything downstream works on decoded values.
 """
 
 from __future__ import annotations
@@ -14,6 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peer.codec.fp16 import Fp16
+from peer.codec.int2 import Int2
+from peer.codec.int4 import Int4
+from peer.codec.int8 import Int8
+from peer.codec.sparse import Sparse
 from swarm import manifest
 from swarm.errors import Rejected
 
@@ -62,6 +65,14 @@ def make_codec(codec: manifest.Codec, parameters: int) -> Codec:
     match codec.kind:
         case "fp16":
             return Fp16(parameters, codec.part_values)
+        case "int8":
+            return Int8(parameters, codec.part_values)
+        case "int4":
+            return Int4(parameters, codec.part_values)
+        case "int2":
+            return Int2(parameters, codec.part_values)
+        case "sparse":
+            return Sparse(parameters, codec.part_values, codec.density_top_k)
 
 
 def encode(codec: Codec, vector: Vector) -> list[bytes]:

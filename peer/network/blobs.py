@@ -66,10 +66,10 @@ class BlobStore:
         if content is not None:
             return content
         if name in self._disk and self.directory is not None:
-            try:
-                return (self.directory / f"{name.hex()}.blob").read_bytes()
-            except OSError:
-                self._forget_disk(name)
+            content = self._read(self.directory / f"{name.hex()}.blob", name)
+            if content is not None:
+                return content
+            self._forget_disk(name)
         for provider in self._providers:
             content = provider(name)
             if content is not None:
@@ -105,6 +105,18 @@ class BlobStore:
             self._memory_bytes -= len(content)
         if name in self._disk:
             self._forget_disk(name)
+
+    @staticmethod
+    def _read(path: Path, name: bytes) -> bytes | None:
+        """A spilled blob, or None where the disk has lost or damaged it: others must not take us for a liar."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        if blob_hash(content) != name:
+            log.warning("blob_damaged", path=str(path))
+            return None
+        return content
 
     def _forget_disk(self, name: bytes) -> None:
         self._disk_bytes -= self._disk.pop(name)

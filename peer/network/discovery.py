@@ -131,9 +131,11 @@ class Discovery:
 
         await asyncio.gather(*(ping(peer) for peer in peers), return_exceptions=True)
 
-    async def announce(self, addresses: Sequence[str], round_index: int, version: str, reachable: bool) -> bool:
-        """Store our presence; whether some node took it."""
-        now = self.clock.wall_s()
+    async def announce(
+        self, addresses: Sequence[str], round_index: int, version: str, reachable: bool, clock_offset_s: float = 0.0
+    ) -> bool:
+        """Store our presence; whether some node took it. `clock_offset_s` is what our own clock lacks."""
+        now = self.clock.wall_s() + clock_offset_s
         presence = Presence(
             run_id=self.run_id,
             addresses=addresses,
@@ -148,7 +150,7 @@ class Discovery:
                 self.dht.store(
                     run_key(self.run_id),
                     seal(self.identity, presence).SerializeToString(),
-                    get_dht_time() + LIFETIME_S,
+                    get_dht_time() + clock_offset_s + LIFETIME_S,
                     subkey=self.identity.peer_id,
                 ),
                 CALL_TIMEOUT_S,

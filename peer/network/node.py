@@ -9,11 +9,20 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.utils import (
+    ControlFailure,
+    P2PDaemonError,
+    P2PHandlerError,
+    raise_if_failed,
+    read_pbmsg_safe,
+    write_pbmsg,
+)
+from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.network.p2pd import P2pd, P2pdOptions
@@ -23,6 +32,7 @@ from swarm.identity import public_key_of
 MAX_CONCURRENT_CALLS = 256
 MAX_CALLS_PER_PEER = 32
 CONNECT_TIMEOUT_S = 10.0
+REFUSAL = "swarm-rejected:"
 
 CallHandler = Callable[[str, bytes], Awaitable[bytes]]
 StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -52,28 +62,42 @@ class Silent(PeerFailure):
     reason = "silent"
 
 
+class Refusal(Exception):
+    """How a `Rejected` travels to its caller: libp2p carries the text of a handler's exception."""
+
+
 @dataclass
 class Node:
-    """A libp2p node. Peers are named by base58 peer id."""
+    """A libp2p node. Peers are named by base58 peer id. `on_rejected(peer, reason)` hears of requests that broke a rule."""
 
+    options: P2pdOptions
     daemon: P2pd
     peer_id: str
     addresses: tuple[str, ...]
+    on_rejected: Callable[[str, str], None] = lambda peer, reason: None
     sent_bytes: int = 0
     received_bytes: int = 0
     _busy: dict[str, int] = field(default_factory=dict)
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _dial_only: set[str] = field(default_factory=set)
+    _calls: dict[str, Any] = field(default_factory=dict)
+    _streams: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     async def start(cls, options: P2pdOptions) -> Node:
         """Start the daemon and learn our own addresses."""
         daemon = await P2pd.start(options)
-        p2p = daemon.p2p
-        addresses: tuple[str, ...] = ()
-        if options.accept_inbound:
-            visible = await p2p.get_visible_maddrs(latest=True)
-            addresses = tuple(str(address).partition("/p2p/")[0] for address in visible)
-        return cls(daemon, p2p.peer_id.to_base58(), addresses)
+        return cls(options, daemon, daemon.p2p.peer_id.to_base58(), await _own_addresses(daemon.p2p, options))
+
+    async def rebuild(self) -> None:
+        """Start anew after the daemon has ended: same identity, same handlers. Streams that were open are gone."""
+        await self.daemon.close()
+        self.daemon = await P2pd.start(self.options)
+        self.addresses = await _own_addresses(self.p2p, self.options)
+        for name, call in self._calls.items():
+            await self.p2p._client.add_unary_handler(name, call)
+        for name, stream in self._streams.items():
+            await self.p2p.add_binary_stream_handler(name, stream)
 
     @property
     def p2p(self) -> P2P:
@@ -92,6 +116,17 @@ class Node:
                 self._known.pop(next(iter(self._known)))
             self._known[peer] = kept
 
+    def learn_reachability(self, peer: str, accepts_inbound: bool) -> None:
+        """Remember whether a peer can be dialled at all; one that can't is reached over connections that it dialled."""
+        if accepts_inbound:
+            self._dial_only.discard(peer)
+        elif len(self._dial_only) < 4096:
+            self._dial_only.add(peer)
+
+    def is_dial_only(self, peer: str) -> bool:
+        """Whether the peer is known to accept no connections."""
+        return peer in self._dial_only
+
     def known_peers(self) -> tuple[str, ...]:
         """Peers that have addresses."""
         return tuple(self._known)
@@ -106,8 +141,11 @@ class Node:
             addresses = [Multiaddr(address) for address in self._known.get(peer, ())]
         except Exception as error:
             raise Unreachable(peer, "bad address") from error
+        encoded = [address.to_bytes() for address in addresses]
+        connect = p2pd_pb2.ConnectRequest(peer=_peer(peer).to_bytes(), addrs=encoded)
         with _translated(peer):
-            await asyncio.wait_for(self.p2p._client.connect(_peer(peer), addresses), timeout_s)
+            _, writer = await asyncio.wait_for(self._ask_daemon("CONNECT", connect=connect), timeout_s)
+            writer.close()
 
     async def connected(self) -> frozenset[str]:
         """Peers to which a connection is open now."""
@@ -124,9 +162,9 @@ class Node:
 
     async def open_stream(self, peer: str, name: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a raw stream to a handler of `peer`. Raises `Unreachable` or `Silent`."""
+        opening = p2pd_pb2.StreamOpenRequest(peer=_peer(peer).to_bytes(), proto=[name])
         with _translated(peer):
-            _, reader, writer = await asyncio.wait_for(self.p2p.call_binary_stream_handler(_peer(peer), name), timeout_s)
-        return reader, writer
+            return await asyncio.wait_for(self._ask_daemon("STREAM_OPEN", streamOpen=opening), timeout_s)
 
     async def serve_calls(self, name: str, handler: CallHandler) -> None:
         """Answer calls; a peer that keeps too many open is refused."""
@@ -134,11 +172,16 @@ class Node:
         async def answer(request: bytes, remote: PeerID) -> bytes:
             peer = remote.to_base58()
             self.received_bytes += len(request)
-            with self._admitted(peer):
-                response = await handler(peer, request)
+            try:
+                with self._admitted(peer):
+                    response = await handler(peer, request)
+            except Rejected as error:
+                self.on_rejected(peer, error.reason)
+                raise Refusal(f"{REFUSAL}{error.reason}") from error
             self.sent_bytes += len(response)
             return response
 
+        self._calls[name] = answer
         await self.p2p._client.add_unary_handler(name, answer)
 
     async def serve_streams(self, name: str, handler: StreamHandler) -> None:
@@ -149,12 +192,28 @@ class Node:
             try:
                 with self._admitted(peer):
                     await handler(peer, reader, writer)
-            except (Rejected, OSError, EOFError, TimeoutError) as error:
+            except Rejected as error:
+                self.on_rejected(peer, error.reason)
+            except (OSError, EOFError, TimeoutError, PeerFailure) as error:
                 log.debug("stream_ended", peer=peer, error=str(error))
             finally:
                 writer.close()
 
+        self._streams[name] = serve
         await self.p2p.add_binary_stream_handler(name, serve)
+
+    async def _ask_daemon(self, kind: str, **body: object) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Put one request to the daemon; its connection. Unlike hivemind's client, nothing stays open when it fails."""
+        reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
+        try:
+            await write_pbmsg(writer, p2pd_pb2.Request(type=kind, **body))
+            response = p2pd_pb2.Response()
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+        except BaseException:
+            writer.close()
+            raise
+        return reader, writer
 
     @contextlib.contextmanager
     def _admitted(self, peer: str) -> Iterator[None]:
@@ -169,6 +228,13 @@ class Node:
                 del self._busy[peer]
 
 
+async def _own_addresses(p2p: P2P, options: P2pdOptions) -> tuple[str, ...]:
+    """Where others can dial us, without the peer id at the end."""
+    if not options.accept_inbound:
+        return ()
+    return tuple(str(address).partition("/p2p/")[0] for address in await p2p.get_visible_maddrs(latest=True))
+
+
 @contextlib.contextmanager
 def _translated(peer: str) -> Iterator[None]:
     """hivemind's and the operating system's errors as ours."""
@@ -178,8 +244,8 @@ def _translated(peer: str) -> Iterator[None]:
         raise Silent(peer) from error
     except P2PHandlerError as error:
         text = str(error)
-        if "swarm-rejected:" in text:
-            raise Rejected("refused", text[:200], peer) from error
+        if REFUSAL in text:
+            raise Rejected("refused", text.partition(REFUSAL)[2][:64], peer) from error
         raise Unreachable(peer, text[:200]) from error
     except (P2PDaemonError, ControlFailure, OSError, EOFError) as error:
         raise Unreachable(peer, str(error)[:200]) from error

@@ -16,6 +16,7 @@ import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 from hivemind.p2p import P2P
@@ -73,6 +74,26 @@ def _die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class PendingCalls(dict[Any, asyncio.Future[Any]]):
+    """hivemind's open calls, without those that are settled.
+
+    An answer that arrives in the moment in which its call is given up would otherwise end hivemind's reader, and with it
+    every later call.
+    """
+
+    def __contains__(self, call: object) -> bool:
+        future = self.get(call)
+        return future is not None and not future.done()
+
+
+class HandlerTasks(dict[Any, asyncio.Task[Any]]):
+    """hivemind's calls being answered; those that their caller cancels are forgotten, too."""
+
+    def __setitem__(self, call: object, task: asyncio.Task[Any]) -> None:
+        super().__setitem__(call, task)
+        task.add_done_callback(lambda done: self.pop(call, None))
+
+
 class P2pd:
     """A running `p2pd` and hivemind's client for it."""
 
@@ -112,6 +133,8 @@ class P2pd:
             await asyncio.wait_for(ready, STARTUP_TIMEOUT_S)
             client: type[P2P] = type("Client", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{directory}/"})
             p2p = await asyncio.wait_for(client.replicate(Multiaddr(control)), STARTUP_TIMEOUT_S)
+            p2p._client.control._pending_calls = PendingCalls()
+            p2p._client.control._handler_tasks = HandlerTasks()
         except BaseException as error:
             await _end(process, reader, directory)
             if isinstance(error, TimeoutError):
@@ -120,8 +143,14 @@ class P2pd:
         return cls(process, directory, p2p, reader)
 
     async def wait(self) -> int:
-        """Wait until the daemon ends; its exit status."""
-        return await self._process.wait()
+        """Wait until the daemon, or the connection over which it takes calls, ends; the exit status, -1 if it still runs."""
+        ended = asyncio.create_task(self._process.wait())
+        connection = (self.p2p._client.control._read_task, self.p2p._client.control._write_task)
+        try:
+            await asyncio.wait((ended, *connection), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        return -1 if self._process.returncode is None else self._process.returncode
 
     async def close(self) -> None:
         """End the daemon and remove its sockets."""

@@ -53,7 +53,7 @@ class Transfer:
     upload_meter: LinkMeter = field(default_factory=LinkMeter)
     clock: Clock = SystemClock()
     stall_s: float = 10.0
-    per_peer_sent: dict[str, int] = field(default_factory=dict)
+    relays: Callable[[str], Sequence[str]] = lambda peer: ()
 
     async def start(self) -> None:
         """Begin to serve."""
@@ -69,7 +69,13 @@ class Transfer:
         """
         found: dict[bytes, bytes] = {}
         absent = 0
-        reader, writer = await self.node.open_stream(peer, FETCH_STREAM, self.stall_s)
+        try:
+            reader, writer = await self.node.open_stream(peer, FETCH_STREAM, self.stall_s)
+        except Unreachable:
+            relays = [] if origin else list(self.relays(peer))
+            if not relays:
+                raise
+            return await self.fetch(relays[0], sizes, origin=peer, keep=keep)
         try:
             names = list(sizes)
             for start in range(0, len(names), MAX_HASHES):

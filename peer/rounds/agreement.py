@@ -37,8 +37,8 @@ def count(roots: Mapping[str, bytes], voters: Sequence[str], mine: bytes | None)
 def newest(results: Sequence[tuple[int, bytes, str]]) -> tuple[int, bytes, tuple[str, ...]] | None:
     """What a joiner takes for the swarm's state, out of (round, root, signer): the newest round's most supported root.
 
-    A newer round is preferred only if at least half as many peers vouch for it as for the best supported one, so that a single
-    liar with a later round misleads nobody.
+    A newer round is preferred only if more than half as many peers vouch for it as for the best supported one, so that a single
+    liar with a later round misleads nobody where two or more tell the truth.
     """
     signers: dict[tuple[int, bytes], set[str]] = {}
     for round_index, root, signer in results:

@@ -38,6 +38,7 @@ DOWNLOAD_HEAD_START_S = 0.75
 MAX_BACKLOG = 16
 BEHIND_CHECK_S = 2.0
 KEEP_BLOBS_ROUNDS = 3
+LONGEST_STALL_S = 20.0
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -274,6 +275,7 @@ class Engine:
         services = self.services
         started = services.clock.monotonic_s()
         self.inbox.advance(place.round_index)
+        services.transfer.stall_s = min(LONGEST_STALL_S, self.pacing.exchange_s)
         run = RoundRun(services, self._setup(place), is_leaving=lambda: self.wish in ("finish", "pause"))
         self.current = run
         self._replay(run, place)
@@ -348,6 +350,7 @@ class Engine:
             await run.contribute(Contribution(None, 0, 0.0, 0.0))
             return
         self.services.observer.state("training")
+        self.services.faults.reached("training", run.round_index)
         state = self.state
         contribution = await self.training.train(state.theta, run.round_index, run.setup.me, quota, state.tokens)
         self.services.observer.phase("train", contribution.seconds)
@@ -368,6 +371,7 @@ class Engine:
         services = self.services
         completed_s = services.clock.monotonic_s()
         merged = run.exchange.merged(proposal)
+        services.faults.reached("merge", run.round_index)
         tokens = sum(item.weight for item in proposal.commits) * services.manifest.data.sequence_length
         snapshot = await self._apply(merged, tokens)
         services.observer.phase("exchange", completed_s - (run.committed_s or completed_s))
@@ -381,6 +385,7 @@ class Engine:
         self._observe_pace(run, completed_s)
         await self.on_round(self._report(run, proposal, result, root, started))
         self.place = Place(place.round_index + 1, members, root) if here else None
+        services.faults.reached("apply", run.round_index)
         self.inbox.advance(place.round_index + 1)
         if snapshot is not None:
             self._check_agreement(snapshot)

@@ -139,10 +139,10 @@ class Entry:
 
     async def _enter_with(self, host: Host, replies: dict[str, SyncReply]) -> Entered | None:
         me = self.services.identity.peer_id
-        for reply in replies.values():
-            self._take_results(host, reply)
         newest = max(reply.round for reply in replies.values())
         host.inbox.advance(newest)
+        for reply in replies.values():
+            self._take_results(host, reply)
         member_of = [reply for reply in replies.values() if reply.round == newest and _lists(reply, me)]
         if member_of and newest > 0:
             return self._as_member(host, member_of[0], newest)

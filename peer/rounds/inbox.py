@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from peer.rounds.values import BallotNumber as Number
 from peer.rounds.values import (
     CommitArrived,
     ComplaintArrived,
@@ -19,12 +18,12 @@ from peer.rounds.values import (
 )
 from peer.rounds.wire import Checker, ResultFacts
 from swarm.errors import Rejected
-from swarm.messages import open_signed
 from swarm.rpc.v1.peer_pb2 import Delivery
-from swarm.rpc.v1.signed_pb2 import Complaint, Seal
 
 ROUNDS_AHEAD = 3
-EVENTS_PER_ROUND = 2048
+EVENTS_PER_ROUND = 4096
+EVENTS_PER_SENDER = 64
+RESULTS_PER_ROUND = 4096
 RESULTS_KEPT_ROUNDS = 8
 
 
@@ -49,17 +48,15 @@ def read_delivery(checker: Checker, delivery: Delivery) -> list[Arrival]:
             round_index, span = checker.span(delivery.merged_span)
             return [Arrival(round_index, span.reducer, SpanArrived(span))]
         case "seal":
-            message = open_signed(delivery.seal, Seal, run_id=checker.run_id)
-            ballot = Number(message.ballot.term, message.ballot.amendment)
-            return [Arrival(message.round, delivery.seal.signer, SealArrived(delivery.seal.signer, ballot))]
+            round_index, ballot = checker.seal(delivery.seal)
+            return [Arrival(round_index, delivery.seal.signer, SealArrived(delivery.seal.signer, ballot))]
         case "seal_reply":
             round_index, reply = checker.seal_reply(delivery.seal_reply)
             return [Arrival(round_index, reply.peer, SealReplyArrived(reply))]
         case "complaint":
-            complaint = open_signed(delivery.complaint, Complaint, run_id=checker.run_id)
+            round_index, about, reason = checker.complaint(delivery.complaint)
             sender = delivery.complaint.signer
-            event = ComplaintArrived(sender, complaint.about[:64], complaint.reason[:32])
-            return [Arrival(complaint.round, sender, event)]
+            return [Arrival(round_index, sender, ComplaintArrived(sender, about, reason))]
         case _:
             raise Rejected("malformed", "empty delivery")
 
@@ -74,7 +71,7 @@ def _proposal(checker: Checker, delivery: Delivery) -> list[Arrival]:
     arrivals = []
     for announced in delivery.proposal.commits[:64]:
         commit_round, base_root, facts = checker.commit(announced)
-        arrivals.append(Arrival(commit_round, facts.peer, CommitArrived(facts), base_root))
+        arrivals.append(Arrival(commit_round, facts.peer, CommitArrived(facts, forwarded=True), base_root))
     arrivals.append(Arrival(round_index, proposal.leader, ProposalArrived(proposal)))
     return arrivals
 
@@ -89,31 +86,41 @@ class Inbox:
     _latest: dict[str, int] = field(default_factory=dict)
 
     def add(self, arrival: Arrival) -> None:
-        """Keep an event for its round. Raises `Rejected` for rounds that are over or too far ahead."""
+        """Keep an event for its round, each once. Raises `Rejected` for rounds that are over or too far ahead.
+
+        Of one sender, and of all together, only so many are kept; those of later rounds are `busy` then, those of the current one
+        only aren't there if the round is played again.
+        """
         self._latest[arrival.sender] = max(arrival.round_index, self._latest.get(arrival.sender, 0))
         if arrival.round_index < self.current:
             raise Rejected("stale", f"round {self.current} is on", arrival.sender)
         if arrival.round_index > self.current + ROUNDS_AHEAD:
             raise Rejected("too_early", f"round {self.current} is on", arrival.sender)
         events = self._waiting.setdefault(arrival.round_index, [])
-        if len(events) >= EVENTS_PER_ROUND:
+        same = [event for event in events if event.sender == arrival.sender]
+        if arrival in same:
+            return
+        if len(same) < EVENTS_PER_SENDER and len(events) < EVENTS_PER_ROUND:
+            events.append(arrival)
+        elif arrival.round_index > self.current:
             raise Rejected("busy", "too many messages for one round", arrival.sender)
-        events.append(arrival)
 
     def add_result(self, result: ResultFacts) -> Completed | None:
-        """Keep a result; the event for the machine if it is new. Raises `Rejected` for a second, different one."""
+        """Keep a result; the event for the machine if it is the peer's first. A later one, after a repair, replaces it.
+
+        Raises `Rejected` for rounds that nobody asks about any more or not yet, and when too many have come.
+        """
         self._latest[result.peer] = max(result.round_index + 1, self._latest.get(result.peer, 0))
         if result.round_index + RESULTS_KEPT_ROUNDS < self.current:
             raise Rejected("stale", "result", result.peer)
         if result.round_index > self.current + ROUNDS_AHEAD + RESULTS_KEPT_ROUNDS:
             raise Rejected("too_early", "result", result.peer)
         results = self._results.setdefault(result.round_index, {})
-        if result.peer in results:
-            if results[result.peer].root != result.root:
-                results[result.peer] = result
-            return None
+        known = result.peer in results
+        if not known and len(results) >= RESULTS_PER_ROUND:
+            raise Rejected("busy", "too many results for one round", result.peer)
         results[result.peer] = result
-        return Completed(result.peer, result.proposal_hash)
+        return None if known else Completed(result.peer, result.proposal_hash)
 
     def events_of(self, round_index: int) -> list[Arrival]:
         """Everything that has arrived for a round, in order."""

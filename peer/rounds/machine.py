@@ -1,9 +1,11 @@
 """The round as a pure state machine: `step(state, event, now_s) -> (state, actions)`.
 
-It knows no clock, no socket and no tensor, so that every interleaving of messages, losses and crashes can be explored. Safety
-rests on two rules: a peer completes a proposal only if it never promised to ignore that ballot, and a leader proposes a higher
-ballot only after a quorum has promised and nobody in it had completed a lower one (Paxos' argument, Lamport 1998, with "complete"
-for "accepted").
+It knows no clock, no socket and no tensor, so that every interleaving of messages, losses and crashes can be explored.
+
+What is promised: a proposal replaces another only after a quorum has promised never to complete the lower ballot and none of
+those that the leader could hear had completed it; a completed one that is heard of in time stands instead (Paxos' argument,
+Lamport 1998, with "complete" for "accepted"). So whatever a quorum completes is unique, and two peers complete different
+proposals only if one of them was cut off while the other's leader asked; it finds itself outvoted and repairs itself.
 """
 
 from __future__ import annotations
@@ -55,10 +57,22 @@ from peer.rounds.values import (
     Trained,
 )
 
-EMPTY: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[Any, Any] = MappingProxyType({})
 PROBE_EVERY_S = 0.5
+LOST_PROBE_EVERY_S = 2.0
+SILENCE_FLOOR_S = 2.5
 GRANT_EVERY_S = 1.0
+HELP_EVERY_S = 1.0
 EXTENSIONS = 4
+DOUBLINGS = 6
+TERMS_AHEAD = 1024
+EARLY_SPANS = 4
+ABOUT_LEADERS = ("leader_silent", "left_behind")
+NEVER_S = float("-inf")
+
+
+def _nothing() -> Mapping[Any, Any]:
+    return EMPTY
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,21 @@ class RoundSetup:
         """Everybody in the roster but us."""
         return tuple(peer for peer in self.peers if peer != self.me)
 
+    @property
+    def quorum(self) -> int:
+        """How many make a majority of the roster."""
+        return quorum_of(len(self.roster))
+
+    @property
+    def silence_s(self) -> float:
+        """How long a peer may leave probes unanswered before a proposal goes on without it."""
+        return max(self.grace_s, self.patience_s, SILENCE_FLOOR_S)
+
+    @property
+    def seal_s(self) -> float:
+        """How long a seal's answer is waited for; a large answer of a peer that is alive gets more."""
+        return max(self.patience_s, SILENCE_FLOOR_S)
+
     def leader(self, term: int) -> str:
         """The leader of a term."""
         return leader_of(self.run_id, self.round_index, self.peers, term)
@@ -101,38 +130,56 @@ Stage = Literal["idle", "sealing", "collecting", "proposed"]
 
 @dataclass(frozen=True)
 class RoundState:
-    """Everything that a peer knows about the round in progress."""
+    """Everything that a peer knows about the round in progress.
+
+    `lost` peers are gone or silent as far as we can tell, and come back with any sign of life; `dropped` ones answer, but the
+    round goes on without them. The accepted proposal stands at ballot `standing`: its own, or the one whose leader found it
+    complete.
+    """
 
     setup: RoundSetup
     started_s: float
-    commits: Mapping[str, CommitFacts] = field(default_factory=dict)
+    commits: Mapping[str, CommitFacts] = field(default_factory=_nothing)
+    arrived_s: Mapping[str, float] = field(default_factory=_nothing)
     quorum_s: float | None = None
-    joiners: Mapping[str, Any] = field(default_factory=dict)
+    joiners: Mapping[str, Any] = field(default_factory=_nothing)
     lost: frozenset[str] = frozenset()
-    seen_s: Mapping[str, float] = field(default_factory=dict)
-    probed_s: float = 0.0
+    dropped: frozenset[str] = frozenset()
+    seen_s: Mapping[str, float] = field(default_factory=_nothing)
+    asked_s: Mapping[str, float] = field(default_factory=_nothing)
+    probed_s: float = NEVER_S
+    lost_probed_s: float = NEVER_S
     term: int = 0
     promised: BallotNumber = BallotNumber()
     overdue_s: float | None = None
     suspicions: int = 0
     accepted: ProposalFacts | None = None
+    standing: BallotNumber = BallotNumber()
     accepted_s: float = 0.0
-    decided: bool = False
+    reducing: bool = False
     reduced: bool = False
-    spans: Mapping[str, SpanFacts] = field(default_factory=dict)
+    spans: Mapping[str, SpanFacts] = field(default_factory=_nothing)
+    early: tuple[SpanFacts, ...] = ()
     fetched: frozenset[str] = frozenset()
-    completers: Mapping[str, bytes] = field(default_factory=dict)
-    help_asked_s: float = 0.0
+    failed: frozenset[str] = frozenset()
+    completers: Mapping[str, bytes] = field(default_factory=_nothing)
+    help_asked_s: float = NEVER_S
+    helps: int = 0
     complete: bool = False
     stage: Stage = "idle"
     ballot: BallotNumber = BallotNumber()
     sealed_s: float = 0.0
-    replies: Mapping[str, SealReplyFacts] = field(default_factory=dict)
-    complaints: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    sealed_to: frozenset[str] = frozenset()
+    seals: int = 0
+    replies: Mapping[str, SealReplyFacts] = field(default_factory=_nothing)
+    complaints: Mapping[str, frozenset[str]] = field(default_factory=_nothing)
+    unobtainable: frozenset[str] = frozenset()
     extensions: int = 0
     grant: Any = None
-    grant_asked_s: float | None = None
-    waiting_for: str = field(default="", compare=False)
+    granted_to: frozenset[str] = frozenset()
+    grant_asked_s: float = NEVER_S
+    grant_asked_for: frozenset[str] = frozenset()
+    waiting_for: str = ""
 
     @property
     def leader(self) -> str:
@@ -140,14 +187,49 @@ class RoundState:
         return self.setup.leader(self.term)
 
     @property
+    def leads(self) -> bool:
+        """Whether that's us."""
+        return self.leader == self.setup.me
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Those that the round goes on without."""
+        return self.lost | self.dropped
+
+    @property
     def alive(self) -> tuple[str, ...]:
-        """The roster without those known to be lost."""
-        return tuple(peer for peer in self.setup.peers if peer not in self.lost)
+        """The roster without those that are gone."""
+        return tuple(peer for peer in self.setup.peers if peer not in self.gone)
+
+    @property
+    def reachable(self) -> frozenset[str]:
+        """Everybody, ourselves included, who may still have completed something: the roster without the lost."""
+        return frozenset(self.setup.peers) - self.lost
+
+    @property
+    def held(self) -> frozenset[str]:
+        """All-gather: peers whose parts somebody else says to hold."""
+        if not self.setup.all_gather:
+            return frozenset()
+        return frozenset().union(*(reply.holds for reply in self.replies.values())) - self.unobtainable
+
+    @property
+    def usable(self) -> tuple[str, ...]:
+        """Whose commits a proposal can include now, sorted; without a quorum, only those for whom the coordinator's grant is."""
+        names = tuple(sorted(peer for peer in self.commits if peer not in self.gone or peer in self.held))
+        if len(names) >= self.setup.quorum or self.grant is None:
+            return names
+        return tuple(peer for peer in names if peer in self.granted_to)
 
     @property
     def has_quorum(self) -> bool:
         """Whether enough of the roster has committed, or the coordinator has let us go on."""
-        return len(self.commits) >= quorum_of(len(self.setup.peers)) or self.grant is not None
+        return len(self.usable) >= self.setup.quorum or (self.grant is not None and bool(self.usable))
+
+    @property
+    def sealed(self) -> bool:
+        """Whether we promised not to complete what we have accepted, or have nothing accepted."""
+        return self.accepted is None or self.standing < self.promised
 
 
 Outcome = tuple[RoundState, list[Action]]
@@ -169,8 +251,8 @@ def _handle(state: RoundState, event: Event, now_s: float) -> Outcome:
     match event:
         case Trained(commit):
             return _on_trained(state, commit, now_s)
-        case CommitArrived(commit):
-            return _on_commit(state, commit, now_s)
+        case CommitArrived(commit, forwarded):
+            return _on_commit(state, commit, now_s, forwarded)
         case JoinArrived(peer, admission):
             return replace(state, joiners=_with(state.joiners, peer, admission)), []
         case ProposalArrived(proposal):
@@ -184,82 +266,94 @@ def _handle(state: RoundState, event: Event, now_s: float) -> Outcome:
         case Reduced(span):
             return _on_reduced(state, span)
         case SpanArrived(span):
-            return _on_span(state, span)
+            return _on_span(state, span, now_s)
         case SpanFetched(proposal_hash, reducer):
-            if state.accepted is None or state.accepted.proposal_hash != proposal_hash:
-                return state, []
-            return replace(state, fetched=state.fetched | {reducer}), []
+            return _on_span_fetched(state, proposal_hash, reducer)
         case FetchFailed():
             return _on_fetch_failed(state, event, now_s)
         case Completed(peer, proposal_hash):
-            return _on_completed(state, peer, proposal_hash)
+            return _on_completed(state, peer, proposal_hash, now_s)
         case PeerLost(peer):
-            return _on_lost(state, peer, now_s)
+            return _on_lost(state, peer)
         case PeerAlive(peer):
-            return replace(state, seen_s=_with(state.seen_s, peer, now_s)), []
-        case GrantArrived(grant):
-            return replace(state, grant=grant), []
+            return _saw(state, peer, now_s), []
+        case GrantArrived(grant, present):
+            return replace(state, grant=grant, granted_to=frozenset(present) or state.grant_asked_for), []
         case Tick():
-            return _probe_awaited(state, now_s)
+            return state, []
 
 
-# --- events ---------------------------------------------------------------------------------------------------------------
+# --- commits --------------------------------------------------------------------------------------------------------------
 
 
 def _on_trained(state: RoundState, commit: CommitFacts, now_s: float) -> Outcome:
     if state.setup.me in state.commits:
         return state, []
-    state, _ = _on_commit(state, commit, now_s)
-    return state, [SendCommit(commit)]
+    state, actions = _on_commit(state, commit, now_s)
+    return state, [SendCommit(commit), *actions]
 
 
-def _on_commit(state: RoundState, commit: CommitFacts, now_s: float) -> Outcome:
+def _on_commit(state: RoundState, commit: CommitFacts, now_s: float, forwarded: bool = False) -> Outcome:
     if commit.peer not in state.setup.peers:
         return state, [Refuse(commit.peer, "not_in_roster")]
+    if not forwarded:
+        state = _saw(state, commit.peer, now_s)
     known = state.commits.get(commit.peer)
-    if known is not None:
-        return state, [] if known.commit_hash == commit.commit_hash else [Refuse(commit.peer, "two_commits")]
+    if known is not None and known.commit_hash == commit.commit_hash:
+        return state, []
+    place = state.accepted.included(commit.peer) if state.accepted is not None else None
+    wanted = place is not None and place.commit_hash == commit.commit_hash
+    if known is not None and not wanted:
+        return state, [Refuse(commit.peer, "two_commits")]
     if commit.weight and len(commit.part_hashes) != state.setup.part_count:
         return state, [Refuse(commit.peer, "wrong_part_count")]
-    had_quorum = state.has_quorum
-    commits = _with(state.commits, commit.peer, commit)
-    state = replace(state, commits=commits, seen_s=_with(state.seen_s, commit.peer, now_s), lost=state.lost - {commit.peer})
-    if state.has_quorum and not had_quorum:
-        state = replace(state, quorum_s=now_s)
-    if state.accepted is not None and state.accepted.included(commit.peer):
-        return state, _reduce_if_possible(state)
-    return state, []
+    arrived_s = _with(state.arrived_s, commit.peer, state.arrived_s.get(commit.peer, now_s))
+    state = replace(state, commits=_with(state.commits, commit.peer, commit), arrived_s=arrived_s)
+    return _reduce_if_possible(state) if wanted else (state, [])
+
+
+# --- proposals ------------------------------------------------------------------------------------------------------------
 
 
 def _on_proposal(state: RoundState, proposal: ProposalFacts, now_s: float) -> Outcome:
     problem = _problem(state, proposal)
     if problem:
         return state, [Refuse(proposal.leader, problem)]
-    if state.complete or state.decided or proposal.ballot < state.promised:
+    if proposal.leader != state.setup.me:
+        state = _saw(state, proposal.leader, now_s)
+    if state.complete or proposal.ballot < state.promised:
         return state, []
-    if state.accepted is not None and state.accepted.ballot == proposal.ballot:
+    if state.accepted is not None and state.standing == proposal.ballot:
         if state.accepted.proposal_hash != proposal.proposal_hash:
             return state, [Refuse(proposal.leader, "two_proposals")]
-        return state, _reduce_if_possible(state)
-    return _accept(state, proposal, now_s)
+        return _reduce_if_possible(state)
+    return _accept(state, proposal, proposal.ballot, now_s)
 
 
-def _accept(state: RoundState, proposal: ProposalFacts, now_s: float) -> Outcome:
+def _accept(state: RoundState, proposal: ProposalFacts, ballot: BallotNumber, now_s: float) -> Outcome:
+    """Work on `proposal`, which stands at `ballot`; what has been fetched of the same proposal is kept."""
+    leads = state.setup.leader(ballot.term) == state.setup.me
+    same = state.accepted is not None and state.accepted.proposal_hash == proposal.proposal_hash
     state = replace(
         state,
-        accepted=proposal,
         accepted_s=now_s,
-        promised=max(state.promised, proposal.ballot),
-        term=max(state.term, proposal.ballot.term),
-        overdue_s=now_s + state.setup.exchange_s + state.setup.patience_s,
-        reduced=False,
-        spans={name: span for name, span in state.spans.items() if span.proposal_hash == proposal.proposal_hash},
-        fetched=frozenset(),
+        promised=max(state.promised, ballot),
+        standing=ballot,
+        term=ballot.term,
+        stage="proposed" if leads else "idle",
+        ballot=ballot if leads else state.ballot,
+        overdue_s=now_s + _doubled(state, state.setup.exchange_s + state.setup.patience_s),
         complaints=EMPTY,
         extensions=0,
+        waiting_for="",
     )
-    fetches: list[Action] = [FetchSpan(span, _sources(state, span)) for span in state.spans.values()]
-    return state, _reduce_if_possible(state) + fetches
+    if same:
+        return _reduce_if_possible(state)
+    early = (span for span in state.early if _fits(proposal, span))
+    spans = {span.reducer: span for span in early}
+    state = replace(state, accepted=proposal, reducing=False, reduced=False, spans=spans, fetched=frozenset(), failed=frozenset())
+    state, actions = _reduce_if_possible(state)
+    return state, actions + _fetches(state, spans)
 
 
 def _problem(state: RoundState, proposal: ProposalFacts) -> str:
@@ -267,207 +361,404 @@ def _problem(state: RoundState, proposal: ProposalFacts) -> str:
     setup = state.setup
     names = [commit.peer for commit in proposal.commits]
     members = [member.peer for member in proposal.next_roster]
-    contributors = {c.peer: c for c in proposal.commits if c.weight}
-    known = {peer: state.commits[peer] for peer in contributors if peer in state.commits}
-    uploads = {peer: facts.upload_bytes_per_s for peer, facts in known.items()}
+    known = [(state.commits[item.peer], item) for item in proposal.commits if _knows(state, item)]
     checks = (
         ("wrong_leader", proposal.leader == setup.leader(proposal.ballot.term)),
+        ("bad_ballot", proposal.ballot.term <= state.term + TERMS_AHEAD),
         ("wrong_base", proposal.base_root == setup.base_root),
         ("unsorted", names == sorted(set(names)) and members == sorted(set(members))),
         ("not_in_roster", set(names) <= set(setup.peers)),
-        ("no_quorum", len(names) >= quorum_of(len(setup.peers)) or proposal.grant),
+        ("no_quorum", bool(names) and (len(names) >= setup.quorum or proposal.grant)),
         ("roster_too_large", 0 < len(members) <= setup.max_peers),
-        (
-            "wrong_commit",
-            all(known[peer].commit_hash == contributors[peer].commit_hash for peer in known)
-            and all(known[peer].weight == contributors[peer].weight for peer in known),
-        ),
-        (
-            "wrong_spans",
-            len(known) != len(contributors)
-            or _span_table(proposal) == (_planned_spans(setup, uploads) if contributors and not setup.all_gather else {}),
-        ),
+        ("wrong_commit", all(facts.weight == item.weight for facts, item in known)),
+        ("wrong_spans", _spans_are_right(state, proposal)),
     )
     return next((reason for reason, fine in checks if not fine), "")
 
 
-def _span_table(proposal: ProposalFacts) -> dict[str, tuple[int, int]]:
-    return {commit.peer: (commit.first_part, commit.part_span) for commit in proposal.reducers}
+def _knows(state: RoundState, item: IncludedCommit) -> bool:
+    """Whether we have the very commit that a proposal names. A peer that signs two gets in with the one that is proposed."""
+    known = state.commits.get(item.peer)
+    return known is not None and known.commit_hash == item.commit_hash
 
 
-def _planned_spans(setup: RoundSetup, uploads: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    return {peer: span for peer, span in spans_of(setup.part_count, uploads).items() if span[1]}
+def _spans_are_right(state: RoundState, proposal: ProposalFacts) -> bool:
+    """The contributors' spans cover all parts once, in order; and they are the planned ones, as far as we can recompute them."""
+    setup, contributors = state.setup, proposal.contributors
+    table = {item.peer: (item.first_part, item.part_span) for item in proposal.reducers}
+    if not contributors or setup.all_gather:
+        return not table
+    if not all(_knows(state, item) for item in contributors):
+        ends = [0]
+        for first, span in table.values():
+            ends.append(first + span if first == ends[-1] else -1)
+        return ends[-1] == setup.part_count and -1 not in ends and set(table) <= {item.peer for item in contributors}
+    uploads = {item.peer: state.commits[item.peer].upload_bytes_per_s for item in contributors}
+    return table == {peer: span for peer, span in spans_of(setup.part_count, uploads).items() if span[1]}
+
+
+def _fits(proposal: ProposalFacts, span: SpanFacts) -> bool:
+    """Whether a merged span is of this proposal, by the reducer of just these parts."""
+    place = proposal.included(span.reducer)
+    return (
+        span.proposal_hash == proposal.proposal_hash
+        and place is not None
+        and place.part_span > 0
+        and (place.first_part, place.part_span) == (span.first_part, len(span.part_hashes))
+    )
+
+
+# --- sealing --------------------------------------------------------------------------------------------------------------
 
 
 def _on_seal(state: RoundState, sender: str, ballot: BallotNumber, now_s: float) -> Outcome:
-    if sender != state.setup.leader(ballot.term):
+    if sender == state.setup.me or sender != state.setup.leader(ballot.term) or ballot.term > state.term + TERMS_AHEAD:
         return state, [Refuse(sender, "wrong_leader")]
-    if state.complete or state.decided:
+    state = _saw(state, sender, now_s)
+    if state.complete:
         return state, [SendSealReply(sender, ballot)]
     if ballot < state.promised:
-        return state, []
-    state = replace(
-        state,
-        promised=ballot,
-        term=max(state.term, ballot.term),
-        overdue_s=None if state.accepted is None else now_s + 2 * _patience(state),
-        seen_s=_with(state.seen_s, sender, now_s),
-        lost=state.lost - {sender},
-    )
+        return state, [SendSealReply(sender, state.promised)]
+    overdue_s = None if state.accepted is None else now_s + _doubled(state, (EXTENSIONS + 1) * state.setup.seal_s)
+    state = replace(state, promised=ballot, term=ballot.term, stage="idle", overdue_s=overdue_s)
     return state, [SendSealReply(sender, ballot)]
 
 
 def _on_seal_reply(state: RoundState, reply: SealReplyFacts, now_s: float) -> Outcome:
     if reply.peer not in state.setup.peers:
         return state, [Refuse(reply.peer, "not_in_roster")]
-    if reply.complete and reply.accepted is not None:
-        return _on_decision(state, reply, now_s)
-    if state.stage != "sealing" or reply.ballot != state.ballot:
+    if state.complete or reply.peer == state.setup.me:
         return state, []
-    state = replace(state, replies=_with(state.replies, reply.peer, reply), seen_s=_with(state.seen_s, reply.peer, now_s))
-    for commit in reply.commits:
-        if commit.peer in state.setup.peers and commit.peer not in state.commits:
-            state, _ = _on_commit(replace(state, lost=state.lost), commit, now_s)
+    if reply.complete and reply.accepted is not None:
+        return _on_decision(state, reply, reply.accepted, now_s)
+    if _asks(state) and reply.ballot == state.ballot:
+        state = replace(_saw(state, reply.peer, now_s), replies=_with(state.replies, reply.peer, reply))
+        return _take_commits(state, reply, now_s)
+    if state.promised < reply.ballot and state.term < reply.ballot.term <= state.term + TERMS_AHEAD:
+        return replace(state, term=reply.ballot.term, stage="idle", overdue_s=None), []
     return state, []
 
 
-def _on_decision(state: RoundState, reply: SealReplyFacts, now_s: float) -> Outcome:
+def _asks(state: RoundState) -> bool:
+    """Whether we lead and have not proposed yet, so that a completed proposal can still take the place of ours."""
+    return state.leads and state.stage in ("sealing", "collecting") and state.promised == state.ballot
+
+
+def _take_commits(state: RoundState, reply: SealReplyFacts, now_s: float) -> Outcome:
+    """Learn commits that we lack; those that differ from ours are no concern of a reply."""
+    actions: list[Action] = []
+    for commit in reply.commits:
+        if commit.peer in state.setup.peers and commit.peer not in state.commits:
+            state, more = _on_commit(state, commit, now_s, forwarded=True)
+            actions += more
+    return state, actions
+
+
+def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFacts, now_s: float) -> Outcome:
     """Somebody completed a proposal before it could be replaced: it stands, and its parts can be had there."""
-    proposal = reply.accepted
-    if proposal is None or state.complete or (state.decided and state.accepted == proposal):
+    ballot = max(reply.ballot, proposal.ballot)
+    asked = _asks(state) and reply.ballot == state.ballot
+    state = _saw(state, reply.peer, now_s) if asked else state
+    if ballot < state.promised or not _may_stand(state, proposal, ballot):
         return state, []
-    forward: list[Action] = [ForwardDecision(reply)] if state.stage == "sealing" else []
-    spans = {span.reducer: span for span in reply.spans if span.proposal_hash == proposal.proposal_hash}
-    if set(spans) != {commit.peer for commit in proposal.reducers}:
-        return state, [Refuse(reply.peer, "incomplete_decision")]
-    commits = {commit.peer: commit for commit in reply.commits if commit.peer in state.setup.peers}
-    state, _ = _accept(replace(state, commits={**commits, **state.commits}), proposal, now_s)
-    completers = _with(state.completers, reply.peer, proposal.proposal_hash)
-    state = replace(state, decided=True, stage="idle", spans=spans, completers=completers)
-    fetches: list[Action] = [FetchSpan(span, _sources(state, span)) for span in spans.values()]
-    gather: list[Action] = [Reduce(proposal)] if state.setup.all_gather and proposal.contributors else []
-    return state, forward + fetches + gather
+    known, actions = _take_commits(state, reply, now_s)
+    problem = _problem(known, proposal)
+    spans = {span.reducer: span for span in reply.spans if _fits(proposal, span)}
+    if problem or set(spans) != {commit.peer for commit in proposal.reducers}:
+        return state, [Refuse(reply.peer, problem or "incomplete_decision")]
+    wanted = {item.peer: item.commit_hash for item in proposal.commits}
+    commits = {commit.peer: commit for commit in reply.commits if wanted.get(commit.peer) == commit.commit_hash}
+    completers = _with(known.completers, reply.peer, proposal.proposal_hash)
+    state = replace(known, completers=completers, commits={**known.commits, **commits})
+    if state.accepted is None or state.accepted.proposal_hash != proposal.proposal_hash or state.standing < ballot:
+        state, more = _accept(state, proposal, ballot, now_s)
+        actions += more
+    state = replace(state, spans={**spans, **state.spans})
+    return state, [*([ForwardDecision(reply)] if asked else []), *actions, *_fetches(state, spans)]
+
+
+def _may_stand(state: RoundState, proposal: ProposalFacts, ballot: BallotNumber) -> bool:
+    """Whether no other proposal has been made at this ballot, as far as we know."""
+    if state.leads and state.stage == "proposed" and ballot == state.ballot and state.sealed:
+        return proposal.ballot == ballot
+    other = state.accepted is not None and state.accepted.proposal_hash != proposal.proposal_hash
+    return not (other and ballot == state.standing)
 
 
 def _on_complaint(state: RoundState, sender: str, about: str, reason: str, now_s: float) -> Outcome:
     if sender not in state.setup.peers or about not in state.setup.peers:
+        return state, [Refuse(sender, "not_in_roster")]
+    if sender == state.setup.me:
         return state, []
+    state = _saw(state, sender, now_s)
     if state.complete:
         return state, [SendSealReply(sender, state.promised)]
-    if state.leader != state.setup.me:
-        return state, []
     if reason == "missing_commit":
-        return state, [ResendProposal(sender)]
+        return state, [] if state.accepted is None else [ResendProposal(sender)]
+    if about == state.setup.me:
+        return state, []
+    if state.leads and reason not in ABOUT_LEADERS:
+        return _judge(state, sender, about, now_s)
+    return _ask_for_life(state, {about} & {state.leader, *(_needed(state) if state.leads else ())}, now_s)
+
+
+def _judge(state: RoundState, sender: str, about: str, now_s: float) -> Outcome:
+    """Drop a peer that most of the others can't use; look for ourselves before that."""
+    if state.accepted is not None and about in state.held & state.lost and state.accepted.included(about):
+        state = replace(state, unobtainable=state.unobtainable | {about})
     complaints = _with(state.complaints, about, state.complaints.get(about, frozenset()) | {sender})
-    state = replace(state, complaints=complaints, seen_s=_with(state.seen_s, sender, now_s))
-    judges = [peer for peer in state.alive if peer != about]
-    if len(complaints[about]) >= max(1, len(judges) // 2):
-        return replace(state, lost=state.lost | {about}), []
-    return state, [Probe(about)]
+    state = replace(state, complaints=complaints)
+    judges = state.reachable - {about}
+    if 2 * len(complaints[about] & judges) > max(2, len(judges)):
+        return replace(state, dropped=state.dropped | {about}), []
+    return _ask_for_life(state, {about}, now_s)
+
+
+# --- the exchange ---------------------------------------------------------------------------------------------------------
 
 
 def _on_reduced(state: RoundState, span: SpanFacts) -> Outcome:
     if state.accepted is None or state.accepted.proposal_hash != span.proposal_hash:
         return state, []
     me = state.setup.me
-    return replace(state, reduced=True, spans=_with(state.spans, me, span), fetched=state.fetched | {me}), []
+    state = replace(state, reduced=True, reducing=False, fetched=state.fetched | {me}, failed=state.failed - {me})
+    return replace(state, spans={me: span, **state.spans}), []
 
 
-def _on_span(state: RoundState, span: SpanFacts) -> Outcome:
+def _on_span(state: RoundState, span: SpanFacts, now_s: float) -> Outcome:
     if span.reducer not in state.setup.peers:
         return state, [Refuse(span.reducer, "not_in_roster")]
-    known = state.spans.get(span.reducer)
-    if known is not None and known.proposal_hash == span.proposal_hash:
-        return state, [] if known.part_hashes == span.part_hashes else [Refuse(span.reducer, "two_merges")]
-    proposal = state.accepted
-    if proposal is not None and proposal.proposal_hash == span.proposal_hash:
-        place = proposal.included(span.reducer)
-        if place is None or (place.first_part, place.part_span) != (span.first_part, len(span.part_hashes)):
-            return state, [Refuse(span.reducer, "wrong_span")]
-    state = replace(state, spans=_with(state.spans, span.reducer, span))
-    if proposal is None or proposal.proposal_hash != span.proposal_hash:
+    if span.reducer == state.setup.me:
         return state, []
-    return state, [FetchSpan(span, _sources(state, span))]
+    state = _saw(state, span.reducer, now_s)
+    if state.accepted is None or state.accepted.proposal_hash != span.proposal_hash:
+        return replace(state, early=_kept_early(state.early, span)), []
+    if not _fits(state.accepted, span):
+        return state, [Refuse(span.reducer, "wrong_span")]
+    known = state.spans.get(span.reducer)
+    if known is not None:
+        return state, [] if known.part_hashes == span.part_hashes else [Refuse(span.reducer, "two_merges")]
+    state = replace(state, spans=_with(state.spans, span.reducer, span))
+    return state, [] if state.complete else _fetches(state, [span.reducer])
+
+
+def _kept_early(early: tuple[SpanFacts, ...], span: SpanFacts) -> tuple[SpanFacts, ...]:
+    """Spans of proposals that we haven't accepted: the last few of each reducer."""
+    others = [item for item in early if item.reducer != span.reducer]
+    same = [item for item in early if item.reducer == span.reducer and item.proposal_hash != span.proposal_hash]
+    return (*others, *same[-EARLY_SPANS + 1 :], span)
+
+
+def _on_span_fetched(state: RoundState, proposal_hash: bytes, reducer: str) -> Outcome:
+    if state.accepted is None or state.accepted.proposal_hash != proposal_hash:
+        return state, []
+    return replace(state, fetched=state.fetched | {reducer}, failed=state.failed - {reducer}), []
 
 
 def _on_fetch_failed(state: RoundState, event: FetchFailed, now_s: float) -> Outcome:
     proposal = state.accepted
     if state.complete or proposal is None or proposal.proposal_hash != event.proposal_hash:
         return state, []
-    had_helpers = any(name == proposal.proposal_hash for name in state.completers.values())
+    again = event.peer in state.failed
+    failed = state.failed | ({event.peer} if event.merged else set())
+    state = replace(state, failed=failed, reducing=state.reducing and event.merged)
     if event.reason == "unreachable":
-        state = replace(state, lost=state.lost | {event.peer})
-    if event.merged and (span := state.spans.get(event.peer)) and had_helpers:
-        return state, [FetchSpan(span, _sources(state, span))]
-    if state.leader == state.setup.me:
-        return _on_complaint(state, state.setup.me, event.peer, event.reason, now_s)
-    overdue = now_s + _patience(state)
-    return replace(state, overdue_s=min(overdue, state.overdue_s or overdue)), [Complain(state.leader, event.peer, event.reason)]
+        state, _ = _on_lost(state, event.peer)
+    if event.merged and _helpers(state) and not again:
+        return state, _fetches(state, [event.peer])
+    if event.peer not in state.setup.others:
+        return state, []
+    if state.leads:
+        return _judge(state, state.setup.me, event.peer, now_s)
+    return state, [Complain(state.leader, event.peer, event.reason)]
 
 
-def _on_completed(state: RoundState, peer: str, proposal_hash: bytes) -> Outcome:
+def _on_completed(state: RoundState, peer: str, proposal_hash: bytes, now_s: float) -> Outcome:
+    if peer not in state.setup.others:
+        return state, []
+    state = replace(_saw(state, peer, now_s), completers=_with(state.completers, peer, proposal_hash))
+    stuck = state.failed | (state.lost & set(state.spans) - state.fetched)
+    return state, [] if state.complete else _fetches(state, sorted(stuck))
+
+
+def _fetches(state: RoundState, reducers: Mapping[str, SpanFacts] | list[str]) -> list[Action]:
+    """Pull these reducers' merged parts, unless they are here."""
+    spans = [state.spans[peer] for peer in reducers if peer in state.spans and peer not in state.fetched]
+    return [FetchSpan(span, sources) for span in spans if (sources := _sources(state, span))]
+
+
+def _sources(state: RoundState, span: SpanFacts) -> tuple[str, ...]:
+    """Where merged parts can be had: at the reducer, and at everybody who has completed."""
+    first = () if span.reducer in state.lost else (span.reducer,)
+    helpers = tuple(peer for peer in _helpers(state) if peer != span.reducer)
+    return tuple(peer for peer in (*first, *helpers) if peer != state.setup.me)
+
+
+def _helpers(state: RoundState) -> tuple[str, ...]:
+    """Who has completed the accepted proposal and can still be reached."""
+    name = state.accepted.proposal_hash if state.accepted is not None else None
+    return tuple(sorted(peer for peer, done in state.completers.items() if done == name and peer not in state.lost))
+
+
+def _reduce_if_possible(state: RoundState) -> Outcome:
+    """Start merging once every included commit is known."""
+    proposal = state.accepted
+    if proposal is None or not proposal.contributors or state.complete or state.reduced or state.reducing:
+        return state, []
+    mine = proposal.included(state.setup.me)
+    if not state.setup.all_gather and (mine is None or not mine.part_span):
+        return state, []
+    if _unknown_commits(state, proposal):
+        return state, []
+    holders: tuple[str, ...] = ()
+    if state.setup.all_gather:
+        helpers = _helpers(state)
+        holders = (*helpers, *sorted(state.reachable - set(helpers) - {state.setup.me}))
+    return replace(state, reducing=True), [Reduce(proposal, holders)]
+
+
+def _unknown_commits(state: RoundState, proposal: ProposalFacts) -> list[str]:
+    return [item.peer for item in proposal.contributors if not _knows(state, item)]
+
+
+# --- signs of life --------------------------------------------------------------------------------------------------------
+
+
+def _saw(state: RoundState, peer: str, now_s: float) -> RoundState:
+    """Take any direct message for a sign of life."""
     if peer not in state.setup.peers:
+        return state
+    asked_s = {name: since for name, since in state.asked_s.items() if name != peer}
+    return replace(state, seen_s=_with(state.seen_s, peer, now_s), asked_s=asked_s, lost=state.lost - {peer})
+
+
+def _on_lost(state: RoundState, peer: str) -> Outcome:
+    joiners = {name: admission for name, admission in state.joiners.items() if name != peer}
+    state = replace(state, joiners=joiners)
+    if peer not in state.setup.others or peer in state.lost:
         return state, []
-    state = replace(state, completers=_with(state.completers, peer, proposal_hash))
-    stuck = [span for span in state.spans.values() if span.reducer not in state.fetched and span.reducer in state.lost]
-    return state, [] if state.complete else [FetchSpan(span, _sources(state, span)) for span in stuck]
+    state = replace(state, lost=state.lost | {peer})
+    tell = not state.leads and not state.sealed and peer in _needed(state) and state.leader not in state.lost
+    return state, [Complain(state.leader, peer, "unreachable")] if tell else []
 
 
-def _on_lost(state: RoundState, peer: str, now_s: float) -> Outcome:
-    if peer == state.setup.me or peer not in state.setup.peers:
-        joiners = {name: admission for name, admission in state.joiners.items() if name != peer}
-        return replace(state, joiners=joiners), []
-    return replace(state, lost=state.lost | {peer}), []
+def _lose_the_silent(state: RoundState, now_s: float) -> RoundState:
+    """Before the exchange, whoever has left probes unanswered for long enough is taken for lost."""
+    if not state.sealed:
+        return state
+    silent = {peer for peer, since in state.asked_s.items() if now_s >= since + state.setup.silence_s}
+    return replace(state, lost=state.lost | silent) if silent - state.lost else state
 
 
-def _probe_awaited(state: RoundState, now_s: float) -> Outcome:
-    """Ask for a sign of life from those whose silence holds the round up."""
-    if state.complete or now_s - state.probed_s < PROBE_EVERY_S or not _is_waiting(state):
+def _look_around(state: RoundState, now_s: float) -> Outcome:
+    """Ask for signs of life from those whose silence holds the round up, and try again what failed."""
+    if now_s < state.probed_s + PROBE_EVERY_S or not _is_waiting(state):
         return state, []
-    if state.accepted is None:
-        awaited = {peer for peer in state.setup.others if peer not in state.commits} | {state.leader}
-    else:
-        reducers = {commit.peer for commit in state.accepted.reducers}
-        awaited = {peer for peer in reducers if peer not in state.fetched} | {state.leader}
-    awaited -= {state.setup.me} | state.lost
-    state, help_wanted = _ask_completers(replace(state, probed_s=now_s), now_s)
-    return state, help_wanted + [Probe(peer) for peer in sorted(awaited)]
+    awaited = _awaited(state) - state.lost
+    if now_s >= state.lost_probed_s + LOST_PROBE_EVERY_S:
+        awaited |= state.lost
+        state = replace(state, lost_probed_s=now_s)
+    asked_s = {peer: since for peer, since in state.asked_s.items() if peer in awaited | state.lost}
+    state, probes = _ask_for_life(replace(state, probed_s=now_s, asked_s=asked_s), awaited - {state.setup.me}, now_s, again=True)
+    state, retries = _try_again(state)
+    state, help_wanted = _ask_for_help(state, now_s)
+    return state, probes + retries + help_wanted
 
 
-def _ask_completers(state: RoundState, now_s: float) -> Outcome:
-    """Others are done and we are not: whoever has completed can prove it and serve us."""
-    waited_s = now_s - max(state.accepted_s, state.help_asked_s)
-    if not state.completers or waited_s < 2 * PROBE_EVERY_S:
-        return state, []
-    completer = min(state.completers)
-    return replace(state, help_asked_s=now_s), [Complain(completer, state.leader, "left_behind")]
+def _ask_for_life(state: RoundState, peers: set[str] | frozenset[str], now_s: float, again: bool = False) -> Outcome:
+    asked = sorted(peer for peer in peers if again or peer not in state.asked_s)
+    return replace(state, asked_s={**dict.fromkeys(asked, now_s), **state.asked_s}), [Probe(peer) for peer in asked]
 
 
 def _is_waiting(state: RoundState) -> bool:
     """Whether we have done our own part and wait for others."""
-    return state.setup.me in state.commits or state.accepted is not None or state.quorum_s is not None
+    return state.setup.me in state.commits or state.accepted is not None or state.quorum_s is not None or state.stage != "idle"
+
+
+def _awaited(state: RoundState) -> set[str]:
+    """Whose signs of life matter now."""
+    helpers = set(_helpers(state)) if state.failed else set()
+    if not state.leads:
+        return {state.leader} | (set() if state.sealed else _needed(state)) | helpers
+    if state.stage == "sealing":
+        return set(state.reachable - set(state.replies))
+    if state.stage == "proposed" and not state.sealed:
+        return _needed(state) | helpers
+    return set(state.setup.others)
+
+
+def _needed(state: RoundState) -> set[str]:
+    """Who still has to do something for the accepted proposal to be completed, as far as we can tell."""
+    proposal = state.accepted
+    if proposal is None:
+        return set()
+    needed = {item.peer for item in proposal.reducers if item.peer not in state.fetched}
+    if state.reducing or (state.setup.all_gather and not state.reduced):
+        needed |= {item.peer for item in proposal.contributors} - state.held
+    needed |= {peer for peer in state.complaints if proposal.included(peer)} - state.held
+    return needed - {state.setup.me}
+
+
+def _try_again(state: RoundState) -> Outcome:
+    """Repeat what failed for want of a peer that may be back, and ask for commits that didn't come."""
+    if state.accepted is None:
+        return state, []
+    missing = _unknown_commits(state, state.accepted)
+    mine = state.accepted.included(state.setup.me)
+    merges = state.setup.all_gather or (mine is not None and mine.part_span > 0)
+    asks: list[Action] = []
+    if missing and merges and not state.reduced and not state.leads:
+        asks = [Complain(state.leader, missing[0], "missing_commit")]
+    state, reduces = _reduce_if_possible(state)
+    fetches = _fetches(state, sorted(state.failed))
+    return replace(state, failed=state.failed - {item.span.reducer for item in fetches if isinstance(item, FetchSpan)}), [
+        *asks,
+        *reduces,
+        *fetches,
+    ]
+
+
+def _ask_for_help(state: RoundState, now_s: float) -> Outcome:
+    """We can't go on: whoever has completed can prove it and serve us. If we know of nobody, the leader may have."""
+    completers = sorted(peer for peer in state.completers if peer not in state.lost)
+    wait_s = HELP_EVERY_S if completers else state.setup.silence_s
+    asked = completers or ([] if state.leads else [state.leader])
+    if not asked or now_s < state.help_asked_s + wait_s or not _is_stuck(state, now_s):
+        return state, []
+    chosen = asked[state.helps % len(asked)]
+    return replace(state, help_asked_s=now_s, helps=state.helps + 1), [Complain(chosen, state.leader, "left_behind")]
+
+
+def _is_stuck(state: RoundState, now_s: float) -> bool:
+    """Whether something that we need isn't on its way: the proposal, a span that never came, or one that can't be had."""
+    if state.sealed or state.accepted is None:
+        return True
+    unknown = {item.peer for item in state.accepted.reducers if item.peer not in state.spans}
+    if unknown & state.lost or state.failed:
+        return True
+    idle = state.setup.all_gather and not state.reducing
+    return (bool(unknown) or idle) and now_s >= state.accepted_s + HELP_EVERY_S
 
 
 # --- what follows from the state ------------------------------------------------------------------------------------------
 
 
 def _advance(state: RoundState, now_s: float) -> Outcome:
-    if state.complete:
-        return state, []
-    state, actions = _complete_if_done(state)
-    if state.complete:
-        return state, actions
-    state, turned = _follow_leader(state, now_s)
-    actions += turned
-    if state.leader != state.setup.me or state.decided:
-        return replace(state, stage="idle" if state.leader != state.setup.me else state.stage), actions
-    state, more = _lead(state, now_s)
-    return state, actions + more
+    actions: list[Action] = []
+    state = _lose_the_silent(state, now_s)
+    if state.quorum_s is None and state.has_quorum:
+        state = replace(state, quorum_s=now_s)
+    for rule in (_complete_if_done, _follow_leader, _lead, _look_around):
+        if state.complete:
+            break
+        state, more = rule(state, now_s)
+        actions += more
+    return state, actions
 
 
-def _complete_if_done(state: RoundState) -> Outcome:
+def _complete_if_done(state: RoundState, now_s: float) -> Outcome:
     proposal = state.accepted
-    if proposal is None or (proposal.ballot < state.promised and not state.decided):
+    if proposal is None or state.sealed:
         return state, []
     reducers = {commit.peer for commit in proposal.reducers}
     gathered = not state.setup.all_gather or state.reduced or not proposal.contributors
@@ -478,103 +769,141 @@ def _complete_if_done(state: RoundState) -> Outcome:
 
 def _follow_leader(state: RoundState, now_s: float) -> Outcome:
     """Move to the next term when the leader is gone or long overdue."""
-    if state.overdue_s is None and _proposal_is_due(state, now_s):
-        state = replace(state, overdue_s=now_s + _patience(state))
+    if state.leads:
+        return state, []
+    state = _with_deadline(state, now_s)
     overdue = state.overdue_s is not None and now_s >= state.overdue_s
     if not overdue and state.leader not in state.lost:
         return state, []
-    if state.leader == state.setup.me or not _is_waiting(state):
-        return state, []
-    silent = state.leader
-    term = state.term + 1
-    while state.setup.leader(term) in state.lost and term < state.term + len(state.setup.peers):
-        term += 1
-    state = replace(state, term=term, stage="idle", suspicions=state.suspicions + int(overdue))
-    state = replace(state, overdue_s=now_s + _patience(state))
-    return state, [] if state.leader == state.setup.me else [Complain(state.leader, silent, "leader_silent")]
+    silent, last = state.leader, state.term + len(state.setup.peers)
+    term = next(term for term in range(state.term + 1, last + 1) if state.setup.leader(term) not in state.lost or term == last)
+    state = replace(state, term=term, stage="idle", suspicions=state.suspicions + int(overdue), overdue_s=None)
+    return _with_deadline(state, now_s), [] if state.leads else [Complain(state.leader, silent, "leader_silent")]
 
 
-def _patience(state: RoundState) -> float:
-    """How long a leader may be silent: doubled with every suspicion, so that views converge."""
-    return state.setup.patience_s * float(2 ** min(state.suspicions, 6))
+def _with_deadline(state: RoundState, now_s: float) -> RoundState:
+    """Set when the leader is overdue: once it could act, and later while it answers and the exchange goes on."""
+    setup = state.setup
+    if state.overdue_s is None:
+        due = not state.sealed or _proposal_is_due(state, now_s)
+        return replace(state, overdue_s=now_s + _doubled(state, setup.patience_s)) if due else state
+    exchanges = not state.sealed and now_s < state.accepted_s + (EXTENSIONS + 1) * setup.exchange_s
+    if now_s >= state.overdue_s and exchanges and _was_seen(state, state.leader, now_s):
+        return replace(state, overdue_s=now_s + setup.exchange_s)
+    return state
+
+
+def _doubled(state: RoundState, duration_s: float) -> float:
+    """A deadline, doubled with every suspicion, so that views converge."""
+    return duration_s * float(2 ** min(state.suspicions, DOUBLINGS))
+
+
+def _was_seen(state: RoundState, peer: str, now_s: float) -> bool:
+    """Whether there was a sign of life lately."""
+    return now_s < state.seen_s.get(peer, NEVER_S) + state.setup.silence_s
 
 
 def _proposal_is_due(state: RoundState, now_s: float) -> bool:
-    """All that are alive have committed, or a quorum has and the grace is over."""
-    if not state.has_quorum or len(state.joiners) + len(state.setup.peers) < state.setup.min_peers:
+    """All that are alive have committed; or a quorum has, the grace is over, and we know which of the others are alive."""
+    setup = state.setup
+    if not state.has_quorum or len(state.joiners) + len(setup.peers) < setup.min_peers:
         return False
-    if all(peer in state.commits for peer in state.alive):
-        return True
-    return state.quorum_s is not None and now_s >= state.quorum_s + state.setup.grace_s
+    missing = [peer for peer in state.alive if peer not in state.commits]
+    if not missing or state.quorum_s is None:
+        return not missing
+    over_s = state.quorum_s + setup.grace_s
+    return now_s >= over_s and (now_s >= over_s + setup.silence_s or all(_was_seen(state, peer, now_s) for peer in missing))
 
 
 def _lead(state: RoundState, now_s: float) -> Outcome:
-    if state.stage == "idle":
-        return _start_leading(state, now_s)
-    if state.stage == "sealing":
-        return _finish_sealing(state, now_s)
-    if state.stage == "collecting":
-        return _propose_if_due(state, now_s)
-    return _amend_if_needed(state, now_s)
+    if not state.leads:
+        return replace(state, stage="idle"), []
+    match state.stage:
+        case "idle":
+            return _start_leading(state, now_s)
+        case "sealing":
+            return _finish_sealing(state, now_s)
+        case "collecting":
+            return _propose_if_due(state, now_s)
+        case "proposed":
+            return _amend_if_needed(state, now_s)
 
 
 def _start_leading(state: RoundState, now_s: float) -> Outcome:
-    fresh = state.term == 0 and state.promised == BallotNumber() and state.accepted is None
+    fresh = state.term == 0 and state.promised == BallotNumber() and state.accepted is None and not state.completers
     if fresh:
-        return _propose_if_due(replace(state, stage="collecting", ballot=BallotNumber()), now_s)
+        return _propose_if_due(replace(state, stage="collecting", ballot=BallotNumber(), sealed_s=now_s), now_s)
     return _seal(state, now_s, "leader_silent")
 
 
 def _seal(state: RoundState, now_s: float, reason: str) -> Outcome:
     ballot = BallotNumber(state.term, state.promised.amendment + 1 if state.promised.term == state.term else 0)
-    state = replace(state, stage="sealing", ballot=ballot, promised=ballot, sealed_s=now_s, replies=EMPTY)
-    state, actions = _finish_sealing(state, now_s)
-    return state, [SendSeal(ballot, reason), *actions]
+    state = replace(state, stage="sealing", ballot=ballot, promised=ballot, replies=EMPTY, seals=0, probed_s=NEVER_S)
+    if len(state.alive) < state.setup.quorum:
+        state = replace(state, dropped=frozenset())
+    state, first = _send_seal(state, now_s, reason)
+    state, more = _finish_sealing(state, now_s)
+    return state, first + more
+
+
+def _send_seal(state: RoundState, now_s: float, reason: str) -> Outcome:
+    state = replace(state, sealed_s=now_s, sealed_to=state.reachable, seals=state.seals + 1)
+    return state, [SendSeal(state.ballot, reason)]
 
 
 def _finish_sealing(state: RoundState, now_s: float) -> Outcome:
-    """Go on when all that are alive have promised, or a quorum has and the others are late."""
-    promised = set(state.replies) | {state.setup.me}
-    everybody = all(peer in promised for peer in state.alive)
-    enough = len(promised) >= quorum_of(len(state.setup.peers)) or state.grant is not None
-    late = now_s >= state.sealed_s + state.setup.patience_s
-    if late:
-        state = replace(state, lost=state.lost | {peer for peer in state.alive if peer not in promised})
-    if not enough:
-        return _ask_for_grant(state, tuple(sorted(promised)), now_s) if everybody or late else (state, [])
-    if not (everybody or late):
-        return state, []
+    """Go on when all that can be reached have promised; whoever is late is asked again while it gives signs of life."""
+    promised = frozenset({*state.replies, state.setup.me})
+    if now_s >= state.sealed_s + state.setup.seal_s:
+        late = state.reachable - promised
+        mute = late if state.seals > EXTENSIONS else {peer for peer in late if state.seen_s.get(peer, NEVER_S) < state.sealed_s}
+        state = replace(state, lost=state.lost | mute)
+        if late - mute:
+            return _send_seal(state, now_s, "late")
+    missing = state.reachable - promised
+    if missing:
+        return _send_seal(state, now_s, "peer_back") if missing - state.sealed_to else (state, [])
+    if len(promised) < state.setup.quorum and state.grant is None:
+        return _ask_for_grant(state, promised, now_s)
     return _propose_if_due(replace(state, stage="collecting"), now_s)
 
 
-def _ask_for_grant(state: RoundState, present: tuple[str, ...], now_s: float) -> Outcome:
+def _ask_for_grant(state: RoundState, present: frozenset[str], now_s: float) -> Outcome:
     """The quorum is lost: only the coordinator can tell whether the others are gone or merely cut off from us."""
-    if state.grant_asked_s is not None and now_s < state.grant_asked_s + GRANT_EVERY_S:
+    if now_s < state.grant_asked_s + GRANT_EVERY_S:
         return state, []
-    return replace(state, grant_asked_s=now_s, waiting_for="no_quorum"), [RequestGrant(present)]
+    state = replace(state, grant_asked_s=now_s, grant_asked_for=present, waiting_for="no_quorum")
+    return state, [RequestGrant(tuple(sorted(present)))]
 
 
 def _propose_if_due(state: RoundState, now_s: float) -> Outcome:
     if not _proposal_is_due(state, now_s):
-        everybody = all(peer in state.commits for peer in state.alive)
-        if everybody and not state.has_quorum:
-            return _ask_for_grant(state, tuple(sorted(state.commits)), now_s)
-        return state, []
+        if not state.has_quorum and all(peer in state.commits for peer in state.alive):
+            return _ask_for_grant(state, frozenset(state.alive), now_s)
+        return _seal_again_if_stuck(state, now_s)
     commits = _included(state)
-    if len(commits) < quorum_of(len(state.setup.peers)) and state.grant is None:
-        return _ask_for_grant(state, tuple(commit.peer for commit in commits), now_s)
-    members = _next_members(state, now_s)
-    unknown = state.ballot != BallotNumber()
-    forward = tuple(state.commits[c.peer] for c in commits) if unknown else ()
-    action = Propose(state.ballot, commits, members, tuple(sorted(state.joiners)), forward)
-    return replace(state, stage="proposed", waiting_for=""), [action]
+    members = _next_members(state)
+    joiners = tuple(member.peer for member in members if member.peer in state.joiners)
+    forward = tuple(state.commits[item.peer] for item in commits) if state.ballot != BallotNumber() else ()
+    action = Propose(state.ballot, commits, members, joiners, forward)
+    return replace(state, stage="proposed", sealed_s=now_s, waiting_for=""), [action]
+
+
+def _seal_again_if_stuck(state: RoundState, now_s: float) -> Outcome:
+    """Where a quorum of commits doesn't come, ask at growing intervals: they may have been sent while we were cut off."""
+    committed_s = state.arrived_s.get(state.setup.me)
+    if state.has_quorum or committed_s is None or len(state.alive) < 2:
+        return state, []
+    wait_s = state.setup.silence_s * float(2 ** min(state.ballot.amendment, DOUBLINGS))
+    if now_s < max(state.sealed_s, committed_s) + wait_s:
+        return state, []
+    return _seal(state, now_s, "no_quorum")
 
 
 def _included(state: RoundState) -> tuple[IncludedCommit, ...]:
     """The commits of those that are alive, and of the lost whose parts somebody holds, with their spans."""
     setup = state.setup
-    held = frozenset().union(*(reply.holds for reply in state.replies.values())) if setup.all_gather else frozenset()
-    facts = [state.commits[peer] for peer in sorted(state.commits) if peer not in state.lost or peer in held]
+    facts = [state.commits[peer] for peer in state.usable]
     uploads = {commit.peer: commit.upload_bytes_per_s for commit in facts if commit.weight}
     spans = spans_of(setup.part_count, uploads) if uploads and not setup.all_gather else {}
     return tuple(
@@ -582,18 +911,13 @@ def _included(state: RoundState) -> tuple[IncludedCommit, ...]:
     )
 
 
-def _next_members(state: RoundState, now_s: float) -> tuple[RosterMember, ...]:
-    """Who takes part next: those that are alive and stay, then joiners while there is room."""
+def _next_members(state: RoundState) -> tuple[RosterMember, ...]:
+    """Who takes part next: those that are alive and stay, then joiners while there is room; ourselves if nobody does."""
     setup = state.setup
-    staying = [
-        peer
-        for peer in state.alive
-        if (peer in state.commits and not state.commits[peer].leaving)
-        or (peer not in state.commits and now_s - state.seen_s.get(peer, state.started_s) < 4 * PROBE_EVERY_S + setup.patience_s)
-    ]
-    room = max(0, setup.max_peers - len(staying))
-    joiners = [peer for peer in sorted(state.joiners) if peer not in staying and peer not in state.lost][:room]
-    members = sorted(staying + joiners) or [setup.me]
+    leaving = {peer for peer, commit in state.commits.items() if commit.leaving}
+    staying = [peer for peer in state.alive if peer not in leaving][: setup.max_peers]
+    joiners = [peer for peer in sorted(state.joiners) if peer not in staying and peer not in leaving]
+    members = sorted(staying + joiners[: setup.max_peers - len(staying)]) or [setup.me]
     quotas = quotas_of(
         members,
         {member.peer: member.quota for member in setup.roster},
@@ -607,49 +931,31 @@ def _next_members(state: RoundState, now_s: float) -> tuple[RosterMember, ...]:
 
 def _amend_if_needed(state: RoundState, now_s: float) -> Outcome:
     """Replace our proposal when somebody that it needs is gone, or is taking far too long."""
-    proposal = state.accepted
-    if proposal is None or proposal.ballot != state.ballot:
-        return state, []
-    late = now_s >= state.accepted_s + state.setup.exchange_s * (1 + state.extensions)
-    if late:
-        state = _give_up_on_the_late(state, proposal)
-    needed = {c.peer for c in proposal.reducers if c.peer not in state.fetched}
-    needed |= {peer for peer in state.complaints if proposal.included(peer)}
-    if state.setup.all_gather and not state.reduced:
-        needed |= {c.peer for c in proposal.contributors}
-    if needed & state.lost:
+    if state.accepted is None or state.standing != state.ballot:
+        return (
+            _seal(state, now_s, "proposal_lost") if now_s >= state.sealed_s + _doubled(state, state.setup.seal_s) else (state, [])
+        )
+    if now_s >= state.accepted_s + _doubled(state, state.setup.exchange_s) * (1 + state.extensions):
+        state = _give_up_on_the_late(state, now_s)
+    if _needed(state) & state.gone and not _helpers(state):
         return _seal(state, now_s, "peer_lost")
     return state, []
 
 
-def _give_up_on_the_late(state: RoundState, proposal: ProposalFacts) -> RoundState:
-    """After each deadline, give those that still answer more time, a bounded number of times."""
-    missing = {c.peer for c in proposal.reducers if c.peer not in state.fetched} - {state.setup.me}
-    silent = {peer for peer in missing if state.seen_s.get(peer, 0.0) < state.accepted_s}
-    given_up = missing if state.extensions >= EXTENSIONS else silent
-    return replace(state, extensions=state.extensions + 1, lost=state.lost | given_up)
+def _give_up_on_the_late(state: RoundState, now_s: float) -> RoundState:
+    """After each deadline, give those that still answer more time, a bounded number of times.
+
+    Where the rest would be no quorum, sealing takes the dropped in again, and the deadlines double.
+    """
+    late = _needed(state)
+    silent = {peer for peer, since in state.asked_s.items() if peer in late and now_s >= since + SILENCE_FLOOR_S}
+    judges = len(state.reachable) - 1
+    accused = {peer for peer, accusers in state.complaints.items() if peer in late and 2 * len(accusers) >= judges}
+    dropped = late if state.extensions >= EXTENSIONS else accused
+    suspicions = state.suspicions + int(state.extensions >= EXTENSIONS)
+    state = replace(state, extensions=state.extensions + 1, suspicions=suspicions)
+    return replace(state, lost=state.lost | silent, dropped=state.dropped | dropped)
 
 
-def _reduce_if_possible(state: RoundState) -> list[Action]:
-    """Start merging once every included commit is known; otherwise ask the leader for the missing one."""
-    proposal = state.accepted
-    if proposal is None or state.reduced or state.decided:
-        return []
-    mine = proposal.included(state.setup.me)
-    if not state.setup.all_gather and (mine is None or not mine.part_span):
-        return []
-    missing = [commit.peer for commit in proposal.contributors if commit.peer not in state.commits]
-    if missing:
-        return [Complain(state.leader, missing[0], "missing_commit")]
-    return [Reduce(proposal)]
-
-
-def _sources(state: RoundState, span: SpanFacts) -> tuple[str, ...]:
-    """Where merged parts can be had: at the reducer, and at everybody who has completed."""
-    completers = sorted(peer for peer, name in state.completers.items() if name == span.proposal_hash and peer != span.reducer)
-    first = () if span.reducer in state.lost else (span.reducer,)
-    return tuple(peer for peer in (*first, *completers) if peer != state.setup.me) or (span.reducer,)
-
-
-def _with(mapping: Mapping[str, Any], key: str, value: Any) -> Mapping[str, Any]:
+def _with(mapping: Mapping[Any, Any], key: Any, value: Any) -> Mapping[Any, Any]:
     return {**mapping, key: value}

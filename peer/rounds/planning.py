@@ -10,6 +10,7 @@ from peer.rounds.values import CommitFacts, RosterMember
 
 QUOTA_CHANGE_IGNORED = 0.15
 SLOWEST_SHARE = 1 / 16
+SHORTEST_S = 1e-3
 
 
 def leader_of(run_id: bytes, round_index: int, roster: Sequence[str], term: int) -> str:
@@ -62,29 +63,28 @@ def quotas_of(
     """The work of each member in the next round.
 
     `shared`: the quotas add up to `full_quota` (`sync`: the target batch); otherwise `full_quota` is what the fastest gets
-    (`diloco`: inner steps). A member whose speed is not known gets the slowest known share; one that was given work and came too
-    late gets half of what it had.
+    (`diloco`: inner steps), and nobody gets less than one. A member whose speed is not known gets the slowest known share; one
+    that was given work and came too late gets half of what it had.
     """
     if not scale_to_speed:
-        equal = max(1, full_quota // len(members)) if shared else full_quota
-        return _exact_sum(dict.fromkeys(members, equal), full_quota) if shared else dict.fromkeys(members, equal)
+        return _divided(full_quota, dict.fromkeys(members, 1.0)) if shared else dict.fromkeys(members, full_quota)
     speeds = {
-        peer: previous[peer] / commit.seconds
+        peer: previous[peer] / max(commit.seconds, SHORTEST_S)
         for peer, commit in commits.items()
-        if peer in previous and commit.weight and commit.seconds > 0
+        if peer in members and previous.get(peer) and commit.weight and commit.seconds > 0
     }
+    halves = {peer: max(1, previous[peer] // 2) for peer in members if previous.get(peer) and peer not in commits}
     fastest = max(speeds.values(), default=1.0)
     slowest = min(speeds.values(), default=1.0)
-    for peer in members:
-        if peer not in speeds:
-            late = peer in previous and peer not in commits
-            speeds[peer] = fastest * previous[peer] / full_quota / 2 if late and not shared else slowest
+    rates = {peer: speeds.get(peer, slowest) for peer in members if peer not in halves}
     if shared:
-        total = sum(speeds[peer] for peer in members)
-        return _exact_sum({peer: max(1, int(full_quota * speeds[peer] / total)) for peer in members}, full_quota)
+        rest = max(len(rates), full_quota - sum(halves.values()))
+        unit = sum(rates.values()) / rest if rates else 1.0
+        return _divided(full_quota, rates | {peer: unit * half for peer, half in halves.items()})
     least = max(1, int(full_quota * SLOWEST_SHARE))
-    wanted = {peer: min(full_quota, max(least, round(full_quota * speeds[peer] / fastest))) for peer in members}
-    return {peer: _steady(previous.get(peer), quota) for peer, quota in wanted.items()}
+    wanted = {peer: round(full_quota * rate / fastest) for peer, rate in rates.items()}
+    quotas = {peer: _steady(previous.get(peer), quota) for peer, quota in wanted.items()}
+    return {peer: min(full_quota, max(least, quota)) for peer, quota in (quotas | halves).items()}
 
 
 def grace_of(lateness_s: Sequence[float], floor_s: float, mads: float) -> float:
@@ -103,9 +103,14 @@ def _steady(previous: int | None, wanted: int) -> int:
     return wanted
 
 
-def _exact_sum(quotas: dict[str, int], total: int) -> dict[str, int]:
-    """Hand out what rounding left over, one each in the order of peer ids."""
+def _divided(total: int, rates: Mapping[str, float]) -> dict[str, int]:
+    """`total` in proportion to `rates`, at least one each: largest remainders, ties by peer id; the largest pay for the least."""
+    peers, whole = sorted(rates), sum(rates.values())
+    exact = {peer: total * rates[peer] / whole for peer in peers}
+    quotas = {peer: max(1, int(exact[peer])) for peer in peers}
     left = total - sum(quotas.values())
-    for peer in sorted(quotas)[: max(0, left)]:
+    for peer in sorted(peers, key=lambda name: (quotas[name] - exact[name], name))[: max(0, left)]:
         quotas[peer] += 1
+    for _ in range(min(-left, sum(quotas.values()) - len(peers))):
+        quotas[max(peers, key=lambda name: quotas[name])] -= 1
     return quotas

@@ -16,6 +16,7 @@ import structlog
 
 from peer.admissions import Admissions
 from peer.codec import Codec, Vector
+from peer.faults import Faults
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer
 from peer.rounds import machine
@@ -115,6 +116,7 @@ class Services:
     observer: Observer
     clock: Clock
     ask_grant: Callable[[machine.RoundSetup, tuple[str, ...]], Awaitable[Signed | None]]
+    faults: Faults
 
 
 @dataclass
@@ -203,6 +205,7 @@ class RoundRun:
             self.accepted_s = self.services.clock.monotonic_s()
             self.exchange.begin(accepted.proposal_hash)
             self._abandon_bulk()
+            self.services.faults.reached("proposal", self.round_index)
         done = None
         for action in actions:
             if isinstance(action, Complete):
@@ -220,6 +223,7 @@ class RoundRun:
         match action:
             case SendCommit(commit):
                 self._to_roster(Delivery(commit=commit.signed))
+                self.services.faults.reached("commit", self.round_index)
             case Propose():
                 self._propose(action)
             case ResendProposal(to):
@@ -357,6 +361,7 @@ class RoundRun:
             span = SpanFacts(self.setup.me, proposal.proposal_hash, first, hashes, signed)
             self._to_roster(Delivery(merged_span=signed))
         self.put(Reduced(span))
+        self.services.faults.reached("reduce", self.round_index)
 
     def _fetch_span(self, span: SpanFacts, sources: tuple[str, ...]) -> None:
         key = (span.proposal_hash, span.reducer)

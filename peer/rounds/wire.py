@@ -19,6 +19,7 @@ from peer.rounds.values import (
     SpanFacts,
 )
 from swarm.errors import Rejected
+from swarm.identity import public_key_of
 from swarm.manifest import DiLoCo, Manifest, Sync
 from swarm.merkle import HASH_BYTES, root_of
 from swarm.messages import open_signed, payload_hash, split_hashes
@@ -27,16 +28,19 @@ from swarm.rpc.v1.signed_pb2 import (
     Ballot,
     Commit,
     CommitReference,
+    Complaint,
     Grant,
     Member,
     MergedSpan,
     Proposal,
     Result,
+    Seal,
     SealReply,
     Signed,
 )
 
 MAX_QUOTA = 1 << 30
+MAX_TERM = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class Checker:
         _require(
             (
                 ("roster_too_large", len(members) <= self.manifest.rounds.max_peers and len(proposal.commits) <= 64),
+                ("bad_ballot", proposal.ballot.term < MAX_TERM and proposal.ballot.amendment < MAX_TERM),
+                ("bad_member", all(_is_peer_id(member.peer) for member in members)),
                 ("bad_quota", all(0 < member.quota <= MAX_QUOTA for member in members)),
                 ("bad_weight", all(item.weight <= self.weight_limit for item in proposal.commits)),
                 ("wrong_spans", all(item.first_part + item.part_span <= self.part_count for item in proposal.commits)),
@@ -175,6 +181,19 @@ class Checker:
         )
         return reply.round, facts
 
+    def seal(self, signed: Signed) -> tuple[int, BallotNumber]:
+        """Round and ballot of a seal. Raises `Rejected`."""
+        seal = open_signed(signed, Seal, run_id=self.run_id)
+        self._admitted(signed.signer)
+        _require((("bad_ballot", seal.ballot.term < MAX_TERM and seal.ballot.amendment < MAX_TERM),), signed.signer)
+        return seal.round, BallotNumber(seal.ballot.term, seal.ballot.amendment)
+
+    def complaint(self, signed: Signed) -> tuple[int, str, str]:
+        """Round, subject and reason of a complaint, cut to length. Raises `Rejected`."""
+        complaint = open_signed(signed, Complaint, run_id=self.run_id)
+        self._admitted(signed.signer)
+        return complaint.round, complaint.about[:64], complaint.reason[:32]
+
     def _grant_fits(self, proposal: Proposal) -> bool:
         grant = open_signed(proposal.grant, Grant, signer=self.coordinator, run_id=self.run_id)
         present = {item.peer_id for item in proposal.commits}
@@ -236,6 +255,14 @@ def build_proposal(
         roster_hash=roster,
         admissions=list(admissions),
     )
+
+
+def _is_peer_id(name: str) -> bool:
+    try:
+        public_key_of(name)
+    except Rejected:
+        return False
+    return True
 
 
 def _require(problems: Iterable[tuple[str, bool]], sender: str) -> None:

@@ -63,6 +63,7 @@ def command(
         "threads": threads,
         "log_level": log_level,
     }
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # p2pd is started by fork and exec; gRPC's handlers only warn
     settings = load(PeerSettings, flags)
     configure_logging(settings.log_level)
     target = _read_link(link, settings)

@@ -58,6 +58,15 @@ REASON_KEY = "reason"
 TIMEOUT_S = 15.0
 MAX_MESSAGE_BYTES = 4 << 20
 LATER = frozenset({"overloaded", "rate_limited", "store_failed", "timeout", "internal"})
+TRANSIENT = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
 CHANNEL_OPTIONS = (
     ("grpc.ssl_target_name_override", TLS_NAME),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -212,7 +221,7 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
     metadata: Any = error.trailing_metadata() or {}
     reason = str(metadata.get(REASON_KEY, ""))
     details = error.details() or "no details"
-    if not reason or reason in LATER:
+    if reason in LATER or (not reason and error.code() in TRANSIENT):
         return CoordinatorUnreachable(f"the coordinator at {address} can't be reached: {details}", RETRY_HINT)
     match reason:
         case "unknown_run" | "wrong_run":
@@ -221,7 +230,7 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
             return NotAdmitted(details, "show your peer id with: swarm identity show")
         case "version_too_old":
             return VersionTooOld(details, "update with: pip install --upgrade swarm-train")
-    return Rejected(reason, details)
+    return Rejected(reason or error.code().name.lower(), details)
 
 
 def _check_run(answer: GetRunResponse, run_id: bytes) -> RunInfo:

@@ -29,7 +29,7 @@ Serve = Callable[..., AbstractAsyncContextManager[Coordinator]]
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """The URL of a private PostgreSQL server that listens on a socket in a temporary folder only."""
     if not BINARIES:
         pytest.skip("no PostgreSQL binaries under /usr/lib/postgresql")
@@ -66,6 +66,13 @@ def _unprivileged(folder: Path) -> int | None:
     return user
 
 
+@pytest.fixture
+def postgres(postgres_server: str) -> str:
+    """The URL of an empty PostgreSQL database."""
+    _empty(postgres_server)
+    return postgres_server
+
+
 def _empty(url: str) -> None:
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with engine.begin() as connection:
@@ -83,9 +90,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     elif request.param == "sqlite":
         made = SqlStore.open(f"sqlite:///{tmp_path / 'ledger.db'}")
     else:
-        url = request.getfixturevalue("postgres")
-        _empty(url)
-        made = SqlStore.open(url)
+        made = SqlStore.open(request.getfixturevalue("postgres"))
     yield made
     made.close()
 

@@ -104,6 +104,7 @@ class Announcement(_message.Message):
     ISSUED_AT_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
+    STATE_ROOT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     state: _builtins.str
@@ -115,6 +116,8 @@ class Announcement(_message.Message):
     leaving: _builtins.bool
     """Peer is leaving; forget its presence now."""
     reachable: _builtins.bool
+    state_root: _builtins.bytes
+    """Root of the newest state that the peer holds whole; `round` counts the rounds behind it. Empty if it has none."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -129,10 +132,11 @@ class Announcement(_message.Message):
         issued_at: _builtins.int = ...,
         leaving: _builtins.bool = ...,
         reachable: _builtins.bool = ...,
+        state_root: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state", "state_root", b"state_root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -150,7 +154,7 @@ class AnnounceResponse(_message.Message):
     INTERVAL_S_FIELD_NUMBER: _builtins.int
     COORDINATOR_TIME_S_FIELD_NUMBER: _builtins.int
     genesis: _builtins.bool
-    """This peer starts the run: no other peer is alive and no round was confirmed."""
+    """This peer starts the run, or resumes it after all peers were gone: nobody else is in a round."""
     confirmed_round: _builtins.int
     """Newest confirmed round of the run, and its state root; empty if none."""
     confirmed_root: _builtins.bytes
@@ -191,10 +195,13 @@ class PeerAddress(_message.Message):
     ADDRESSES_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
+    REACHABLE_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     round: _builtins.int
     age_s: _builtins.float
     """Seconds since the coordinator last heard from the peer."""
+    reachable: _builtins.bool
+    """Whether the peer accepts inbound connections."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -204,10 +211,11 @@ class PeerAddress(_message.Message):
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         round: _builtins.int = ...,
         age_s: _builtins.float = ...,
+        reachable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "age_s", b"age_s", "peer_id", b"peer_id", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "age_s", b"age_s", "peer_id", b"peer_id", "reachable", b"reachable", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class AnnouncedProposal(_message.Message):
     """Messages between peers. There is no gRPC service here: handlers are registered with the libp2p node as unary calls
-    (swarm/1/deliver, swarm/1/sync, swarm/1/ping) and as a raw stream (swarm/1/fetch).
+    (swarm/1/deliver, swarm/1/sync, swarm/1/ping, swarm/1/relay) and as a raw stream (swarm/1/fetch).
 
     A proposal with the commits that some peers may lack because their author vanished while sending them.
     """
@@ -100,6 +100,66 @@ class Delivery(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
+
+@_typing.final
+class RelayRequest(_message.Message):
+    """Asks a peer that both sides can reach to pass a call on (two peers behind NAT). Only `deliver`, `sync` and `ping` are relayed,
+    and only between admitted peers.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    ADMISSION_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    to: _builtins.str
+    call: _builtins.str
+    """"swarm/1/deliver", "swarm/1/sync" or "swarm/1/ping"."""
+    payload: _builtins.bytes
+    @_builtins.property
+    def admission(self) -> _signed_pb2.Signed: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        to: _builtins.str = ...,
+        call: _builtins.str = ...,
+        payload: _builtins.bytes = ...,
+        admission: _signed_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "call", b"call", "payload", b"payload", "run_id", b"run_id", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayRequest: _TypeAlias = RelayRequest  # noqa: Y015
+
+@_typing.final
+class RelayReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILED_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    failed: _builtins.str
+    """Empty, or why the call failed: "unreachable", "silent", "refused"."""
+    payload: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        failed: _builtins.str = ...,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayReply: _TypeAlias = RelayReply  # noqa: Y015
 
 @_typing.final
 class Ack(_message.Message):

@@ -1,0 +1,86 @@
+"""The page, its headers, metrics and health."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+import pytest
+
+from coordinator.server import Coordinator
+from coordinator.web import credits_text
+from swarm.clock import ManualClock
+from swarm.credits import Balance
+from swarm.ledger import origin_of, verify_checkpoint
+from tests.coordinator.conftest import Serve, connected
+from tests.world import NOW_S, World, identity, manifest
+
+ALICE = identity(0)
+
+
+async def get(coordinator: Coordinator, path: str) -> httpx.Response:
+    """Fetch a path from the coordinator's page."""
+    async with httpx.AsyncClient() as client:
+        return await client.get(f"http://{coordinator.metrics_address}{path}")
+
+
+async def test_page_shows_progress_and_leaderboard(serve: Serve, world: World) -> None:
+    """The page shows the run, the join command, who earned what and the checkpoint, and allows no script."""
+    async with serve(ManualClock(NOW_S), metrics="127.0.0.1:0") as coordinator, connected(coordinator) as client:
+        empty = await get(coordinator, "/")
+        assert "Nobody has contributed yet" in empty.text
+        await client.announce(world.announcement(ALICE))
+        proposal, reports = world.round([ALICE], 0)
+        await client.submit_report(reports[0], proposal)
+        page = await get(coordinator, "/")
+        note = await get(coordinator, "/checkpoint")
+        style = await get(coordinator, "/style.css")
+    assert ALICE.peer_id in page.text
+    assert f"swarm join {coordinator.link}" in page.text
+    assert "0.256" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text
+    assert style.headers["content-type"].startswith("text/css")
+    verify_checkpoint(note.text, origin_of(world.run_id), coordinator.identity.peer_id)
+
+
+async def test_what_strangers_write_is_escaped(serve: Serve) -> None:
+    """Text from a manifest can't become markup."""
+    world = World(manifest(description="<script>alert(1)</script>"))
+    async with serve(ManualClock(NOW_S), world, metrics="127.0.0.1:0") as coordinator:
+        page = await get(coordinator, "/")
+    assert "<script>" not in page.text
+    assert "&lt;script&gt;" in page.text
+
+
+async def test_metrics(serve: Serve, world: World) -> None:
+    """Every promised metric is exposed, with the work that was done."""
+    async with serve(ManualClock(NOW_S), metrics="127.0.0.1:0") as coordinator, connected(coordinator) as client:
+        await client.announce(world.announcement(ALICE))
+        proposal, reports = world.round([ALICE], 0)
+        await client.submit_report(reports[0], proposal)
+        text = (await get(coordinator, "/metrics")).text
+    values = dict(re.findall(r"^swarm_coordinator_(\S+) (\S+)$", text, re.MULTILINE))
+    assert values["ledger_entries"] == "5.0"
+    assert values['reports_total{outcome="confirmed"}'] == "1.0"
+    assert values['admissions_total{outcome="admitted"}'] == "1.0"
+    assert values["tokens_verified_total"] == "256.0"
+    assert float(values["flops_verified_total"]) == 256e12
+    assert values["train_loss_nats"] == "2.5"
+    assert values['request_duration_seconds_count{method="SubmitReport"}'] == "1.0"
+    assert float(values["commit_duration_seconds_count"]) == 2
+    assert 'build_info{version="0.1.0"}' in values
+
+
+async def test_health(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Health is what the ledger's writer says."""
+    async with serve(metrics="127.0.0.1:0") as coordinator:
+        assert (await get(coordinator, "/healthz")).status_code == 200
+        monkeypatch.setattr(coordinator.journal, "_behind", True)
+        assert (await get(coordinator, "/healthz")).status_code == 503
+        assert (await get(coordinator, "/nothing")).status_code == 404
+
+
+def test_credits_are_rounded_down() -> None:
+    """Nobody is shown more than they have."""
+    assert credits_text(Balance("a", "a", verified_flops=1_999_999_999_999_999)) == "1.999"

@@ -1,0 +1,104 @@
+"""The libp2p daemon never outlives its parent, and its failures have names."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from peer.network.node import Node
+from swarm.errors import NetworkBroken, PortBusy
+from swarm.identity import Identity
+from tests.peer_network import loopback
+from tests.waiting import eventually
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from peer.network.node import Node
+from peer.network.p2pd import P2pdOptions
+
+async def main():
+    node = await Node.start(P2pdOptions(Path(sys.argv[1]), ("/ip4/127.0.0.1/tcp/0",), map_port=False))
+    print(node.daemon.pid, node.daemon._directory, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; one that nobody has collected yet has ended, too."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    Identity.generate().save(tmp_path / "node.key")
+    return tmp_path / "node.key"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_the_daemon_ends_with_its_parent(key: Path, number: int) -> None:
+    """However its parent ends, by SIGKILL too, the kernel ends the daemon."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(key)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        pid, folder = (await asyncio.to_thread(parent.stdout.readline)).split()
+        daemon = psutil.Process(int(pid))
+        assert Path(daemon.exe()).name == "p2pd"
+        os.kill(parent.pid, number)
+        assert parent.wait(30) == -number
+        await eventually(lambda: gone(daemon), "the daemon's end", 30)
+        await asyncio.to_thread(__import__("shutil").rmtree, folder, ignore_errors=True)
+    finally:
+        parent.kill()
+        parent.wait()
+        if parent.stdout is not None:
+            parent.stdout.close()
+
+
+async def test_close_leaves_neither_process_nor_sockets(key: Path) -> None:
+    """After `close` the process is gone and so is the folder with its sockets, which only we could enter."""
+    node = await Node.start(loopback(key))
+    daemon, folder = psutil.Process(node.daemon.pid), node.daemon._directory
+    assert folder.stat().st_mode & 0o077 == 0
+    await node.close()
+    assert gone(daemon)
+    assert not folder.exists()
+
+
+async def test_the_end_of_the_daemon_is_noticed(key: Path) -> None:
+    """`wait` returns when the daemon is killed from outside."""
+    node = await Node.start(loopback(key))
+    waiting = asyncio.create_task(node.daemon.wait())
+    os.kill(node.daemon.pid, signal.SIGKILL)
+    await asyncio.wait_for(waiting, 20)
+    await node.close()
+
+
+async def test_a_busy_port_has_a_name(key: Path) -> None:
+    """An address that is taken is `PortBusy`, and nothing is left running."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        before = set(psutil.Process().children())
+        with pytest.raises(PortBusy, match="taken"):
+            await Node.start(loopback(key, listen=(f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}",)))
+        assert set(psutil.Process().children()) <= before
+
+
+async def test_a_bad_address_has_a_name(key: Path) -> None:
+    """What the daemon can't parse is `NetworkBroken` with its own words."""
+    with pytest.raises(NetworkBroken, match="did not start"):
+        await Node.start(loopback(key, listen=("/ip4/not-an-address/tcp/0",)))

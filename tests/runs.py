@@ -1,0 +1,180 @@
+"""Small complete runs and the processes that train them, for tests with real parts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import yaml
+
+from swarm.control import ask, history
+from swarm.identity import Identity
+from swarm.local import LocalSwarm, swarm_command
+from swarm.manifest import Manifest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMAND_S = 120.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A manifest with everything that it names: `run.yaml`, `owner.key` and the folder `files`."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "run.yaml"
+
+    @property
+    def owner_key(self) -> Path:
+        return self.directory / "owner.key"
+
+    @property
+    def files(self) -> Path:
+        return self.directory / "files"
+
+
+def make_run(directory: Path, *, total: int = 0, peers: int = 2, strategy: str = "diloco", inner_steps: int = 2) -> Run:
+    """A run whose rounds take a fraction of a second; `total` = 0 never ends."""
+    from peer.recipes import demo_manifest
+
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = demo_manifest(
+        directory / "files",
+        sequence_length=32,
+        data_bytes=300_000,
+        peers=peers,
+        rounds=max(1, total or 1000),
+        inner_steps=inner_steps,
+        batch_samples=4,
+        hidden_size=32,
+        layers=2,
+        strategy=strategy,
+        name="small",
+    )
+    manifest = manifest.model_copy(update={"rounds": manifest.rounds.model_copy(update={"total": total})})
+    run = Run(directory, manifest)
+    run.path.write_text(yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False))
+    Identity.generate().save(run.owner_key)
+    return run
+
+
+@dataclass
+class LoopThread:
+    """An event loop in a thread of its own, so that what it runs outlives the loops of single tests."""
+
+    def __post_init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fixtures")
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = COMMAND_S) -> T:
+        """Run a coroutine there and wait for its outcome."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def close(self) -> None:
+        """End the loop and its thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@dataclass
+class LiveRun:
+    """A coordinator and peers that train for as long as the test session needs them."""
+
+    run: Run
+    swarm: LocalSwarm
+    metrics_urls: list[str]
+
+    @property
+    def link(self) -> str:
+        """The join link."""
+        return self.swarm.link
+
+    @property
+    def peer_folders(self) -> list[Path]:
+        """The peers' folders."""
+        return [peer.directory for peer in self.swarm.peers]
+
+    def roots(self) -> dict[int, str]:
+        """The state root after each round, which must be one and the same on all peers."""
+        return agreed_roots(history(folder) for folder in self.peer_folders)
+
+
+def agreed_roots(histories: Any) -> dict[int, str]:
+    """Round to root; fails where two peers have different ones."""
+    roots: dict[int, set[str]] = {}
+    for lines in histories:
+        for line in lines:
+            roots.setdefault(line["round"], set()).add(line["root"])
+    differing = {number: found for number, found in roots.items() if len(found) != 1}
+    assert differing == {}
+    return {number: next(iter(found)) for number, found in roots.items()}
+
+
+async def status_of(folder: Path) -> dict[str, Any]:
+    """A daemon's status."""
+    return await ask(folder, "status")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def run_command(*arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = COMMAND_S) -> Outcome:
+    """Run `swarm` as a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        *swarm_command(),
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=clean_environment(environment),
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), timeout_s)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return Outcome(process.returncode or 0, out.decode(), err.decode())
+
+
+def clean_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without the user's own swarm settings, and with this repository importable from anywhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), kept.get("PYTHONPATH", ""))))
+    return {**kept, "PYTHONPATH": path, **(changes or {})}
+
+
+def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; one that nobody has collected yet has ended."""
+    found = []
+    for process in processes:
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def interpreter() -> str:
+    """The Python that runs the tests."""
+    return sys.executable
