@@ -49,7 +49,7 @@ def _optimizer(dht: Any, manifest: Manifest, network: torch.nn.Module, mode: str
     if not isinstance(strategy, DiLoCo) or strategy.inner.kind != "adamw":
         raise TypeError("the comparison is with diloco and AdamW inside")
     inner = strategy.inner
-    settings = {"lr": inner.lr, "betas": (inner.beta1, inner.beta2), "eps": inner.epsilon, "weight_decay": inner.weight_decay}
+    settings: dict[str, Any] = {"lr": inner.lr, "betas": (inner.beta1, inner.beta2), "weight_decay": inner.weight_decay}
     local, tuned = mode.startswith("local"), mode.endswith("tuned")
     group = {"target_group_size": peers} if tuned else {}
     return hivemind.Optimizer(
@@ -58,7 +58,7 @@ def _optimizer(dht: Any, manifest: Manifest, network: torch.nn.Module, mode: str
         batch_size_per_step=strategy.batch_samples,
         target_batch_size=peers * strategy.inner_steps * strategy.batch_samples,
         params=network.parameters(),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, **settings),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, eps=inner.epsilon, **settings),
         matchmaking_time=DOCUMENTED_MATCHMAKING_S,
         averaging_timeout=AVERAGING_TIMEOUT_S,
         grad_compression=hivemind.compression.Float16Compression(),

@@ -39,6 +39,7 @@ COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operato
 PACKAGES = ("swarm-train", "torch", "hivemind", "transformers", "grpcio", "numpy", "cryptography", "torchft", "flwr")
 BUSY_LOAD_PER_CORE = 0.5
 SIGNIFICANT_DIGITS = 4
+PLAIN_WIDTH = 160
 
 Number = float | int
 Section = Callable[["Report"], "Awaitable[None] | None"]
@@ -137,9 +138,11 @@ class Report:
         for name in dict.fromkeys(row["table"] for row in self.rows):
             console.print(_table_of_rows(name, [row for row in self.rows if row["table"] == name]))
         console.print(_table_of_figures(self.figures))
+        for name, figure in self.figures.items():
+            console.print(f"{name}: {figure.how}", markup=False)
         machine, versions = self.machine, self.versions
         console.print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['os']}")
-        console.print(", ".join(f"{package} {version}" for package, version in versions.items()))
+        console.print(f"Python {machine['python']}, " + ", ".join(f"{package} {number}" for package, number in versions.items()))
         if machine["load"] > BUSY_LOAD_PER_CORE * machine["cores"]:
             console.print(f"the machine was busy with something else: load {machine['load']:.1f} at the start")
         for name, reason in self.failures.items():
@@ -150,6 +153,7 @@ def run(name: str, description: str | None, sections: Mapping[str, Section], arg
     """Measure, print and write; the exit code: 0, or 1 if a section failed. Figures short of their goals don't fail."""
     options = _parse(name, description, sections, argv)
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     report = Report(name, options.quick)
     chosen = options.only or list(sections)
     try:
@@ -157,10 +161,16 @@ def run(name: str, description: str | None, sections: Mapping[str, Section], arg
     except KeyboardInterrupt:
         report.say("interrupted")
         return 130
-    report.show(Console(highlight=False))
+    report.show(_console())
     if options.json is not None:
         report.write(options.json)
     return 1 if report.failures else 0
+
+
+def _console() -> Console:
+    """Standard output: as wide as the terminal, and wide where there is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def _parse(name: str, description: str | None, sections: Iterable[str], argv: Sequence[str] | None) -> argparse.Namespace:
@@ -237,11 +247,11 @@ def _cpu_model() -> str:
 
 def _table_of_figures(figures: Mapping[str, Figure]) -> Table:
     table = Table(title="figures", title_justify="left", box=None, pad_edge=False)
-    for column, side in (("figure", "left"), ("value", "right"), ("goal", "left"), ("", "left"), ("how", "left")):
-        table.add_column(column, justify="right" if side == "right" else "left", overflow="fold")
+    for column in ("figure", "value", "goal", ""):
+        table.add_column(column, justify="right" if column == "value" else "left", no_wrap=True)
     verdicts = {True: "met", False: "SHORT", None: ""}
     for name, figure in figures.items():
-        table.add_row(name, _cell(figure.value), figure.goal, verdicts[figure.met], figure.how)
+        table.add_row(name, _cell(figure.value), figure.goal, verdicts[figure.met])
     return table
 
 

@@ -112,7 +112,8 @@ class Rounds:
         overheads = outcome.overheads_s
         self.overhead_p50_s = statistics.median(overheads)
         _row_of_rounds(out, "swarm", overheads, outcome.round_p50_s, f"{INNER_STEPS} local AdamW steps, fp16, every part checked")
-        how = f"{PEERS} peers, {manifest.model.parameters / 1e6:.2f} M parameters, diloco, fp16, {outcome.rounds} rounds: {OVERHEAD}"
+        size = f"{manifest.model.parameters / 1e6:.2f} M parameters"
+        how = f"{PEERS} peers, {size}, diloco, fp16, {outcome.rounds} rounds: {OVERHEAD}"
         out.figure("round_overhead_p50_s", self.overhead_p50_s, how, "<= 0.3")
         out.figure("round_overhead_p95_s", quantile(overheads, 0.95), "of the same rounds")
         rss_how = f"the most that it had resident in a run of {PEERS} peers and {outcome.rounds} rounds"
@@ -135,7 +136,7 @@ class Rounds:
         if self.overhead_p50_s is not None:
             ours = self.overhead_p50_s
             out.figure("ratio_to_hivemind_optimizer", ours / waits[HEADLINE], "our median over hivemind's", "<= 0.2")
-            out.figure("ratio_to_hivemind_optimizer_tuned", ours / waits[TUNED], "our median over hivemind's with the group known")
+            out.figure("ratio_to_hivemind_optimizer_tuned", ours / waits[TUNED], "the same with the group known")
 
     async def _hivemind_epochs(self, mode: str, epochs: int) -> list[list[dict[str, Any]]]:
         """What every process says of its epochs."""
@@ -182,7 +183,7 @@ class Rounds:
         out.figure("sync_over_single_validation_loss", ours / theirs, how, "<= 1.005")
         out.figure("sync_validation_loss", ours, f"nats per byte, of the weights after round {snapshot.round}")
         out.figure("single_validation_loss", theirs, f"nats per byte, after {alone.samples} samples in {len(alone.losses)} steps")
-        out.figure("sync_contributions_missed", missed, f"of {PEERS * outcome.rounds}: updates that came too late for their round")
+        out.figure("sync_contributions_missed", missed, f"updates too late for their round, of {PEERS * outcome.rounds}")
         out.figure("sync_overhead_p50_s", statistics.median(outcome.overheads_s), OVERHEAD)
 
 

@@ -58,11 +58,12 @@ class Outcome:
     @property
     def round_p50_s(self) -> float:
         """The median wall time of a round."""
-        return statistics.median(line["wall_s"] for line in self.measured())
+        return float(statistics.median(line["wall_s"] for line in self.measured()))
 
 
 def write_run(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
-    """Write the manifest and a new owner's key; their paths."""
+    """Write the manifest and a new owner's key into a folder, which is made if need be; their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
     run, key = directory / "run.yaml", directory / "owner.key"
     run.write_text(manifest.model_dump_json())
     Identity.generate().save(key)
@@ -72,7 +73,6 @@ def write_run(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
 @asynccontextmanager
 async def coordinated(directory: Path, manifest: Manifest) -> AsyncIterator[tuple[LocalSwarm, float]]:
     """A coordinator that answers, and how many seconds it took from starting its process to its first answer."""
-    directory.mkdir(parents=True, exist_ok=True)
     run, key = write_run(directory, manifest)
     async with LocalSwarm(directory) as swarm:
         started = time.monotonic()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -13,6 +13,9 @@ MAX_PEERS = 200_000
 MAX_ADDRESSES = 16
 MAX_ADDRESS_CHARACTERS = 512
 RECENT_HASHES = 16
+NOT_PLAYING = frozenset({"starting", "connecting", "fetching_data", "joining", "waiting_for_peers", "paused", "failed", ""})
+
+Rosters = Callable[[int], Collection[frozenset[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,9 @@ class Sighting:
     addresses: tuple[str, ...]
     round: int
     heard_s: float
+    state_root: bytes = b""
+    playing: bool = False
+    reachable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class Presence:
         self.genesis = genesis
         self._alive: OrderedDict[str, Sighting] = OrderedDict()
         self._issued: OrderedDict[str, _Issue] = OrderedDict()
+        self._idle_since_s = started_s
 
     @property
     def interval_s(self) -> float:
@@ -106,6 +113,35 @@ class Presence:
         """Whether `peer_id` starts the run: the first to ask, until it leaves or expires. Call `expire` before."""
         self.genesis = self.genesis or peer_id
         return self.genesis == peer_id
+
+    def choose_resumer(self, peer_id: str, rosters: Rosters, now_s: float) -> bool:
+        """Whether `peer_id` resumes a run whose peers were all gone. Call `expire` before.
+
+        Nobody may be playing. The newest state that a majority of the roster of its round holds wins at once; after a time of
+        silence the newest that anybody holds. Of its holders the smallest peer id resumes, and stays chosen while it is alive.
+        """
+        if any(sighting.playing for sighting in self._alive.values()):
+            self._idle_since_s = now_s
+            return False
+        chosen = self._alive.get(self.genesis)
+        if chosen is None or not chosen.state_root:
+            self.genesis = self._resumer(rosters, now_s - self._idle_since_s > self.silence_s)
+        return self.genesis == peer_id
+
+    def _resumer(self, rosters: Rosters, waited: bool) -> str:
+        holders: dict[tuple[int, bytes], list[str]] = defaultdict(list)
+        for sighting in self._alive.values():
+            if sighting.state_root:
+                holders[sighting.round, sighting.state_root].append(sighting.peer_id)
+        agreed = [
+            state
+            for state, peers in holders.items()
+            if any(2 * len(roster.intersection(peers)) > len(roster) for roster in rosters(state[0]))
+        ]
+        candidates = agreed or (list(holders) if waited else [])
+        if not candidates:
+            return ""
+        return min(holders[max(candidates, key=lambda state: (state[0], len(holders[state]), state[1]))])
 
     def others(self, peer_id: str, limit: int) -> list[Sighting]:
         """The most recently heard peers other than `peer_id`."""

@@ -18,7 +18,7 @@ from coordinator.limits import (
     PEERS_PER_ANSWER,
 )
 from coordinator.metrics import Metrics
-from coordinator.presence import Sighting
+from coordinator.presence import NOT_PLAYING, Sighting
 from coordinator.state import Announced, Decision, GrantAsked, Reported, decide
 from coordinator.store.interface import Store
 from swarm import __version__
@@ -28,6 +28,7 @@ from swarm.entries import Claim, Nomination, open_proposal, open_report
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
+from swarm.merkle import HASH_BYTES
 from swarm.messages import open_signed, payload_hash
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer
@@ -176,11 +177,23 @@ class PeerService(PeerServiceServicer):
             presence.left(event.peer_id, announcement.issued_at, event.payload_hash)
             return False
         if decision.reason != "repeated":
-            sighting = Sighting(event.peer_id, tuple(announcement.addresses), announcement.round, now_s)
+            sighting = Sighting(
+                event.peer_id,
+                tuple(announcement.addresses),
+                announcement.round,
+                now_s,
+                announcement.state_root if len(announcement.state_root) == HASH_BYTES else b"",
+                announcement.state not in NOT_PLAYING,
+                announcement.reachable,
+            )
             presence.announced(sighting, announcement.issued_at, event.payload_hash)
         self._metrics.peers_alive.set(len(presence))
-        started = self._journal.credits.progress(self._journal.run_id).state_root
-        return not started and presence.choose_genesis(event.peer_id)
+        credits, run_id = self._journal.credits, self._journal.run_id
+        if announcement.state not in NOT_PLAYING:
+            return False
+        if not credits.progress(run_id).state_root:
+            return presence.choose_genesis(event.peer_id)
+        return presence.choose_resumer(event.peer_id, lambda number: credits.rosters(run_id, number), now_s)
 
     def _announced(self, peer_id: str, leaving: bool, genesis: bool) -> pb.AnnounceResponse:
         presence, now_s = self._journal.presence, self._clock.monotonic_s()
@@ -215,6 +228,7 @@ def _peer_address(sighting: Sighting, now_s: float) -> pb.PeerAddress:
         addresses=sighting.addresses,
         round=sighting.round,
         age_s=max(0.0, now_s - sighting.heard_s),
+        reachable=sighting.reachable,
     )
 
 

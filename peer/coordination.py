@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class Coordination:
     clock_offset_s: float = 0.0
     on_answer: Callable[[AnnounceResponse], None] = lambda answer: None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _nudged: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def reachable(self) -> bool:
@@ -101,13 +103,19 @@ class Coordination:
         """Renew presence and admission at the interval that the coordinator asks for; what fails is tried again."""
         while True:
             interval_s = self.last.interval_s if self.last is not None else FIRST_INTERVAL_S
-            await asyncio.sleep(min(60.0, max(0.2, interval_s)))
+            self._nudged.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), min(60.0, max(0.2, interval_s)))
             try:
                 await self.announce(node, standing())
             except NotAdmitted as error:
                 log.error("not_admitted", error=error.message)
             except (SwarmError, Rejected) as error:
                 log.info("announce_failed", error=str(error))
+
+    def nudge(self) -> None:
+        """Announce now: what we do has changed."""
+        self._nudged.set()
 
     async def grant(self, setup: RoundSetup, present: tuple[str, ...]) -> Signed | None:
         """Ask to go on without a quorum; None if that isn't allowed (yet)."""

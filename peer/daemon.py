@@ -56,7 +56,7 @@ from peer.vitals import Vitals
 from swarm import __version__
 from swarm.clock import SystemClock
 from swarm.control import HISTORY_NAME, STATUS_NAME
-from swarm.errors import AlreadyRunning, NetworkBroken, OutOfMemory, PortBusy, Rejected, SwarmError, VersionTooOld
+from swarm.errors import AlreadyRunning, CoordinatorUnreachable, NetworkBroken, OutOfMemory, PortBusy, Rejected, SwarmError, VersionTooOld
 from swarm.identity import Identity
 from swarm.manifest import Manifest, Tree
 from swarm.messages import JoinLink, parse
@@ -68,6 +68,7 @@ FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
 GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
+ADMISSION_ATTEMPTS = 10
 RESERVE_BYTES = 256 << 20
 MEMORY_LIMIT_BYTES = 512 << 20
 DISK_LIMIT_BYTES = 4 << 30
@@ -343,11 +344,21 @@ class Daemon:
         await parts.node.serve_calls(RELAY, self._answer_relay)
         await parts.transfer.start()
         await parts.finder.start()
-        try:
-            await parts.coordination.announce(parts.node, self._standing())
-        except SwarmError:
-            if parts.coordination.last is None:
-                raise
+        await self._be_admitted(parts)
+
+    async def _be_admitted(self, parts: Parts) -> None:
+        """Announce until the coordinator has answered, or go on with the admission of an earlier start."""
+        for attempt in range(ADMISSION_ATTEMPTS):
+            try:
+                await parts.coordination.announce(parts.node, self._standing())
+            except CoordinatorUnreachable:
+                if parts.coordination.last is not None:
+                    return
+                if attempt + 1 == ADMISSION_ATTEMPTS:
+                    raise
+                await asyncio.sleep(FETCH_RETRY_S)
+            else:
+                return
 
     async def _prepare(self, parts: Parts) -> None:
         """Have the run's files and a loaded model."""
@@ -360,7 +371,7 @@ class Daemon:
         training = await asyncio.to_thread(self._make_trainer, manifest, materials)
         self._stack.callback(training.close)
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
-        self.engine = Engine(parts.services, training, parts.snapshots, entry, self._on_round)
+        self.engine = Engine(parts.services, training, parts.snapshots, entry, self._on_round, parts.coordination.nudge)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
         """Load the model and warm it up, so that the first round isn't slower than the others."""

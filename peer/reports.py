@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from swarm.rpc.v1.ledger_pb2 import Receipt, Report
 from swarm.rpc.v1.signed_pb2 import Signed
 
 RETRY_S = 5.0
+MAX_UNSAVED = 1000
 KEPT_REPORTS = 10_000
 
 log = structlog.get_logger(__name__)
@@ -60,12 +63,19 @@ class Outbox:
         """Queue the reports whose receipts name a place that the ledger no longer has; how many."""
         again = 0
         for path in sorted(self.posted.glob("*.pb"), reverse=True):
-            receipt = parse(Signed, read(self.receipts / f"{path.stem}.receipt"))
-            if parse(Receipt, receipt.payload).ledger_index < ledger_size:
+            if self._ledger_index(path.stem) < ledger_size:
                 break
             path.replace(self.outbox / path.name)
             again += 1
         return again
+
+    def _ledger_index(self, stem: str) -> float:
+        """The place in the ledger that a receipt names; infinity where the receipt is gone or damaged: it is asked for again."""
+        try:
+            receipt = parse(Signed, read(self.receipts / f"{stem}.receipt"))
+            return parse(Receipt, receipt.payload).ledger_index
+        except (OSError, Rejected):
+            return math.inf
 
     def refuse(self, path: Path, reason: str) -> None:
         """Put a report aside that the coordinator refused, with the reason."""
@@ -100,6 +110,9 @@ class Reporter:
 
     def __post_init__(self) -> None:
         self._wake = asyncio.Event()
+        self._posting = asyncio.Lock()
+        self._saving = threading.Lock()
+        self._unsaved: dict[int, tuple[Signed, Signed]] = {}
         self._checked: CoordinatorClient | None = None
 
     async def add(self, identity: Identity, report: RoundReport) -> None:
@@ -114,7 +127,8 @@ class Reporter:
             proposal_hash=report.proposal.proposal_hash,
             issued_at=int(self.clock.wall_s()),
         )
-        await asyncio.to_thread(self.outbox.add, report.round_index, seal(identity, message), report.proposal.signed)
+        self._unsaved[report.round_index] = (seal(identity, message), report.proposal.signed)
+        await asyncio.to_thread(self._save)
         self._wake.set()
 
     async def run(self) -> None:
@@ -129,13 +143,32 @@ class Reporter:
 
     async def post_all(self) -> bool:
         """Post what waits now; whether nothing is left."""
+        async with self._posting:
+            return await self._post_all()
+
+    def _save(self) -> None:
+        """Write queued reports to disk; while that is full they wait in memory, the oldest of very many being lost."""
+        with self._saving:
+            for round_index, (report, proposal) in sorted(self._unsaved.items()):
+                try:
+                    self.outbox.add(round_index, report, proposal)
+                except OSError as error:
+                    log.warning("report_not_saved", round=round_index, waiting=len(self._unsaved), error=error.strerror)
+                    break
+                del self._unsaved[round_index]
+            while len(self._unsaved) > MAX_UNSAVED:
+                del self._unsaved[min(self._unsaved)]
+
+    async def _post_all(self) -> bool:
+        if self._unsaved:
+            await asyncio.to_thread(self._save)
         client = self.client()
         if client is not None and client is not self._checked:
             await self._check_ledger(client)
         for path in self.outbox.waiting():
             if client is None or not await self._post(client, path):
                 return False
-        return True
+        return not self._unsaved
 
     async def _check_ledger(self, client: CoordinatorClient) -> None:
         """A coordinator that was restored from a backup has forgotten what we hold receipts for: report it again."""
@@ -163,6 +196,10 @@ class Reporter:
         except SwarmError as error:
             log.warning("report_not_sent", report=path.stem, error=error.message)
             return False
-        self.outbox.settle(path, receipt)
+        try:
+            self.outbox.settle(path, receipt)
+        except OSError as error:
+            log.warning("receipt_not_saved", report=path.stem, error=error.strerror)
+            return False
         self.on_outcome("accepted")
         return True

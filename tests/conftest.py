@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from swarm.local import LocalSwarm
-from tests.runs import LiveRun, LoopThread, Run, make_run
+from swarm.local import LocalPeer, LocalSwarm
+from tests.runs import LiveRun, LoopThread, Run, Sharing, make_run
 from tests.waiting import eventually
 
-START_S = 150.0
+START_S = 170.0
+NICENESS = 5
 
 
 @pytest.fixture(scope="session")
@@ -20,27 +22,42 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def two_peer_run(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRun]:
-    """A coordinator and two peers that have finished a few rounds and go on training."""
+def two_peer_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRun]:
+    """A coordinator and two peers that have finished a few rounds and go on training; one for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     loop = LoopThread()
-    live = LiveRun(small_run, LocalSwarm(tmp_path_factory.mktemp("swarm")), [])
+    swarm = LocalSwarm(tmp_path_factory.mktemp("swarm"))
+
+    def start() -> LiveRun:
+        return loop.run(_start(swarm, request.getfixturevalue("small_run")), START_S)
+
+    def stop() -> None:
+        loop.run(swarm.close())
+
     try:
-        loop.run(_start(live), START_S)
-        yield live
+        with Sharing((base.parent if worker else base) / "live", worker or "only").use(start, stop) as live:
+            yield live
     finally:
-        loop.run(live.swarm.close())
         loop.close()
 
 
-async def _start(live: LiveRun) -> None:
-    await live.swarm.start_coordinator(live.run.path, live.run.owner_key)
+async def _start(swarm: LocalSwarm, run: Run) -> LiveRun:
+    await swarm.start_coordinator(run.path, run.owner_key)
     for name in ("peer-0", "peer-1"):
-        await live.swarm.join(name, "--files", str(live.run.files))
+        peer = await swarm.join(name, "--files", str(run.files))
+        os.setpriority(os.PRIO_PROCESS, peer.process.pid, NICENESS)
+    await eventually(lambda: _trained(swarm.peers), "two rounds", START_S - 10)
+    statuses = [await peer.status() for peer in swarm.peers]
+    return LiveRun(
+        run,
+        swarm.link,
+        [swarm.metrics, *(status["metrics"] for status in statuses)],
+        [peer.directory for peer in swarm.peers],
+        [status["pid"] for status in statuses],
+    )
 
-    async def trained() -> bool:
-        ended = [(peer.name, peer.log()[-2000:]) for peer in live.swarm.peers if not peer.running]
-        assert ended == []
-        return all([(await peer.status()).get("rounds", 0) >= 2 for peer in live.swarm.peers])
 
-    await eventually(trained, "two rounds", START_S - 10)
-    live.metrics_urls = [live.swarm.metrics, *[(await peer.status())["metrics"] for peer in live.swarm.peers]]
+async def _trained(peers: list[LocalPeer]) -> bool:
+    assert [peer.log()[-2000:] for peer in peers if not peer.running] == []
+    return all([(await peer.status()).get("rounds", 0) >= 2 for peer in peers])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import json
 import os
-import sys
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +19,7 @@ import yaml
 
 from swarm.control import ask, history
 from swarm.identity import Identity
-from swarm.local import LocalSwarm, swarm_command
+from swarm.local import swarm_command
 from swarm.manifest import Manifest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -89,30 +92,88 @@ class LoopThread:
         self._loop.close()
 
 
-@dataclass
+@dataclass(frozen=True)
 class LiveRun:
-    """A coordinator and peers that train for as long as the test session needs them."""
+    """A coordinator and peers that train for as long as the test session needs them; `host:port` of every metrics endpoint."""
 
     run: Run
-    swarm: LocalSwarm
+    link: str
     metrics_urls: list[str]
+    peer_folders: list[Path]
+    pids: list[int]
 
     @property
-    def link(self) -> str:
-        """The join link."""
-        return self.swarm.link
+    def histories(self) -> list[list[dict[str, Any]]]:
+        """The rounds that each peer has finished."""
+        return [history(folder) for folder in self.peer_folders]
 
-    @property
-    def peer_folders(self) -> list[Path]:
-        """The peers' folders."""
-        return [peer.directory for peer in self.swarm.peers]
+    async def statuses(self) -> list[dict[str, Any]]:
+        """What each peer says about itself."""
+        return [await ask(folder, "status") for folder in self.peer_folders]
 
-    def roots(self) -> dict[int, str]:
-        """The state root after each round, which must be one and the same on all peers."""
-        return agreed_roots(history(folder) for folder in self.peer_folders)
+    def to_json(self) -> str:
+        """For other test processes."""
+        folders = [str(folder) for folder in self.peer_folders]
+        return json.dumps([str(self.run.directory), self.link, self.metrics_urls, folders, self.pids])
+
+    @classmethod
+    def from_json(cls, text: str) -> LiveRun:
+        """What another test process has written."""
+        directory, link, metrics_urls, folders, pids = json.loads(text)
+        run = Run(Path(directory), Manifest.read(Path(directory) / "run.yaml"))
+        return cls(run, link, metrics_urls, [Path(folder) for folder in folders], pids)
 
 
-def agreed_roots(histories: Any) -> dict[int, str]:
+@dataclass
+class Sharing:
+    """One live run for all test processes of a session: whoever comes first starts it, and ends it after the last has left."""
+
+    folder: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        (self.folder / "users").mkdir(parents=True, exist_ok=True)
+        self._state = self.folder / "live.json"
+
+    @contextlib.contextmanager
+    def use(self, start: Callable[[], LiveRun], stop: Callable[[], None]) -> Iterator[LiveRun]:
+        """The run, for as long as the body needs it."""
+        user = self.folder / "users" / self.name
+        with self._locked():
+            mine = not self._state.exists()
+            if mine:
+                try:
+                    self._state.write_text(start().to_json())
+                except BaseException:
+                    stop()
+                    raise
+            live = LiveRun.from_json(self._state.read_text())
+            user.touch()
+        try:
+            yield live
+        finally:
+            user.unlink()
+            if mine:
+                self._wait_for_the_others()
+                stop()
+
+    def _wait_for_the_others(self) -> None:
+        deadline = time.monotonic() + COMMAND_S
+        while True:
+            with self._locked():
+                if not any((self.folder / "users").iterdir()) or time.monotonic() > deadline:
+                    self._state.unlink()
+                    return
+            time.sleep(0.2)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def agreed_roots(histories: Iterable[Sequence[dict[str, Any]]]) -> dict[int, str]:
     """Round to root; fails where two peers have different ones."""
     roots: dict[int, set[str]] = {}
     for lines in histories:
@@ -121,11 +182,6 @@ def agreed_roots(histories: Any) -> dict[int, str]:
     differing = {number: found for number, found in roots.items() if len(found) != 1}
     assert differing == {}
     return {number: next(iter(found)) for number, found in roots.items()}
-
-
-async def status_of(folder: Path) -> dict[str, Any]:
-    """A daemon's status."""
-    return await ask(folder, "status")
 
 
 @dataclass(frozen=True)
@@ -173,8 +229,3 @@ def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-def interpreter() -> str:
-    """The Python that runs the tests."""
-    return sys.executable

@@ -20,6 +20,7 @@ from swarm.errors import DatabaseCorrupt
 from swarm.merkle import leaf_hash
 
 READ_AHEAD_ROWS = 1000
+WRITES = "swarm_writes"
 POSTGRES_DRIVER = "postgresql+psycopg"
 SQLITE_BROKEN = ("malformed", "not a database", "disk image", "file is encrypted")
 CORRUPT_HINT = "restore the database from a backup; peers' receipts prove what it must contain"
@@ -31,6 +32,7 @@ class SqlStore:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
+        self._writer = engine.execution_options(**{WRITES: True})
 
     @classmethod
     def open(cls, url: str) -> SqlStore:
@@ -59,7 +61,7 @@ class SqlStore:
         """Commit all rows in one transaction, or none. Raises `StoreFailed`."""
         if not rows:
             return
-        with _writing(), self._engine.begin() as connection:
+        with _writing(), self._writer.begin() as connection:
             size = _size(connection)
             if [row.position for row in rows] != list(range(size, size + len(rows))):
                 raise StoreFailed("the entries don't follow on: does another coordinator use this database?")
@@ -104,7 +106,7 @@ class SqlStore:
 
     def set_value(self, name: str, value: bytes) -> None:
         """Commit a named value, in place of an older one. Raises `StoreFailed`."""
-        with _writing(), self._engine.begin() as connection:
+        with _writing(), self._writer.begin() as connection:
             connection.execute(sa.delete(values).where(values.c.name == name))
             connection.execute(sa.insert(values).values(name=name, value=value))
 
@@ -134,7 +136,9 @@ def _make_durable(connection: Any, _record: ConnectionPoolEntry) -> None:
 
 
 def _begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    """A writer takes its lock at once and waits for it: a lock taken after a read fails instead of waiting."""
+    writes = connection.get_execution_options().get(WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -80,8 +80,10 @@ class ErrorFeedback:
         """All our parts of `update`, [values of our parts]. Raises `ValueError`; the residual is of no more use then."""
         if update.shape != self._residual.shape:
             raise ValueError(f"an update of {update.shape} for {self._residual.size} values")
+        if threads == 1:
+            return [self._encoded(update, index) for index in self.parts]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda index: self.encode_part(update[self._place(index)], index).part, self.parts))
+            return list(pool.map(lambda index: self._encoded(update, index), self.parts))
 
     def residual(self, index: int) -> Vector:
         """The residual of part `index`, a read-only view."""
@@ -138,6 +140,9 @@ class ErrorFeedback:
             raise CheckpointCorrupt("the residual is damaged")
         self._residual[:] = residual
         return round_index
+
+    def _encoded(self, update: Vector, index: int) -> bytes:
+        return self.encode_part(update[self._place(index)], index).part
 
     def _place(self, index: int) -> slice:
         if index not in self.parts:

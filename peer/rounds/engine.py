@@ -93,6 +93,7 @@ class Engine:
     snapshots: Snapshots
     entry: Entry
     on_round: Callable[[RoundReport], Awaitable[None]]
+    on_entered: Callable[[], None] = lambda: None
     pacing: Pacing = field(init=False)
     inbox: Inbox = field(default_factory=Inbox)
     wish: Wish = "train"
@@ -269,6 +270,8 @@ class Engine:
         else:
             self._download = asyncio.create_task(entered.state)
         self.inbox.advance(entered.round_index)
+        self.services.observer.state("following")
+        self.on_entered()
         log.info("entered", round=entered.round_index, roster=len(entered.roster), downloading=self.state is None)
 
     async def _play_round(self, place: Place) -> None:

@@ -803,6 +803,11 @@ def _was_seen(state: RoundState, peer: str, now_s: float) -> bool:
     return now_s < state.seen_s.get(peer, NEVER_S) + state.setup.silence_s
 
 
+def _answers(state: RoundState, peer: str, now_s: float) -> bool:
+    """Whether the peer answered the last probes, or may well be about to."""
+    return peer in state.seen_s and now_s < state.asked_s.get(peer, now_s) + 2 * PROBE_EVERY_S
+
+
 def _proposal_is_due(state: RoundState, now_s: float) -> bool:
     """All that are alive have committed; or a quorum has, the grace is over, and we know which of the others are alive."""
     setup = state.setup
@@ -812,7 +817,7 @@ def _proposal_is_due(state: RoundState, now_s: float) -> bool:
     if not missing or state.quorum_s is None:
         return not missing
     over_s = state.quorum_s + setup.grace_s
-    return now_s >= over_s and (now_s >= over_s + setup.silence_s or all(_was_seen(state, peer, now_s) for peer in missing))
+    return now_s >= over_s and (now_s >= over_s + setup.silence_s or all(_answers(state, peer, now_s) for peer in missing))
 
 
 def _lead(state: RoundState, now_s: float) -> Outcome:

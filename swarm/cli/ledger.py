@@ -11,10 +11,10 @@ import typer
 from swarm.cli.output import format_credits, print_fields, print_json, print_table
 from swarm.config import find_link
 from swarm.credits import Balance, CreditState, verify_ledger
-from swarm.errors import LedgerInvalid, UsageError
+from swarm.errors import LedgerInvalid, Rejected, UsageError
 from swarm.ledger import LedgerReader, verify_receipt
 from swarm.ledger_copy import LedgerCopy
-from swarm.messages import JoinLink
+from swarm.messages import JoinLink, parse
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.signed_pb2 import Signed
 
@@ -36,6 +36,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check the tree against the signed checkpoint, every signature, every rule and your receipts; recompute balances."""
+    promises = _read_receipts(receipts) if receipts else {}
     copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link)))
     reader = LedgerReader()
     reader.extend(copy.entries)
@@ -43,8 +44,8 @@ def verify(
     state = verify_ledger(copy.entries, copy.coordinator, workers)
     if copy.run_id not in state.run_ids:
         raise LedgerInvalid("the ledger doesn't open the run that it is said to be of")
-    count = _check_receipts(reader, receipts, copy) if receipts else 0
-    _print_result(copy, state, count, as_json)
+    _check_receipts(reader, promises, copy)
+    _print_result(copy, state, len(promises), as_json)
 
 
 @app.command()
@@ -73,17 +74,22 @@ async def _download(link: JoinLink) -> LedgerCopy:
     return LedgerCopy(run.run_id, run.coordinator, note, entries)
 
 
-def _check_receipts(reader: LedgerReader, folder: Path, copy: LedgerCopy) -> int:
-    paths = sorted(folder.rglob(f"*{RECEIPT_SUFFIX}"))
-    if not paths:
+def _read_receipts(folder: Path) -> dict[str, bytes]:
+    """The receipts by path. Read before the ledger, which must hold all of them, while a peer goes on adding to both."""
+    receipts = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob(f"*{RECEIPT_SUFFIX}"))}
+    if not receipts:
         raise UsageError(f"no receipts in {folder}", f"a peer keeps them as *{RECEIPT_SUFFIX} in its data folder")
-    for path in paths:
+    return receipts
+
+
+def _check_receipts(reader: LedgerReader, receipts: dict[str, bytes], copy: LedgerCopy) -> None:
+    for name, raw in receipts.items():
         try:
-            receipt = verify_receipt(Signed.FromString(path.read_bytes()), copy.coordinator)
-            reader.check_receipt(receipt)
+            reader.check_receipt(verify_receipt(parse(Signed, raw), copy.coordinator))
+        except Rejected as error:
+            raise LedgerInvalid(f"{name} is damaged: {error}", "restore it from a backup, or leave it out") from error
         except LedgerInvalid as error:
-            raise LedgerInvalid(f"{path.name}: {error.message}", error.hint) from error
-    return len(paths)
+            raise LedgerInvalid(f"{name}: {error.message}", error.hint) from error
 
 
 def _print_result(copy: LedgerCopy, state: CreditState, receipts: int, as_json: bool) -> None:

@@ -22,7 +22,9 @@ KEY = bytes(DHTID.generate(source=run_key(RUN)).to_bytes())
 
 
 def presence(identity: Identity, **changes: object) -> bytes:
-    return bytes(seal(identity, Presence(**({"run_id": RUN, "addresses": ["/ip4/127.0.0.1/tcp/1"]} | changes))).SerializeToString())
+    return bytes(
+        seal(identity, Presence(**({"run_id": RUN, "addresses": ["/ip4/127.0.0.1/tcp/1"]} | changes))).SerializeToString()
+    )
 
 
 def record(value: object, subkey: object = ALICE.peer_id, lifetime_s: float = LIFETIME_S, key: bytes = KEY) -> DHTRecord:

@@ -229,6 +229,6 @@ async def test_a_broken_download_resumes_on_disk(start_node, tmp_path: Path) -> 
         await transfer.download_all([first.peer], sizes_of(contents), keep)
     missing = store.missing(sizes_of(contents))
     assert len(missing) == 5
-    await transfer.download_all([second.peer], {name: 64 * KIB for name in missing}, keep)
+    await transfer.download_all([second.peer], dict.fromkeys(missing, 64 * KIB), keep)
     assert not store.missing(sizes_of(contents))
     assert second.node.sent_bytes < 6 * 64 * KIB
