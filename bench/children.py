@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,20 @@ class Child:
 
 
 @contextlib.asynccontextmanager
-async def child(module: str, log: Path, **arguments: Any) -> AsyncIterator[Child]:
-    """Run `python -m bench.MODULE` with `arguments` as one JSON argument, until the block is left."""
+async def child(module: str, log: Path, *, prefix: Sequence[str] = (), **arguments: Any) -> AsyncIterator[Child]:
+    """Run `python -m bench.MODULE` with `arguments` as one JSON argument, until the block is left.
+
+    `prefix` stands before the command, for example to run it on another host.
+    """
     with log.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
+            *prefix,
             *(sys.executable, "-m", f"bench.{module}", json.dumps(arguments)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=sink,
             cwd=ROOT,
+            env=os.environ | {"TMPDIR": str(log.parent)},
             start_new_session=True,
             limit=LINE_LIMIT_BYTES,
         )

@@ -5,6 +5,7 @@ Says its DHT addresses, waits for `go`, then says for every epoch how long it to
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +30,7 @@ def main() -> None:
     """Train until ended from outside."""
     given = arguments()
     torch.set_num_threads(1)
+    hivemind.p2p.P2P._UNIX_SOCKET_PREFIX = f"/unix{tempfile.gettempdir()}/hivemind-"  # by default they stay behind in /tmp
     manifest = Manifest.read(Path(given["manifest"]))
     network = build_model(manifest.model).train()
     dht = hivemind.DHT(initial_peers=given["initial_peers"], host_maddrs=["/ip4/127.0.0.1/tcp/0"], start=True)

@@ -153,7 +153,6 @@ def run(name: str, description: str | None, sections: Mapping[str, Section], arg
     """Measure, print and write; the exit code: 0, or 1 if a section failed. Figures short of their goals don't fail."""
     options = _parse(name, description, sections, argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     report = Report(name, options.quick)
     chosen = options.only or list(sections)
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ from peer.trainer import Trainer
 from swarm.manifest import Manifest, Shard, Sync
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as every peer does; several are slow where others use the processor too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Alone:
     """What one process reached: weights, [parameters], and the training loss of every step in nats per token."""
@@ -28,6 +40,7 @@ class Alone:
     samples: int
 
 
+@one_thread()
 def train_alone(manifest: Manifest, files: Path, batches: Iterable[Indices], samples: int) -> Alone:
     """One AdamW step per batch of sample indices until `samples` samples are used; clipping and schedule are the manifest's."""
     strategy, sequence_length = manifest.strategy, manifest.data.sequence_length
@@ -71,6 +84,7 @@ def planned_batch(manifest: Manifest, peers: Iterable[str], round_index: int) ->
     return np.concatenate([sample_indices(manifest.run_id, round_index, peer, 0, quota, total) for peer in ordered])
 
 
+@one_thread()
 def held_out_loss(manifest: Manifest, files: Path, theta: Vector, samples: int) -> float:
     """The loss on the first `samples` held-out samples, in nats per token."""
     train, validation = (open_shards(manifest, files, shards) for shards in (manifest.data.train, manifest.data.validation))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
@@ -100,6 +102,12 @@ def peak_rss_bytes(pid: int) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no VmHWM for process {pid}")
+
+
+def processor_s(pid: int) -> float:
+    """The processor time that a running process has used so far."""
+    used = psutil.Process(pid).cpu_times()
+    return float(used.user + used.system)
 
 
 def _check(peers: Sequence[LocalPeer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,23 +29,23 @@ MESSAGE_BYTES = 1 << 19
 
 
 @asynccontextmanager
-async def transfer_on_loopback() -> AsyncIterator[Transfer]:
-    """A node that listens on 127.0.0.1 and admits everybody, serving nothing yet."""
+async def transfer_on_loopback(address: str = "127.0.0.1") -> AsyncIterator[Transfer]:
+    """A node that listens on `address` and admits everybody, serving nothing yet."""
     with tempfile.TemporaryDirectory(prefix="swarm-bench-") as folder:
         key = Path(folder) / "identity.key"
         Identity.generate().save(key)
-        node = await Node.start(P2pdOptions(key, listen=("/ip4/127.0.0.1/tcp/0",), map_port=False))
+        node = await Node.start(P2pdOptions(key, listen=(f"/ip4/{address}/tcp/0",), map_port=False))
         try:
             yield Transfer(node, BlobStore(STORE_BYTES), RUN_ID, _everybody, lambda: None)
         finally:
             await node.close()
 
 
-async def serve(blobs: int, blob_bytes: int) -> None:
-    """Say where we are and what we have; serve until ended from outside."""
-    async with transfer_on_loopback() as transfer:
-        names = [transfer.store.put(os.urandom(blob_bytes), 0) for _ in range(blobs)]
-        payload = os.urandom(blobs * blob_bytes)
+async def serve(blobs: int, blob_bytes: int, address: str = "127.0.0.1", seed: int | None = None) -> None:
+    """Say where we are and what we have; serve until ended from outside. Peers of one `seed` have the same blobs."""
+    async with transfer_on_loopback(address) as transfer:
+        payload = os.urandom(blobs * blob_bytes) if seed is None else random.Random(seed).randbytes(blobs * blob_bytes)
+        names = [transfer.store.put(payload[start : start + blob_bytes], 0) for start in range(0, len(payload), blob_bytes)]
         await transfer.start()
         await _serve_bare(transfer.node, payload)
         say(peer=transfer.node.peer_id, addresses=transfer.node.addresses, hashes=[name.hex() for name in names])
@@ -74,4 +75,4 @@ def _everybody(peer: str, admission: Signed | None) -> bool:
 if __name__ == "__main__":
     end_with_parent()
     given = arguments()
-    asyncio.run(serve(given["blobs"], given["blob_bytes"]))
+    asyncio.run(serve(**given))

@@ -188,12 +188,12 @@ class PeerService(PeerServiceServicer):
             )
             presence.announced(sighting, announcement.issued_at, event.payload_hash)
         self._metrics.peers_alive.set(len(presence))
-        credits, run_id = self._journal.credits, self._journal.run_id
+        ledger, run_id = self._journal.credits, self._journal.run_id
         if announcement.state not in NOT_PLAYING:
             return False
-        if not credits.progress(run_id).state_root:
+        if not ledger.progress(run_id).state_root:
             return presence.choose_genesis(event.peer_id)
-        return presence.choose_resumer(event.peer_id, lambda number: credits.rosters(run_id, number), now_s)
+        return presence.choose_resumer(event.peer_id, lambda number: ledger.rosters(run_id, number), now_s)
 
     def _announced(self, peer_id: str, leaving: bool, genesis: bool) -> pb.AnnounceResponse:
         presence, now_s = self._journal.presence, self._clock.monotonic_s()

@@ -27,7 +27,7 @@ class Admissions:
         admission = open_signed(token, AdmissionToken, signer=self.coordinator, run_id=self.run_id)
         if admission.expires_at + CLOCK_SLACK_S < self.clock.wall_s():
             raise Rejected("admission_expired", "", admission.peer_id)
-        if len(self._tokens) >= MAX_TOKENS:
+        if admission.peer_id not in self._tokens and len(self._tokens) >= MAX_TOKENS:
             self._forget_expired()
         known = self._tokens.get(admission.peer_id)
         if known is None or known[1] < admission.expires_at:

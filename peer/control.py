@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm.control import socket_path
-from swarm.errors import AlreadyRunning
+from swarm.errors import AlreadyRunning, SwarmError
 
 MAX_LINE_BYTES = 1 << 16
 TIMEOUT_S = 60.0
@@ -47,6 +47,8 @@ class ControlServer:
         try:
             request = json.loads(await asyncio.wait_for(reader.readline(), TIMEOUT_S))
             answer = await self._handler(str(request["verb"]), dict(request.get("arguments", {})))
+        except SwarmError as error:
+            answer = {"error": error.message}
         except (ValueError, KeyError, TypeError, TimeoutError) as error:
             answer = {"error": f"bad request: {error}"}
         try:

@@ -67,7 +67,7 @@ class Coordination:
         """The run, from the coordinator or, while that is away, as it was last seen. Raises `SwarmError`."""
         cache = self.directory / CACHE_NAME
         try:
-            run = await (await self._connected()).get_run()
+            run = await (await self.connected()).get_run()
         except CoordinatorUnreachable:
             if not cache.exists():
                 raise
@@ -90,7 +90,7 @@ class Coordination:
             reachable=standing.reachable,
             state_root=standing.state_root,
         )
-        client = await self._connected()
+        client = await self.connected()
         try:
             answer = await client.announce(seal(self.identity, message))
         except CoordinatorUnreachable:
@@ -128,7 +128,7 @@ class Coordination:
             issued_at=int(self.clock.wall_s()),
         )
         try:
-            answer = await (await self._connected()).request_grant(seal(self.identity, message))
+            answer = await (await self.connected()).request_grant(seal(self.identity, message))
         except (SwarmError, Rejected) as error:
             log.info("grant_failed", error=str(error))
             return None
@@ -165,7 +165,8 @@ class Coordination:
         write_atomically(self.directory / PRESENCE_CACHE, answer.SerializeToString())
         self.on_answer(answer)
 
-    async def _connected(self) -> CoordinatorClient:
+    async def connected(self) -> CoordinatorClient:
+        """The open channel, or a new one. Raises `CoordinatorUnreachable` or `FingerprintMismatch`."""
         async with self._lock:
             if self.client is None:
                 self.client = await CoordinatorClient.connect(self.link)

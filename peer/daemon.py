@@ -56,7 +56,16 @@ from peer.vitals import Vitals
 from swarm import __version__
 from swarm.clock import SystemClock
 from swarm.control import HISTORY_NAME, STATUS_NAME
-from swarm.errors import AlreadyRunning, CoordinatorUnreachable, NetworkBroken, OutOfMemory, PortBusy, Rejected, SwarmError, VersionTooOld
+from swarm.errors import (
+    AlreadyRunning,
+    CoordinatorUnreachable,
+    NetworkBroken,
+    OutOfMemory,
+    PortBusy,
+    Rejected,
+    SwarmError,
+    VersionTooOld,
+)
 from swarm.identity import Identity
 from swarm.manifest import Manifest, Tree
 from swarm.messages import JoinLink, parse
@@ -313,7 +322,7 @@ class Daemon:
             options.inbound,
             on_rejected=lambda reason: self.status.refused("dht", reason),
         )
-        reporter = Reporter(run.run_id, outbox, lambda: coordination.client, self._on_report)
+        reporter = Reporter(run.run_id, outbox, coordination.connected, self._on_report)
         vitals = Vitals(self.status.metrics, node, outbox, options.device, self.identity.peer_id, lambda: coordination.client)
         checkpoints = Checkpoints(options.directory / CHECKPOINTS, run.run_id.hex(), layout, snapshots)
         return Parts(
@@ -443,7 +452,7 @@ class Daemon:
         await parts.checkpoints.save_quietly()
         if self._wish != "stop":
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(parts.reporter.post_all(), RECEIPT_WAIT_S)
+                await asyncio.wait_for(parts.reporter.post_until_empty(), RECEIPT_WAIT_S)
         with contextlib.suppress(TimeoutError, SwarmError, Rejected):
             await asyncio.wait_for(parts.coordination.announce(parts.node, self._standing(), leaving=True), GOODBYE_S)
         log.info("left", rounds=self.status.rounds_contributed, reports_waiting=len(parts.reporter.outbox.waiting()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +43,11 @@ class Materials:
         """Whether the file is here and whole; from then on it is served to others."""
         path = self.path(tree)
         if not path.exists() and self.extra is not None and tree_path(self.extra, tree).exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(tree_path(self.extra, tree), path)
+            with _full_disk(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(".copy")
+                shutil.copyfile(tree_path(self.extra, tree), partial)
+                partial.replace(path)
         if not path.exists():
             return False
         try:
@@ -102,7 +107,7 @@ class Materials:
         for index, name in enumerate(hashes):
             positions.setdefault(name, []).append(index)
         done = len(have)
-        with partial.open("r+b" if partial.exists() else "w+b") as file:
+        with _full_disk(self.directory), partial.open("r+b" if partial.exists() else "w+b") as file:
             file.truncate(tree.size_bytes)
 
             def keep(name: bytes, content: bytes) -> None:
@@ -141,6 +146,17 @@ class Materials:
         self._hashes[bytes.fromhex(tree.root)] = tuple(hashes)
         for index, name in enumerate(hashes):
             self._chunks[name] = (self.path(tree), index * tree.chunk_bytes, _chunk_size(tree, index))
+
+
+@contextlib.contextmanager
+def _full_disk(directory: Path) -> Iterator[None]:
+    """`DiskFull` for the operating system's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(f"no space left in {directory}", "free some space or choose another place with --dir") from error
 
 
 def _chunk_size(tree: Tree, index: int) -> int:

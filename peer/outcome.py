@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from peer.data import ShardReader, tree_path
 from peer.export import Provenance, export_model, generate_sample
@@ -50,12 +51,13 @@ def held_out_losses(run: Manifest, files: Path, theta: Vector, samples: int) -> 
 
 def export(run: Manifest, files: Path, snapshot: Snapshot, to: Path, provenance: Provenance) -> Path:
     """Write the Hugging Face directory."""
+    disable_progress_bar()
     return export_model(run, snapshot.state.theta, tree_path(files, run.tokenizer), to, provenance)
 
 
 def sample(directory: Path, prompt: str = PROMPT) -> str:
     """What the exported model writes, loaded as anybody would."""
-
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return generate_sample(model, tokenizer, prompt, SAMPLE_TOKENS)

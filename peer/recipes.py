@@ -78,6 +78,16 @@ def demo_manifest(
     )
 
 
+def tiny_manifest(directory: Path, peers: int, **rounds: Any) -> Manifest:
+    """A run whose rounds take a fraction of a second, for tests and fault benchmarks; it goes on until it is stopped."""
+    manifest = demo_manifest(
+        directory, peers=peers, inner_steps=4, hidden_size=32, layers=2, sequence_length=32, data_bytes=400_000, name="tiny"
+    )
+    values = {**manifest.rounds.model_dump(), "total": 0, "min_peers": peers, **rounds}
+    codec = {**manifest.codec.model_dump(), "part_values": 4096}
+    return Manifest.model_validate({**manifest.model_dump(mode="json"), "rounds": values, "codec": codec})
+
+
 def _strategy(kind: str, peers: int, rounds: int, inner_steps: int, batch_samples: int, sequence_length: int) -> dict[str, Any]:
     tokens_per_step = peers * batch_samples * sequence_length
     if kind == "sync":

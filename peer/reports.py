@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from swarm.rpc.v1.ledger_pb2 import Receipt, Report
 from swarm.rpc.v1.signed_pb2 import Signed
 
 RETRY_S = 5.0
+LAST_RETRY_S = 0.5
 MAX_UNSAVED = 1000
 KEPT_REPORTS = 10_000
 
@@ -104,7 +105,7 @@ class Reporter:
 
     run_id: bytes
     outbox: Outbox
-    client: Callable[[], CoordinatorClient | None]
+    client: Callable[[], Awaitable[CoordinatorClient]]
     on_outcome: Callable[[str], None] = lambda outcome: None
     clock: Clock = SystemClock()
 
@@ -114,6 +115,7 @@ class Reporter:
         self._saving = threading.Lock()
         self._unsaved: dict[int, tuple[Signed, Signed]] = {}
         self._checked: CoordinatorClient | None = None
+        self._highest_index = -1
 
     async def add(self, identity: Identity, report: RoundReport) -> None:
         """Queue the report of a round in which our contribution counted."""
@@ -162,13 +164,24 @@ class Reporter:
     async def _post_all(self) -> bool:
         if self._unsaved:
             await asyncio.to_thread(self._save)
-        client = self.client()
-        if client is not None and client is not self._checked:
+        try:
+            client = await self.client()
+        except SwarmError as error:
+            log.info("coordinator_away", error=error.message)
+            return False
+        if client is not self._checked:
             await self._check_ledger(client)
         for path in self.outbox.waiting():
-            if client is None or not await self._post(client, path):
+            if not await self._post(client, path):
                 return False
         return not self._unsaved
+
+    async def post_until_empty(self) -> None:
+        """Post again and again until nothing waits; meant to be cancelled by whoever has waited long enough."""
+        while True:
+            if await self.post_all():
+                return
+            await asyncio.sleep(LAST_RETRY_S)
 
     async def _check_ledger(self, client: CoordinatorClient) -> None:
         """A coordinator that was restored from a backup has forgotten what we hold receipts for: report it again."""
@@ -201,5 +214,14 @@ class Reporter:
         except OSError as error:
             log.warning("receipt_not_saved", report=path.stem, error=error.strerror)
             return False
+        self._notice_shrinking(receipt)
         self.on_outcome("accepted")
         return True
+
+    def _notice_shrinking(self, receipt: Signed) -> None:
+        """A place before one that we have seen: the ledger was put back, and what came after must be looked at again."""
+        index = parse(Receipt, receipt.payload).ledger_index
+        if index < self._highest_index:
+            self._checked = None
+            self._wake.set()
+        self._highest_index = index

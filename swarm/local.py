@@ -35,6 +35,7 @@ class LocalPeer:
     name: str
     directory: Path
     process: asyncio.subprocess.Process
+    _seen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def running(self) -> bool:
@@ -42,10 +43,11 @@ class LocalPeer:
         return self.process.returncode is None
 
     async def status(self) -> dict[str, Any]:
-        """The daemon's status; what it left behind if it has ended; empty before it answers."""
+        """The daemon's status; while it doesn't answer the last one, at its end what it left behind; empty before it answers."""
         with contextlib.suppress(NotRunning):
-            return await ask(self.directory, "status", timeout_s=5.0)
-        return {} if self.running else last_status(self.directory)
+            self._seen = await ask(self.directory, "status", timeout_s=5.0)
+            return self._seen
+        return self._seen if self.running else last_status(self.directory) or self._seen
 
     async def ask(self, verb: str) -> dict[str, Any]:
         """Give the daemon a verb. Raises `NotRunning`."""

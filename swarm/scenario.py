@@ -128,6 +128,13 @@ class Scenario:
         )
 
 
+def write_run(directory: Path, manifest: Manifest) -> None:
+    """Write `run.yaml` and a new `owner.key` into a folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "run.yaml").write_text(manifest.model_dump_json())
+    Identity.generate().save(directory / "owner.key")
+
+
 def last_round(peer: LocalPeer) -> int:
     """The newest round that a peer has finished; -1 before the first."""
     lines: list[dict[str, Any]] = peer.history()

@@ -8,6 +8,7 @@ the coordinator.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from hivemind.dht import DHTNode
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import MSGPackSerializer, get_dht_time
 
 from peer.network.node import Node
@@ -29,6 +31,7 @@ MAX_RECORD_BYTES = 4096
 MAX_LIFETIME_S = 900.0
 LIFETIME_S = 120.0
 CALL_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
 MAX_PEERS = 256
 
 log = structlog.get_logger(__name__)
@@ -119,8 +122,9 @@ class Discovery:
         return cls(dht, node, identity, run_id)
 
     async def close(self) -> None:
-        """Stop taking part in the DHT."""
-        await self.dht.shutdown()
+        """Stop taking part in the DHT. With a dead network daemon there is nobody to tell: that is waited for only briefly."""
+        with contextlib.suppress(TimeoutError, OSError, EOFError, P2PDaemonError):
+            await asyncio.wait_for(self.dht.shutdown(), CLOSE_TIMEOUT_S)
 
     async def meet(self, peers: Sequence[str]) -> None:
         """Get to know other DHT nodes, to which a connection is open already."""

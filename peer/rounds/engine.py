@@ -297,6 +297,8 @@ class Engine:
     async def _until_done(self, playing: asyncio.Task[ProposalFacts], tasks: list[asyncio.Task[None]]) -> ProposalFacts:
         """Wait for the round, while watching for a stop, a repair, and helpers that fail."""
         while True:
+            if self._repair.is_set():
+                raise RepairNeeded
             self._wake.clear()
             wake = asyncio.create_task(self._wake.wait())
             waiting = {playing, wake, *(task for task in tasks if not task.done())}
@@ -307,8 +309,6 @@ class Engine:
                     task.result()
             if playing.done():
                 return playing.result()
-            if self._repair.is_set():
-                raise RepairNeeded
             if self.wish == "stop":
                 raise Behind
 

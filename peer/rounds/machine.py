@@ -935,14 +935,18 @@ def _next_members(state: RoundState) -> tuple[RosterMember, ...]:
 
 
 def _amend_if_needed(state: RoundState, now_s: float) -> Outcome:
-    """Replace our proposal when somebody that it needs is gone, or is taking far too long."""
+    """Replace our proposal when somebody that it needs is gone, or is taking far too long.
+
+    Those that say they have completed it get a while to serve the rest; if that was the truth, sealing brings it out.
+    """
     if state.accepted is None or state.standing != state.ballot:
         return (
             _seal(state, now_s, "proposal_lost") if now_s >= state.sealed_s + _doubled(state, state.setup.seal_s) else (state, [])
         )
-    if now_s >= state.accepted_s + _doubled(state, state.setup.exchange_s) * (1 + state.extensions):
+    late = now_s >= state.accepted_s + _doubled(state, state.setup.exchange_s) * (1 + state.extensions)
+    if late:
         state = _give_up_on_the_late(state, now_s)
-    if _needed(state) & state.gone and not _helpers(state):
+    if _needed(state) & state.gone and (late or not _helpers(state)):
         return _seal(state, now_s, "peer_lost")
     return state, []
 

@@ -134,17 +134,17 @@ class Demo:
             options = ("--files", str(self.directory / "files")) if index == 0 else ()
             await swarm.join(f"peer-{index}", *options)
         await self._watch(swarm)
-        failed = [peer for peer in swarm.peers if peer.process.returncode]
-        if failed:
-            raise SwarmError(f"{failed[0].name} ended with {failed[0].process.returncode}", f"see {failed[0].directory / 'log'}")
         return await self._report(swarm, manifest, JoinLink.parse(link))
 
     async def _watch(self, swarm: LocalSwarm) -> None:
         with _screen() as show:
             while any(peer.running for peer in swarm.peers):
+                if not any(peer.history() for peer in swarm.peers):
+                    _check_ended_well(swarm.peers)
                 statuses = await asyncio.gather(*(peer.status() for peer in swarm.peers))
                 show(self.rounds, swarm.peers, statuses)
                 await asyncio.sleep(REFRESH_S)
+        _check_ended_well(swarm.peers)
 
     async def _report(self, swarm: LocalSwarm, manifest: Manifest, link: JoinLink) -> dict[str, Any]:
         typer.echo("\nchecking the ledger, measuring the held-out loss, exporting ...", err=True)
@@ -184,6 +184,13 @@ class Demo:
         )
         model = export(manifest, files, snapshot, self.directory / "model", provenance)
         return {"losses": losses, "model": model, "sample": sample(model)}
+
+
+def _check_ended_well(peers: Sequence[LocalPeer]) -> None:
+    """Raise `SwarmError` for a peer that has failed; before the first round the others would wait for it for ever."""
+    for peer in peers:
+        if peer.process.returncode:
+            raise SwarmError(f"{peer.name} ended with exit code {peer.process.returncode}", f"see {peer.directory / 'log'}")
 
 
 async def _ask_coordinator(link: JoinLink) -> tuple[list[Balance], GetProgressResponse]:

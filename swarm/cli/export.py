@@ -13,6 +13,7 @@ from swarm.config import PeerSettings, load
 from swarm.control import ask
 from swarm.errors import LinkError, NotRunning, Rejected, SwarmError
 from swarm.ledger import open_manifest
+from swarm.messages import parse
 from swarm.rpc.v1.coordinator_pb2 import GetRunResponse
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ async def _refresh(folder: Path) -> None:
 
 def _read_run(path: Path) -> Manifest:
     try:
-        answer = GetRunResponse.FromString(path.read_bytes())
+        answer = parse(GetRunResponse, path.read_bytes())
         return open_manifest(answer.manifest, answer.run_id)
     except FileNotFoundError as error:
         raise LinkError(f"no peer has ever run in {path.parent}", "join a run first: swarm join LINK") from error

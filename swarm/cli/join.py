@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +17,7 @@ import typer
 
 from swarm.cli.output import configure_logging
 from swarm.config import PeerSettings, find_link, load
-from swarm.errors import LinkError, UsageError
+from swarm.errors import DiskFull, LinkError, UsageError
 from swarm.messages import JoinLink
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def command(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # p2pd is started by fork and exec; gRPC's handlers only warn
     settings = load(PeerSettings, flags)
     configure_logging(settings.log_level)
+    _check(settings)
     target = _read_link(link, settings)
     devices = _devices(settings.gpu)
     if len(devices) > 1:
@@ -75,6 +78,28 @@ def command(
     daemon = Daemon.create(_options(target, devices[0], settings))
     _welcome(daemon, settings)
     asyncio.run(_serve(daemon))
+
+
+def _check(settings: PeerSettings) -> None:
+    """Raise `UsageError` for what can be seen to be wrong before anything is started, `DiskFull` where nothing can be kept."""
+    for option in ("listen", "announce", "metrics"):
+        address = str(getattr(settings, option))
+        _, separator, port = address.rpartition(":")
+        if address and not (separator and port.isascii() and port.isdigit() and int(port) < 65536):
+            raise UsageError(f"--{option} {address!r} is not an address", "an address looks like 0.0.0.0:4400 or [::]:4400")
+    if settings.files is not None and not settings.files.is_dir():
+        raise UsageError(f"{settings.files} is not a folder", "name the folder that holds the run's data files")
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=settings.data_dir) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind, hint = (DiskFull, "free some space") if full else (UsageError, "check its owner")
+        raise kind(
+            f"can't write to {settings.data_dir}: {error.strerror}", f"{hint}, or choose another place with --dir"
+        ) from error
 
 
 def _read_link(argument: str | None, settings: PeerSettings) -> JoinLink:
@@ -102,8 +127,6 @@ def _options(link: JoinLink, device: str, settings: PeerSettings) -> DaemonOptio
 
     from peer.daemon import DaemonOptions
 
-    if settings.files is not None and not settings.files.is_dir():
-        raise UsageError(f"{settings.files} is not a folder", "name the folder that holds the run's data files")
     return DaemonOptions(
         link=link,
         directory=settings.data_dir,

@@ -79,7 +79,7 @@ def _load(name: str, entry: Command) -> object:
         ) from error
     if not isinstance(target, typer.Typer):
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(name, help=entry.help)(target)
+        single.command(name)(target)
         target = single
     return typer.main.get_command(target)
 

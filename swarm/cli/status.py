@@ -11,7 +11,7 @@ import typer
 from swarm.cli.output import print_fields, print_json
 from swarm.config import PeerSettings, load
 from swarm.control import SOCKET_NAME, ask
-from swarm.errors import NotRunning
+from swarm.errors import NotRunning, SwarmError
 
 DirOption = Annotated[Path | None, typer.Option("--dir", help="The peer's folder, if it isn't the configured one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
@@ -68,11 +68,15 @@ def _ask_all(folder: Path, verb: str) -> list[dict[str, Any]]:
     async def everybody() -> list[dict[str, Any]]:
         return list(await asyncio.gather(*(ask(path, verb) for path in folders)))
 
-    return asyncio.run(everybody())
+    answers = asyncio.run(everybody())
+    for path, answer in zip(folders, answers, strict=True):
+        if "peer_id" not in answer:
+            raise SwarmError(f"the peer in {path} says: {answer.get('error', 'nothing')}", "try again in a few seconds")
+    return answers
 
 
 def _summary(answer: dict[str, Any]) -> dict[str, object]:
-    credits = answer["credits"]
+    earned = answer["credits"]
     loss = answer["loss"]
     return {
         "peer": answer["peer_id"],
@@ -82,7 +86,7 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
         "traffic": f"{answer['bytes_sent'] / 1e6:,.1f} MB sent, {answer['bytes_received'] / 1e6:,.1f} MB received",
-        "credits": ", ".join(f"{value:.6f} {state}" for state, value in credits.items()) or "none yet",
+        "credits": ", ".join(f"{value:.6f} {state}" for state, value in earned.items()) or "none yet",
         "reports waiting": answer["reports_waiting"],
         "coordinator": "reachable" if answer["coordinator_reachable"] else "away; reports are kept and sent later",
         **({"error": answer["error"]} if answer["error"] else {}),

@@ -128,7 +128,7 @@ async def expect_training(two_peer_run: LiveRun) -> None:
 
 
 async def test_deliveries_that_break_a_rule_are_rejected_by_name(two_peer_run: LiveRun, attackers) -> None:
-    """Malformed, oversized, wrongly signed, foreign, stale and early messages get their reason, are counted, and change nothing."""
+    """Malformed, oversized, forged, foreign, stale and early messages get their reason, are counted, and change nothing."""
     mallory: Attacker = await attackers()
     before = await rejected(two_peer_run)
     present = (await mallory.sync()).round

@@ -30,8 +30,7 @@ COORDINATOR_SERIES = {
 @pytest.fixture
 async def exported(two_peer_run: LiveRun, tmp_path: Path) -> Path:
     """The run's ledger as a file, with at least a few reports in it."""
-    folder = two_peer_run.peer_folders[0] / "receipts"
-    await eventually(lambda: len(list(folder.glob("*.receipt"))) >= 3, "receipts", 60)
+    await eventually(lambda: len(receipts_of(two_peer_run)) >= 3, "receipts", 60)
     path = tmp_path / "run.ledger"
     outcome = await run_command("ledger", "export", two_peer_run.link, "--to", str(path))
     assert outcome.code == 0, outcome.err
@@ -53,7 +52,7 @@ async def test_the_ledger_and_every_receipt_verify(two_peer_run: LiveRun) -> Non
 async def test_an_exported_ledger_verifies_offline(two_peer_run: LiveRun, exported: Path, tmp_path: Path) -> None:
     """The file alone is enough to check the ledger and the receipts that were there when it was written."""
     assert (await run_command("ledger", "verify", "--file", str(exported))).code == 0
-    first = sorted((two_peer_run.peer_folders[0] / "receipts").glob("*.receipt"))[0]
+    first = receipts_of(two_peer_run)[0]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / first.name).write_bytes(first.read_bytes())
     outcome = await run_command("ledger", "verify", "--file", str(exported), "--receipts", str(tmp_path / "mine"), "--json")
@@ -63,14 +62,9 @@ async def test_an_exported_ledger_verifies_offline(two_peer_run: LiveRun, export
 
 async def test_tampering_with_a_ledger_or_a_receipt_shows(two_peer_run: LiveRun, exported: Path, tmp_path: Path) -> None:
     """A changed entry, a missing tail and a changed receipt each end with exit code 42 and one line that names the fault."""
-    content = exported.read_bytes()
     changed, cut, folder = tmp_path / "changed", tmp_path / "cut", tmp_path / "receipts"
-    middle = len(content) // 2
-    changed.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    cut.write_bytes(content[: len(content) * 3 // 4])
-    folder.mkdir()
-    receipt = sorted((two_peer_run.peer_folders[0] / "receipts").glob("*.receipt"))[0].read_bytes()
-    (folder / "forged.receipt").write_bytes(receipt[:-1] + bytes([receipt[-1] ^ 1]))
+    tamper(exported, changed, cut)
+    forge(receipts_of(two_peer_run)[0], folder)
     for arguments in (["--file", str(changed)], ["--file", str(cut)], ["--file", str(exported), "--receipts", str(folder)]):
         outcome = await run_command("ledger", "verify", *arguments)
         assert outcome.code == 42, (arguments, outcome)
@@ -93,6 +87,26 @@ async def test_metrics_have_their_documented_names(two_peer_run: LiveRun) -> Non
     assert set(families) >= COORDINATOR_SERIES
     names = {name for name in families if name.startswith("swarm_")} | expected
     assert [name for name in names if re.search(r"_(ms|percent|mib|gib|kb|mb|minutes)(_|$)", name)] == []
+
+
+def receipts_of(two_peer_run: LiveRun) -> list[Path]:
+    """The first peer's receipts, oldest first."""
+    return sorted((two_peer_run.peer_folders[0] / "receipts").glob("*.receipt"))
+
+
+def tamper(ledger: Path, changed: Path, cut: Path) -> None:
+    """Two copies of an exported ledger: one with a bit changed in the middle, one without its last quarter."""
+    content = ledger.read_bytes()
+    middle = len(content) // 2
+    changed.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    cut.write_bytes(content[: len(content) * 3 // 4])
+
+
+def forge(receipt: Path, folder: Path) -> None:
+    """A copy of a receipt with one bit of its signature changed."""
+    content = receipt.read_bytes()
+    folder.mkdir()
+    (folder / "forged.receipt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 async def scrape(target: str) -> str:

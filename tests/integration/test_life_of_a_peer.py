@@ -45,7 +45,7 @@ async def rounds_of(folder: Path) -> int:
 
 
 async def test_a_peer_joins_pauses_resumes_and_finishes(two_peer_run: LiveRun, outside: LocalSwarm) -> None:
-    """It fetches data and weights from the others, trains bit-identically, frees the device, comes back, and leaves with receipts."""
+    """It fetches data and weights from the others, trains bit-identically, pauses, comes back, and leaves with its receipts."""
     others = two_peer_run.peer_folders
     peer = await outside.join("volunteer")
     await eventually(lambda: contributed(peer, 3), "contributing", 180)

@@ -7,28 +7,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 
-from peer.recipes import demo_manifest
-from swarm.identity import Identity
+from peer.recipes import tiny_manifest
 from swarm.local import LocalSwarm
-from swarm.manifest import Manifest
-from swarm.scenario import Scenario
+from swarm.scenario import Scenario, write_run
 
 pytestmark = pytest.mark.slow
-
-
-def write_run(directory: Path, peers: int, **rounds: object) -> Manifest:
-    """A run of a tiny model in `directory`."""
-    manifest = demo_manifest(
-        directory / "files", peers=peers, inner_steps=4, hidden_size=32, layers=2, sequence_length=32, data_bytes=400_000
-    )
-    values = {**manifest.rounds.model_dump(), "total": 0, "min_peers": peers, **rounds}
-    codec = {"kind": "fp16", "part_values": 4096}
-    manifest = Manifest.model_validate({**manifest.model_dump(mode="json"), "rounds": values, "codec": codec})
-    (directory / "run.yaml").write_text(yaml.safe_dump(manifest.model_dump(mode="json")))
-    Identity.generate().save(directory / "owner.key")
-    return manifest
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +23,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     def source(peers: int) -> Path:
         if peers not in made:
             made[peers] = tmp_path_factory.mktemp(f"run-{peers}")
-            write_run(made[peers], peers)
+            write_run(made[peers], tiny_manifest(made[peers] / "files", peers))
         return made[peers]
 
     return source

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -51,21 +51,20 @@ def key(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_the_daemon_ends_with_its_parent(key: Path, number: int) -> None:
     """However its parent ends, by SIGKILL too, the kernel ends the daemon."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(key)], stdout=subprocess.PIPE, text=True)
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, str(key), stdout=asyncio.subprocess.PIPE)
     try:
         assert parent.stdout is not None
-        pid, folder = (await asyncio.to_thread(parent.stdout.readline)).split()
+        pid, folder = (await parent.stdout.readline()).decode().split()
         daemon = psutil.Process(int(pid))
         assert Path(daemon.exe()).name == "p2pd"
         os.kill(parent.pid, number)
-        assert parent.wait(30) == -number
+        assert await asyncio.wait_for(parent.wait(), 30) == -number
         await eventually(lambda: gone(daemon), "the daemon's end", 30)
-        await asyncio.to_thread(__import__("shutil").rmtree, folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
-        parent.kill()
-        parent.wait()
-        if parent.stdout is not None:
-            parent.stdout.close()
+        if parent.returncode is None:
+            parent.kill()
+        await parent.wait()
 
 
 async def test_close_leaves_neither_process_nor_sockets(key: Path) -> None:

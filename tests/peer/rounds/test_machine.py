@@ -507,6 +507,19 @@ def test_a_forwarded_decision_keeps_later_promises() -> None:
     assert not state.complete
 
 
+def test_a_decision_below_a_promise_takes_the_leader_who_asked() -> None:
+    """Who promised a higher ballot doesn't take a lower decision from its owner; that leader may be proposing anew already."""
+    peers = names(5)
+    proposal = planned(peers, BallotNumber())
+    state = with_commits(setup_of(leader(5, 3), peers))
+    state, _ = machine.step(state, SealArrived(leader(5, 1), BallotNumber(1, 0)), 1.0)
+    state, actions = machine.step(state, SealReplyArrived(decision(proposal, leader(5, 4), BallotNumber())), 1.1)
+    assert state.accepted is None
+    assert not any(isinstance(action, FetchSpan) for action in actions)
+    state, _ = machine.step(state, SealReplyArrived(decision(proposal, leader(5, 4), BallotNumber(1, 0))), 1.2)
+    assert state.accepted == proposal
+
+
 def test_a_decision_that_comes_after_the_replacement_is_too_late() -> None:
     """A leader that has proposed anew doesn't go back when somebody whom it couldn't hear turns out to have completed."""
     peers = names(5)
@@ -648,20 +661,44 @@ def test_a_roster_of_two_with_one_silent_gets_on_by_the_grant() -> None:
 
 
 def test_a_grant_covers_only_those_it_names() -> None:
-    """A commit that comes after the grant, from a peer that it doesn't name, stays out: the proposal would be refused with it."""
+    """A commit of a peer that the grant doesn't name stays out: the proposal would be refused with it."""
     peers = names(5)
-    me = leader(5)
-    present = sorted({me, leader(5, 1)})
+    me, unnamed = leader(5), leader(5, 1)
     state = machine.begin(setup_of(me, peers), 0.0)
-    state, _ = machine.step(state, CommitArrived(commit_of(leader(5, 1))), 1.0)
-    state, _ = machine.step(state, CommitArrived(commit_of(leader(5, 2)), forwarded=True), 1.0)
-    state, _ = machine.step(state, GrantArrived("grant", tuple(present)), 1.0)
-    state, actions = machine.step(state, Trained(commit_of(me)), 1.0)
+    state, _ = machine.step(state, CommitArrived(commit_of(unnamed)), 1.0)
+    state, _ = machine.step(state, GrantArrived("grant", (me,)), 1.0)
     for peer in (leader(5, 2), leader(5, 3), leader(5, 4)):
-        state, more = machine.step(state, PeerLost(peer), 1.0)
-        actions += more
+        state, _ = machine.step(state, PeerLost(peer), 1.0)
+    state, actions = machine.step(state, Trained(commit_of(me)), 1.0)
     proposed = next(action for action in actions if isinstance(action, Propose))
-    assert [item.peer for item in proposed.commits] == present
+    assert [item.peer for item in proposed.commits] == [me]
+
+
+def test_a_peer_that_answers_but_not_to_the_seal_is_asked_again() -> None:
+    """A seal or its answer may be lost: whoever gives signs of life gets it again before it is taken for lost."""
+    peers = names(3)
+    me, dead, quiet = leader(3, 1), leader(3), leader(3, 2)
+    state, _ = machine.step(with_commits(setup_of(me, peers)), PeerLost(dead), 1.0)
+    assert state.stage == "sealing"
+    seals = 0
+    for tenth in range(1, 60):
+        state, actions = machine.step(state, PeerAlive(quiet), 1.0 + tenth / 10)
+        seals += sum(isinstance(action, SendSeal) for action in actions)
+        assert not any(isinstance(action, Propose) for action in actions)
+    assert seals == 2
+    assert quiet not in state.lost
+
+
+def test_a_peer_that_comes_back_while_sealing_is_asked_too() -> None:
+    """Where a quorum is missing, a peer that was unreachable gets the seal as soon as it answers again."""
+    peers = names(3)
+    me, dead, back = leader(3, 1), leader(3), leader(3, 2)
+    state, _ = machine.step(with_commits(setup_of(me, peers)), PeerLost(back), 1.0)
+    state, _ = machine.step(state, PeerLost(dead), 1.0)
+    state, actions = machine.step(state, Tick(), 1.1)
+    assert not any(isinstance(action, SendSeal) for action in actions)
+    state, actions = machine.step(state, PeerAlive(back), 1.5)
+    assert [action.ballot for action in actions if isinstance(action, SendSeal)] == [state.ballot]
 
 
 # --- scenarios: who is in the next roster ---------------------------------------------------------------------------------
@@ -770,6 +807,115 @@ def test_one_complaint_drops_nobody() -> None:
     state, actions = machine.step(state, ComplaintArrived(accusers[2], about, "silent"), 1.1)
     assert about in state.dropped
     assert any(isinstance(action, SendSeal) for action in actions) or state.stage == "sealing"
+
+
+def test_a_lie_about_completing_holds_nobody_up_for_long() -> None:
+    """A member that claims to have completed, but serves nobody, keeps the leader from going on until the deadline only."""
+    liar, victim = leader(4, 1), leader(4, 2)
+
+    def claim(world: World, member: Member, event: Event) -> None:
+        if isinstance(event, ProposalArrived) and member.name == liar and member.state.accepted is None:
+            world.kill(victim)
+            world.send(liar, world.peers, Completed(liar, event.proposal.proposal_hash))
+
+    world = World(4, watch=claim, hook=check_action, faults=Faults(lose_of_the_dead=1.0))
+    world.run(BOUND_S)
+    assert only_proposal(finished(world)).included(victim) is None
+    assert max(member.done_s or 0 for member in world.living()) < 1.0 + UNDISTURBED_S + 4.0
+
+
+def test_late_peers_are_not_dropped_below_a_quorum() -> None:
+    """Of two, neither can go on without the other while it answers: after all deadlines the leader tries again with both."""
+    peers = names(2)
+    state, proposal = exchanging(peers, leader(2))
+    state, _ = machine.step(state, Reduced(span_of(proposal, leader(2))), 1.0)
+    for tenth in range(1, 150):
+        state, actions = machine.step(state, PeerAlive(leader(2, 1)), 1.0 + tenth / 10)
+        if any(isinstance(action, SendSeal) for action in actions):
+            break
+    assert state.stage == "sealing"
+    assert not state.gone
+    reply = SealReplyFacts(leader(2, 1), state.ballot, None, False)
+    _, actions = machine.step(state, SealReplyArrived(reply), 20.0)
+    proposed = next(action for action in actions if isinstance(action, Propose))
+    assert [item.peer for item in proposed.commits] == list(peers)
+
+
+def test_an_accused_reducer_is_dropped_at_the_first_deadline() -> None:
+    """A reducer that answers, but that half of the others can't use, is given up when exchanges usually are over, not later."""
+    state, _ = exchanging(names(3), leader(3))
+    about, accuser = leader(3, 1), leader(3, 2)
+    state, _ = machine.step(state, ComplaintArrived(accuser, about, "silent"), 1.1)
+    state, _ = machine.step(state, PeerAlive(about), 2.9)
+    assert not state.gone
+    state, actions = machine.step(state, PeerAlive(about), 3.1)
+    assert state.gone == {about}
+    assert any(isinstance(action, SendSeal) for action in actions)
+
+
+def test_a_lost_reducer_is_reported_by_whoever_notices() -> None:
+    """A follower whose probe of a reducer is refused tells the leader, which may not know yet."""
+    state, _ = exchanging(names(4))
+    victim = leader(4, 2)
+    state, actions = machine.step(state, PeerLost(victim), 1.1)
+    assert Complain(leader(4), victim, "unreachable") in actions
+    _, actions = machine.step(state, PeerLost(victim), 1.2)
+    assert not any(isinstance(action, Complain) for action in actions)
+
+
+def test_a_replaced_leader_learns_of_it() -> None:
+    """Whoever asks with a ballot that is too low is told the higher one, and follows its leader."""
+    peers = names(3)
+    state = with_commits(setup_of(leader(3, 2), peers))
+    state, _ = machine.step(state, SealArrived(leader(3, 1), BallotNumber(1, 0)), 1.0)
+    _, actions = machine.step(state, SealArrived(leader(3), BallotNumber(0, 1)), 1.1)
+    assert actions[0] == SendSealReply(leader(3), BallotNumber(1, 0))
+    old, _ = exchanging(peers, leader(3))
+    old, _ = machine.step(old, SealReplyArrived(SealReplyFacts(leader(3, 2), BallotNumber(1, 0), None, False)), 1.2)
+    assert old.leader == leader(3, 1)
+
+
+def test_parts_that_nobody_gives_are_given_up() -> None:
+    """All-gather: a dead peer's commit stays in while somebody claims to hold its parts, until a complaint shows otherwise."""
+    peers = names(3)
+    me, dead, liar = leader(3), leader(3, 1), leader(3, 2)
+    state = with_commits(setup_of(me, peers, all_gather=True))
+    state, _ = machine.step(state, ProposalArrived(gathered(peers)), 1.0)
+    state, _ = machine.step(state, PeerLost(dead), 1.1)
+    included: list[list[str]] = []
+    for now_s in (1.2, 1.4, 1.6):
+        reply = SealReplyFacts(liar, state.ballot, None, False, holds=frozenset({dead}))
+        state, actions = machine.step(state, SealReplyArrived(reply), now_s)
+        for proposed in (action for action in actions if isinstance(action, Propose)):
+            included.append([item.peer for item in proposed.commits])
+            facts = proposal_of(proposed.ballot, me, proposed.commits, proposed.next_roster)
+            state, _ = machine.step(state, ProposalArrived(facts), now_s)
+            state, _ = machine.step(state, FetchFailed(facts.proposal_hash, dead, False, "unreachable"), now_s + 0.1)
+    assert included == [list(peers), sorted([me, liar])]
+
+
+def test_a_leader_that_answers_gets_more_time_in_the_exchange() -> None:
+    """Followers replace a silent leader after the exchange's deadline, one that gives signs of life after several."""
+    peers = names(3)
+    moments = {}
+    for answers in (True, False):
+        state, _ = exchanging(peers, leader(3, 2))
+        tenths = 0
+        while state.term == 0 and tenths < 1000:
+            tenths += 1
+            event = PeerAlive(leader(3)) if answers else Tick()
+            state, _ = machine.step(state, event, 1.0 + tenths / 10)
+        moments[answers] = tenths / 10
+    assert 2.0 <= moments[False] < 6.0
+    assert 10.0 <= moments[True] < 20.0
+
+
+def test_a_leader_that_knows_less_than_others_asks_first() -> None:
+    """A first leader that hears that somebody has completed already, after a restart say, seals before it proposes."""
+    peers = names(3)
+    state = machine.begin(setup_of(leader(3), peers), 0.0)
+    state, actions = machine.step(state, Completed(leader(3, 1), b"something"), 0.5)
+    assert [action.ballot for action in actions if isinstance(action, SendSeal)] == [BallotNumber(0, 1)]
 
 
 def test_nobody_is_talked_out_of_leading() -> None:
@@ -919,6 +1065,12 @@ def planned(
     included = tuple(IncludedCommit(peer, facts[peer].commit_hash, facts[peer].weight, *table[peer]) for peer in peers)
     name = leader(len(peers), ballot.term)
     return proposal_of(ballot, name, included, tuple(RosterMember(peer, quota) for peer in peers))
+
+
+def gathered(peers: tuple[str, ...]) -> ProposalFacts:
+    """The all-gather proposal of everybody's commit."""
+    included = tuple(IncludedCommit(peer, commit_of(peer).commit_hash, 10) for peer in peers)
+    return proposal_of(BallotNumber(), leader(len(peers)), included, tuple(RosterMember(peer, 10) for peer in peers))
 
 
 def decision(proposal: ProposalFacts, peer: str, ballot: BallotNumber) -> SealReplyFacts:

@@ -1,0 +1,95 @@
+"""What a peer says about itself: reason codes, totals, the history file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from peer.metrics import PeerMetrics
+from peer.rounds.engine import RoundReport
+from peer.rounds.values import BallotNumber, IncludedCommit, ProposalFacts
+from peer.status import REASONS, Status
+from swarm.control import history
+from tests.world import World, identity
+
+PEER = identity(1)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def status(registry: CollectorRegistry, tmp_path: Path) -> Status:
+    return Status(PeerMetrics(registry), history=tmp_path / "history.jsonl")
+
+
+def finished(number: int, weight: int = 4, others: int = 12) -> RoundReport:
+    """A round in which we gave `weight` samples and the others the rest, with 64 tokens each."""
+    world = World()
+    commit = world.commit(PEER, number)
+    proposal = world.proposal(PEER, number, [commit])
+    included = tuple(IncludedCommit(str(index), b"", samples, 0, 0) for index, samples in enumerate((weight, others)) if samples)
+    facts = ProposalFacts(b"h" * 32, BallotNumber(0, 0), PEER.peer_id, b"b" * 32, included, (), False, proposal)
+    tokens = 64 * (weight + others)
+    return RoundReport(number, facts, commit, None, b"\x0a" * 32, weight, tokens, tokens * number, 2.5, 2.0, 0.5, 2)
+
+
+def test_one_reason_at_a_time(status: Status, registry: CollectorRegistry) -> None:
+    """Every reason has an explanation and a series, and exactly one of them is 1."""
+    for reason in REASONS:
+        status.state(reason)
+        values = {name: registry.get_sample_value("swarm_peer_state", {"state": name}) for name in REASONS}
+        assert [name for name, value in values.items() if value] == [reason]
+        assert status.as_dict()["explanation"] == REASONS[reason]
+
+
+def test_rounds_add_up(status: Status, registry: CollectorRegistry) -> None:
+    """Own tokens are a share of the round's by weight; followed rounds count apart and give no tokens."""
+    status.round_done(finished(1))
+    status.round_done(finished(2, weight=0))
+    shown = status.as_dict()
+    assert (shown["rounds"], shown["rounds_followed"], shown["round"]) == (1, 1, 2)
+    assert (shown["tokens"], shown["tokens_total"]) == (256, 64 * 12 * 2)
+    assert shown["tokens_per_s"] == 64 * 12 / 2.0
+    assert shown["loss"] == 2.5
+    assert registry.get_sample_value("swarm_peer_tokens_total") == 256
+    assert registry.get_sample_value("swarm_peer_rounds_total", {"outcome": "followed"}) == 1
+    assert json.loads(json.dumps(shown)) == shown
+
+
+def test_an_empty_round_changes_no_loss(status: Status) -> None:
+    """A round that nobody trained in (the first) leaves loss and overhead alone."""
+    status.round_done(finished(0, weight=0, others=0))
+    assert status.as_dict()["loss"] is None
+    assert status.as_dict()["round_overhead_s"] == []
+
+
+def test_the_history_has_a_line_per_round(status: Status, tmp_path: Path) -> None:
+    """Each finished round is a line of JSON with its root, across restarts."""
+    for number in range(3):
+        status.round_done(finished(number))
+    Status(PeerMetrics(CollectorRegistry()), history=tmp_path / "history.jsonl").round_done(finished(3))
+    lines = history(tmp_path)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert {line["root"] for line in lines} == {"0a" * 32}
+
+
+def test_a_history_that_can_not_be_written_costs_nothing_else(status: Status, tmp_path: Path) -> None:
+    """With a full disk the totals go on."""
+    broken = replace(status, history=tmp_path)
+    broken.round_done(finished(1))
+    assert broken.as_dict()["rounds"] == 1
+
+
+def test_rejections_are_counted_by_reason(status: Status, registry: CollectorRegistry) -> None:
+    """Every rejected message counts under its reason."""
+    for reason in ("stale", "stale", "bad_signature"):
+        status.refused(PEER.peer_id, reason)
+    assert registry.get_sample_value("swarm_peer_rejected_messages_total", {"reason": "stale"}) == 2
+    assert registry.get_sample_value("swarm_peer_rejected_messages_total", {"reason": "bad_signature"}) == 1
