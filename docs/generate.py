@@ -223,7 +223,7 @@ def parameter_table(command: Any, context: Any) -> str:
             continue
         argument = parameter.param_type_name == "argument"
         spelling = f"{parameter.name.upper()}" if argument else ", ".join([*parameter.opts, *parameter.secondary_opts])
-        kind = "" if getattr(parameter, "is_flag", False) else getattr(parameter.bare_type(), "__name__", "").lower()
+        kind = "" if getattr(parameter, "is_flag", False) else str(parameter.bare_type())
         rows.append((f"`{spelling}`", kind, shown_default(parameter), parameter_help(parameter, context)))
     return table(("parameter", "type", "default", "meaning"), rows) if rows else ""
 

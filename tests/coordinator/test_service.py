@@ -69,7 +69,7 @@ async def test_announce(serve: Serve, world: World) -> None:
     async with serve(clock) as coordinator, connected(coordinator) as client:
         first = await client.announce(world.announcement(ALICE, addresses=["/ip4/10.0.0.1"], round=3))
         second = await client.announce(world.announcement(BOB))
-        again = await client.announce(world.announcement(ALICE, state="training"))
+        again = await client.announce(world.announcement(ALICE, state="joining"))
         assert [item.genesis for item in (first, second, again)] == [True, False, True]
         assert [(item.peer_id, item.round, list(item.addresses)) for item in second.peers] == [
             (ALICE.peer_id, 3, ["/ip4/10.0.0.1"])
