@@ -170,7 +170,7 @@ def _decide_grant(state: State, event: GrantAsked, now: Now) -> Decision:
     _check_request(request, event.peer_id)
     given = state.credits.grant(state.run_id, request.round)
     if given is not None:
-        same = given.base_root == request.base_root and set(given.present) == set(request.present)
+        same = given.base_root == request.base_root and set(request.present) <= set(given.present)
         return Decision(True, "duplicate") if same else Decision(False, "already_granted")
     if state.credits.is_confirmed(state.run_id, request.round):
         return Decision(False, "round_closed")

@@ -31,7 +31,7 @@ from swarm.errors import Rejected
 from swarm.manifest import Sync
 from swarm.messages import open_signed, parse, seal
 from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncRequest
-from swarm.rpc.v1.signed_pb2 import JoinRequest, Member, Proposal, Result, Signed, Tree
+from swarm.rpc.v1.signed_pb2 import JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
 
 RESULT_WAIT_S = 20.0
 DOWNLOAD_HEAD_START_S = 0.75
@@ -162,6 +162,10 @@ class Engine:
         else:
             if body == "proposal":
                 self._learn_admissions(delivery.proposal.proposal)
+            elif body == "seal_reply":
+                reply = open_signed(delivery.seal_reply, SealReply, run_id=self.services.checker.run_id)
+                if reply.HasField("accepted"):
+                    self._learn_admissions(reply.accepted)
             for arrival in read_delivery(self.services.checker, delivery):
                 if self.previous is not None and arrival.round_index == self.previous.round_index:
                     self.previous.answer(arrival.event)
@@ -464,7 +468,7 @@ class Engine:
         self.services.transfer.store.drop_before(run.round_index - KEEP_BLOBS_ROUNDS)
 
     def _observe_pace(self, run: RoundRun, completed_s: float) -> None:
-        arrivals = [run.state.seen_s[peer] for peer in run.state.commits if peer in run.state.seen_s]
+        arrivals = list(run.state.arrived_s.values())
         if run.round_index and run.accepted_s:
             self.pacing.observe(arrivals, run.accepted_s, completed_s)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from peer import merge
 from peer.codec import Codec, Vector
+from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
 from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
 from swarm.errors import Rejected
@@ -47,15 +48,21 @@ class Exchange:
             self._proposal_hash, self._filled, self._merged = proposal_hash, set(), None
 
     async def reduce(
-        self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], parts: range, *, publish: bool
+        self,
+        proposal: ProposalFacts,
+        commits: Mapping[str, CommitFacts],
+        parts: range,
+        *,
+        publish: bool,
+        holders: Sequence[str] = (),
     ) -> tuple[bytes, ...]:
         """Pull the contributors' `parts`, merge them in the proposal's order; the hashes of the encoded merged parts.
 
         With `publish` the merged parts are encoded and kept for others (a reducer's span); without it they stay here.
-        Raises what fetching raises, with the peer's name.
+        `holders` have the parts of contributors that can't be reached. Raises what fetching raises, with the peer's name.
         """
         contributors = proposal.contributors
-        await asyncio.gather(*(self._pull(item, commits[item.peer], parts) for item in contributors))
+        await asyncio.gather(*(self._pull(item, commits[item.peer], parts, holders) for item in contributors))
         hashes = []
         for part in parts:
             encoded = await self._in_pool(self._merge_part, proposal, commits, part, publish)
@@ -101,14 +108,24 @@ class Exchange:
         parts = [self.codec.encode_part(update[start:end], index) for index, (start, end) in enumerate(spans)]
         return [(blob_hash(part), part) for part in parts]
 
-    async def _pull(self, item: IncludedCommit, commit: CommitFacts, parts: range) -> None:
-        wanted = {
-            commit.part_hashes[part]: self.codec.part_size_limit(part)
-            for part in parts
-            if commit.part_hashes[part] not in self.transfer.store
-        }
-        if wanted and item.peer != self.me:
-            await self.transfer.fetch(item.peer, wanted, keep=self._keep)
+    async def _pull(self, item: IncludedCommit, commit: CommitFacts, parts: range, holders: Sequence[str]) -> None:
+        failure: PeerFailure | None = None
+        for source in (item.peer, *holders):
+            wanted = {
+                commit.part_hashes[part]: self.codec.part_size_limit(part)
+                for part in parts
+                if commit.part_hashes[part] not in self.transfer.store
+            }
+            if not wanted or source == self.me:
+                return
+            try:
+                await self.transfer.fetch(source, wanted, keep=self._keep)
+            except PeerFailure as error:
+                failure = failure or error
+                continue
+            return
+        if failure is not None:
+            raise failure
 
     def _keep(self, name: bytes, content: bytes) -> None:
         self.transfer.store.put_verified(name, content, self.round_index)

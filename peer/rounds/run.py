@@ -59,13 +59,14 @@ from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.manifest import Manifest
 from swarm.merkle import root_of
-from swarm.messages import seal
+from swarm.messages import parse, seal
 from swarm.rpc.v1.peer_pb2 import AnnouncedProposal, Delivery
 from swarm.rpc.v1.signed_pb2 import (
     AnnouncedCommit,
     Ballot,
     Commit,
     Complaint,
+    Grant,
     MergedSpan,
     Seal,
     SealReply,
@@ -136,7 +137,7 @@ class RoundRun:
     _events: asyncio.Queue[Event] = field(init=False)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _bulk: set[asyncio.Task[Any]] = field(default_factory=set)
-    _fetching: set[tuple[bytes, str]] = field(default_factory=set)
+    _fetching: dict[tuple[bytes, str], frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         services = self.services
@@ -237,7 +238,7 @@ class RoundRun:
             case ForwardDecision(reply):
                 self._to_roster(Delivery(seal_reply=reply.signed))
             case Reduce(proposal):
-                self._run_bulk(self._reduce(proposal))
+                self._run_bulk(self._reduce(proposal, action.holders))
             case FetchSpan(span, sources):
                 self._fetch_span(span, sources)
             case Complain(leader, about, reason):
@@ -335,7 +336,7 @@ class RoundRun:
 
     # --- bulk work ------------------------------------------------------------------------------------------------------
 
-    async def _reduce(self, proposal: ProposalFacts) -> None:
+    async def _reduce(self, proposal: ProposalFacts, holders: tuple[str, ...]) -> None:
         mine = proposal.included(self.setup.me)
         everything = self.setup.all_gather
         first, count = (0, self.setup.part_count) if everything or mine is None else (mine.first_part, mine.part_span)
@@ -343,7 +344,7 @@ class RoundRun:
         commits = dict(self.state.commits)
         try:
             parts = range(first, first + count)
-            hashes = await self.exchange.reduce(proposal, commits, parts, publish=not everything)
+            hashes = await self.exchange.reduce(proposal, commits, parts, publish=not everything, holders=holders)
         except (PeerFailure, Rejected) as error:
             self._fetch_failed(proposal.proposal_hash, error, merged=False)
             return
@@ -364,10 +365,14 @@ class RoundRun:
         self.services.faults.reached("reduce", self.round_index)
 
     def _fetch_span(self, span: SpanFacts, sources: tuple[str, ...]) -> None:
+        """Fetch, unless a fetch from all these sources is under way; a stalled one doesn't keep a helper from being asked."""
+        if span.reducer in self.state.fetched:
+            return
         key = (span.proposal_hash, span.reducer)
-        if key not in self._fetching and span.reducer not in self.state.fetched:
-            self._fetching.add(key)
-            self._run_bulk(self._fetch_span_from(span, sources, key))
+        new = tuple(source for source in sources if source not in self._fetching.get(key, frozenset()))
+        if new:
+            self._fetching[key] = self._fetching.get(key, frozenset()) | set(new)
+            self._run_bulk(self._fetch_span_from(span, new, key))
 
     async def _fetch_span_from(self, span: SpanFacts, sources: tuple[str, ...], key: tuple[bytes, str]) -> None:
         failure: PeerFailure | Rejected | None = None
@@ -379,7 +384,7 @@ class RoundRun:
                 continue
             self.put(SpanFetched(span.proposal_hash, span.reducer))
             return
-        self._fetching.discard(key)
+        self._fetching[key] = self._fetching.get(key, frozenset()) - set(sources)
         if failure is not None:
             self._fetch_failed(span.proposal_hash, failure, merged=True, peer=span.reducer)
 
@@ -404,7 +409,7 @@ class RoundRun:
         self.services.observer.state("no_quorum")
         grant = await self.services.ask_grant(self.setup, present)
         if grant is not None:
-            self.put(GrantArrived(grant))
+            self.put(GrantArrived(grant, tuple(parse(Grant, grant.payload).present)))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._track(self._tasks, work)
