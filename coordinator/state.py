@@ -172,8 +172,8 @@ def _decide_grant(state: State, event: GrantAsked, now: Now) -> Decision:
     if given is not None:
         same = given.base_root == request.base_root and set(request.present) <= set(given.present)
         return Decision(True, "duplicate") if same else Decision(False, "already_granted")
-    if state.credits.is_confirmed(state.run_id, request.round):
-        return Decision(False, "round_closed")
+    if state.credits.is_confirmed(state.run_id, request.round) or state.credits.rosters(state.run_id, request.round + 1):
+        return Decision(False, "round_closed", "somebody has finished it already")
     unsure = _roster_doubt(state, request)
     if unsure is not None:
         return unsure

@@ -73,7 +73,7 @@ class Coordination:
                 raise
             return self._remembered(cache)
         answer = GetRunResponse(run_id=run.run_id, manifest=run.signed_manifest, coordinator=run.coordinator, version=run.version)
-        write_atomically(cache, answer.SerializeToString())
+        _keep(cache, answer.SerializeToString())
         return run
 
     async def announce(self, node: Node, standing: Standing, *, leaving: bool = False) -> AnnounceResponse:
@@ -162,7 +162,7 @@ class Coordination:
             log.warning("clock_differs", offset_s=round(self.clock_offset_s), hint="set this machine's clock")
         for peer in answer.peers:
             node.learn(peer.peer_id, peer.addresses)
-        write_atomically(self.directory / PRESENCE_CACHE, answer.SerializeToString())
+        _keep(self.directory / PRESENCE_CACHE, answer.SerializeToString())
         self.on_answer(answer)
 
     async def connected(self) -> CoordinatorClient:
@@ -184,3 +184,11 @@ class Coordination:
         except Rejected as error:
             raise LedgerInvalid(f"{cache} is damaged: {error}", "delete it and start again") from error
         return RunInfo(self.link.run_id, manifest, answer.manifest, answer.coordinator, answer.version)
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Remember for later; a full disk costs only that."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        log.warning("not_remembered", path=str(path), error=error.strerror)

@@ -63,6 +63,7 @@ from swarm.errors import (
     OutOfMemory,
     PortBusy,
     Rejected,
+    StateDisputed,
     SwarmError,
     VersionTooOld,
 )
@@ -276,6 +277,7 @@ class Daemon:
         options, manifest = self.options, run.manifest
         pool = ThreadPoolExecutor(2, thread_name_prefix="arithmetic")
         self._stack.callback(pool.shutdown)
+        node.on_rejected = self.status.refused
         admissions = Admissions(run.run_id, run.coordinator)
         codec = make_codec(manifest.codec, manifest.model.parameters)
         layout = Layout.of(manifest)
@@ -413,17 +415,20 @@ class Daemon:
             parts.vitals.watch(),
             self._keep_network(parts),
         ) as failed:
-            while self._wish in ("train", "pause"):
+            reason = "pause"
+            while self._wish in ("train", "pause") and reason == "pause":
                 playing: asyncio.Future[str] = asyncio.create_task(self._play(engine))
                 await asyncio.wait((playing, failed), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
                     playing.cancel()
                     await asyncio.gather(playing, return_exceptions=True)
                     failed.result()
-                if playing.result() != "pause":
-                    break
-                await self._paused(engine, parts)
+                reason = playing.result()
+                if reason == "pause":
+                    await self._paused(engine, parts)
             await self._leave(parts)
+        if reason == "disagreement":
+            raise StateDisputed(self.status.error, "the state and its parts are kept; tell the run's owner")
 
     async def _play(self, engine: Engine) -> str:
         try:

@@ -19,6 +19,7 @@
     +-- CheckpointCorrupt          40  no whole checkpoint where one is needed
     +-- DatabaseCorrupt            41  the coordinator's database can't be used
     +-- LedgerInvalid              42  the ledger doesn't verify
+    +-- StateDisputed              43  our verified state is not the majority's
     +-- NotRunning                 50  no daemon answers on the control socket
     +-- AlreadyRunning             51  another daemon holds this directory
 
@@ -150,6 +151,12 @@ class LedgerInvalid(SwarmError):
     """The ledger doesn't verify; the message names the first fault."""
 
     exit_code = 42
+
+
+class StateDisputed(SwarmError):
+    """Computed again from verified parts, our state is still not the majority's."""
+
+    exit_code = 43
 
 
 class NotRunning(SwarmError):

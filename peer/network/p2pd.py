@@ -26,6 +26,7 @@ from swarm.errors import NetworkBroken, PortBusy
 
 PR_SET_PDEATHSIG = 1
 STARTUP_TIMEOUT_S = 20.0
+SOCKET_FOLDER = "swarm-p2p-"
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 log = structlog.get_logger(__name__)
@@ -116,7 +117,8 @@ class P2pd:
         """
         with importlib.resources.as_file(importlib.resources.files("hivemind.hivemind_cli") / "p2pd") as path:
             binary = Path(path)
-        directory = Path(tempfile.mkdtemp(prefix="swarm-p2p-"))
+        _remove_leftovers()
+        directory = Path(tempfile.mkdtemp(prefix=f"{SOCKET_FOLDER}{os.getpid()}-"))
         control = f"/unix{directory}/p2pd.sock"
         parent = os.getpid()
         process = await asyncio.create_subprocess_exec(
@@ -156,6 +158,14 @@ class P2pd:
         """End the daemon and remove its sockets."""
         await self.p2p.shutdown()
         await _end(self._process, self._reader, self._directory)
+
+
+def _remove_leftovers() -> None:
+    """Remove the socket folders of processes that were killed hard."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKET_FOLDER}*-*"):
+        pid = folder.name.removeprefix(SOCKET_FOLDER).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _end(process: asyncio.subprocess.Process, reader: asyncio.Task[None], directory: Path) -> None:

@@ -39,6 +39,7 @@ MAX_BACKLOG = 16
 BEHIND_CHECK_S = 2.0
 KEEP_BLOBS_ROUNDS = 3
 LONGEST_STALL_S = 20.0
+STUCK_S = 60.0
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -214,10 +215,14 @@ class Engine:
         """Take part until told to leave, or the run is over; the reason why it ended."""
         try:
             while True:
-                if self.wish == "stop" or (self.wish in ("pause", "finish") and self.place is None):
+                if self.wish == "stop":
+                    return self.wish
+                if self.wish in ("pause", "finish") and self.place is None:
+                    await self._see_others_through()
                     return self.wish
                 total = self.services.manifest.rounds.total
                 if total and self.place is not None and self.place.round_index > total:
+                    await self._see_others_through()
                     return "run_complete"
                 if self.place is None:
                     await self._enter()
@@ -231,6 +236,20 @@ class Engine:
                     self.place = None
         finally:
             await self._close_rounds()
+
+    async def _see_others_through(self) -> None:
+        """Go on serving our last round until everybody in it has said that they have it too, or has had time enough."""
+        run, proposal = self.previous, self.last_proposal
+        if run is None or proposal is None:
+            return
+        waited_for = {item.peer for item in proposal.commits}
+        deadline = self.services.clock.monotonic_s() + min(LONGEST_STALL_S, self.pacing.exchange_s + self.pacing.patience_s)
+        while self.services.clock.monotonic_s() < deadline and self.wish != "stop":
+            if waited_for <= self.inbox.results(run.round_index).keys() | run.state.lost:
+                return
+            self._results_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._results_changed.wait(), 0.25)
 
     def ask(self, wish: Wish) -> None:
         """Change what the peer wants: finish, pause or stop."""
@@ -366,8 +385,12 @@ class Engine:
 
     async def _watch_behind(self, run: RoundRun) -> None:
         """Notice that the others have moved on: several speak of rounds after the next, or this one goes on without us."""
+        stuck_s = 0.0
         while True:
             await asyncio.sleep(BEHIND_CHECK_S)
+            stuck_s = stuck_s + BEHIND_CHECK_S if run.state.waiting_for == "no_quorum" else 0.0
+            if stuck_s > STUCK_S:
+                raise Behind
             ahead = self.inbox.ahead(run.round_index + 1) & set(run.setup.peers)
             if len(ahead) * 2 >= len(run.setup.others) and ahead:
                 raise Behind
