@@ -498,12 +498,13 @@ class Daemon:
         return (await parts.post.relay(request)).SerializeToString()
 
     def _relays(self, peer: str) -> list[str]:
-        """Who could pass something on to a peer that accepts no connections: members of the roster that do."""
+        """Who could pass something on to a peer that accepts no connections: members of the roster, or whom we know, that do."""
         parts, engine = self.parts, self.engine
-        if not parts.node.is_dial_only(peer) or engine is None or engine.place is None:
+        if not parts.node.is_dial_only(peer):
             return []
-        members = (member.peer for member in engine.place.roster)
-        return [name for name in members if name not in (peer, self.identity.peer_id) and not parts.node.is_dial_only(name)]
+        place = engine.place if engine is not None else None
+        names = [member.peer for member in place.roster] if place is not None else list(parts.node.known_peers())
+        return [name for name in names if name not in (peer, self.identity.peer_id) and not parts.node.is_dial_only(name)]
 
     async def _begin(self) -> OuterState:
         """The state of a first peer: the newest checkpoint, or the manifest's initial weights."""
@@ -525,7 +526,9 @@ class Daemon:
         self.status.metrics.reports.labels(outcome=outcome).inc()
 
     def _on_answer(self, answer: AnnounceResponse) -> None:
-        self.parts.admissions.admit(answer.admission)
+        parts = self.parts
+        parts.admissions.admit(answer.admission)
+        parts.post.spawn(parts.finder.meet_quietly())
         self.status.metrics.clock_offset.set(self.parts.coordination.clock_offset_s)
 
     def _on_lost(self, peer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import structlog
 
 from peer.coordination import Coordination, Standing
 from peer.network.discovery import Discovery
-from peer.network.node import Node
+from peer.network.node import Node, PeerFailure
 from peer.rounds.entering import Whereabouts
 from swarm import __version__
 from swarm.errors import Rejected, SwarmError
@@ -74,11 +75,16 @@ class Finder:
         if self.discovery is not None:
             await self.discovery.meet(new)
 
+    async def meet_quietly(self) -> None:
+        """`meet`, when it is of no matter whether it works: a peer that nobody can dial has to dial the newcomers."""
+        with contextlib.suppress(PeerFailure):
+            await self.meet()
+
     async def announce_for_ever(self) -> None:
         """Keep our presence in the DHT alive."""
         while True:
             if self.discovery is not None:
-                await self.meet()
+                await self.meet_quietly()
                 offset_s = self.coordination.clock_offset_s
                 round_index = self.standing().round_index
                 await self.discovery.announce(self.node.addresses, round_index, __version__, self.inbound, offset_s)

@@ -44,7 +44,10 @@ class Prometheus:
 
     def get(self, path: str, **parameters: str) -> Any:
         """The data of a successful answer."""
-        body = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10)
+        if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise httpx.ConnectError("still starting")
+        body = answer.json()
         assert body["status"] == "success", body
         return body["data"]
 
