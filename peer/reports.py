@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -16,6 +15,7 @@ from peer.rounds.engine import RoundReport
 from swarm.clock import Clock, SystemClock
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmError
 from swarm.identity import Identity
+from swarm.merkle import verify_consistency
 from swarm.messages import parse, seal
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
@@ -24,6 +24,8 @@ from swarm.rpc.v1.signed_pb2 import Signed
 
 RETRY_S = 5.0
 LAST_RETRY_S = 0.5
+LOOKED_AT = 64
+CHECK_EVERY_S = 30.0
 MAX_UNSAVED = 1000
 KEPT_REPORTS = 10_000
 
@@ -60,23 +62,26 @@ class Outbox:
         for old in sorted(self.posted.glob("*.pb"))[:-KEPT_REPORTS]:
             old.unlink(missing_ok=True)
 
-    def post_again(self, ledger_size: int) -> int:
-        """Queue the reports whose receipts name a place that the ledger no longer has; how many."""
-        again = 0
-        for path in sorted(self.posted.glob("*.pb"), reverse=True):
-            if self._ledger_index(path.stem) < ledger_size:
-                break
+    def post_again(self, *, everything: bool) -> int:
+        """Queue posted reports once more: those whose receipt is lost, or all of them; how many."""
+        again = [
+            path
+            for path in sorted(self.posted.glob("*.pb"))
+            if everything or not (self.receipts / f"{path.stem}.receipt").exists()
+        ]
+        for path in again:
             path.replace(self.outbox / path.name)
-            again += 1
-        return again
+        return len(again)
 
-    def _ledger_index(self, stem: str) -> float:
-        """The place in the ledger that a receipt names; infinity where the receipt is gone or damaged: it is asked for again."""
-        try:
-            receipt = parse(Signed, read(self.receipts / f"{stem}.receipt"))
-            return parse(Receipt, receipt.payload).ledger_index
-        except (OSError, Rejected):
-            return math.inf
+    def newest_receipt(self) -> Receipt | None:
+        """The receipt with the latest place in the ledger; damaged ones are passed over."""
+        found = []
+        for path in sorted(self.receipts.glob("*.receipt"))[-LOOKED_AT:]:
+            try:
+                found.append(parse(Receipt, parse(Signed, read(path)).payload))
+            except (OSError, Rejected) as error:
+                log.warning("receipt_damaged", receipt=path.stem, error=str(error))
+        return max(found, key=lambda receipt: receipt.ledger_index, default=None)
 
     def refuse(self, path: Path, reason: str) -> None:
         """Put a report aside that the coordinator refused, with the reason."""
@@ -115,6 +120,7 @@ class Reporter:
         self._saving = threading.Lock()
         self._unsaved: dict[int, tuple[Signed, Signed]] = {}
         self._checked: CoordinatorClient | None = None
+        self._checked_s = 0.0
         self._highest_index = -1
 
     async def add(self, identity: Identity, report: RoundReport) -> None:
@@ -169,7 +175,7 @@ class Reporter:
         except SwarmError as error:
             log.info("coordinator_away", error=error.message)
             return False
-        if client is not self._checked:
+        if client is not self._checked or self.clock.monotonic_s() > self._checked_s + CHECK_EVERY_S:
             await self._check_ledger(client)
         for path in self.outbox.waiting():
             if not await self._post(client, path):
@@ -178,21 +184,26 @@ class Reporter:
 
     async def post_until_empty(self) -> None:
         """Post again and again until nothing waits; meant to be cancelled by whoever has waited long enough."""
+        self._checked = None
         while True:
             if await self.post_all():
                 return
             await asyncio.sleep(LAST_RETRY_S)
 
     async def _check_ledger(self, client: CoordinatorClient) -> None:
-        """A coordinator that was restored from a backup has forgotten what we hold receipts for: report it again."""
+        """Hold the ledger against our newest receipt: if it doesn't contain that history, report everything again.
+
+        A coordinator that was restored from a backup has forgotten what we hold receipts for. Reporting twice does no harm.
+        """
+        receipt = await asyncio.to_thread(self.outbox.newest_receipt)
         try:
-            progress = await client.progress()
-        except (SwarmError, Rejected):
+            rewritten = receipt is not None and not await _extends(client, receipt)
+        except SwarmError:
             return
-        again = await asyncio.to_thread(self.outbox.post_again, progress.ledger_size)
-        self._checked = client
-        if again:
-            log.warning("ledger_shrunk", size=progress.ledger_size, reports_again=again)
+        again = await asyncio.to_thread(lambda: self.outbox.post_again(everything=rewritten))
+        if rewritten:
+            log.warning("ledger_rewritten", reports_again=again)
+        self._checked, self._checked_s = client, self.clock.monotonic_s()
 
     async def _post(self, client: CoordinatorClient, path: Path) -> bool:
         try:
@@ -225,3 +236,12 @@ class Reporter:
             self._checked = None
             self._wake.set()
         self._highest_index = index
+
+
+async def _extends(client: CoordinatorClient, receipt: Receipt) -> bool:
+    """Whether the coordinator's present ledger contains the history that a receipt names (RFC 9162, 2.1.4)."""
+    try:
+        checkpoint, _, proof = await client.checkpoint(receipt.ledger_size)
+    except Rejected:
+        return False
+    return verify_consistency(receipt.ledger_size, receipt.ledger_root, checkpoint.size, checkpoint.root, proof)

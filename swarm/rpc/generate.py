@@ -6,6 +6,7 @@ names stay `swarm/v1/*.proto`, so that they never collide with hivemind's unpack
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,9 @@ def generate(target: Path) -> None:
         names = sorted(str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.proto"))
         outputs = ("python_out", "mypy_out", "grpc_python_out", "mypy_grpc_out")
         options = [f"--{name}={folder}" for name in outputs]
-        subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{SOURCES}", *options, *names], check=True)
+        plugins = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{SOURCES}", *options, *names]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env={**os.environ, "PATH": plugins})
         target.mkdir(parents=True, exist_ok=True)
         (target / "__init__.py").write_text('"""Generated from `proto/swarm/v1`; run `make proto` to renew."""\n')
         for path in sorted((Path(folder) / "swarm" / "v1").iterdir()):

@@ -14,8 +14,9 @@ from peer.reports import Outbox, Reporter, write_atomically
 from peer.rounds.engine import RoundReport
 from peer.rounds.values import BallotNumber, ProposalFacts
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmError
+from swarm.ledger import Checkpoint
+from swarm.merkle import MerkleTree, leaf_hash
 from swarm.messages import parse, seal
-from swarm.rpc.v1.coordinator_pb2 import GetProgressResponse
 from swarm.rpc.v1.ledger_pb2 import Receipt, Report
 from swarm.rpc.v1.signed_pb2 import Signed
 from tests.waiting import eventually
@@ -30,7 +31,7 @@ class FakeCoordinator:
     """Answers reports with receipts, or with whatever `answer` raises."""
 
     answer: Callable[[int], None] = lambda number: None
-    ledger_size: int = 1 << 40
+    tree: MerkleTree = field(default_factory=MerkleTree)
     rounds: list[int] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -43,10 +44,16 @@ class FakeCoordinator:
         number = parse(Report, report.payload).round
         self.answer(number)
         self.rounds.append(number)
-        return seal(COORDINATOR, Receipt(run_id=WORLD.run_id, round=number, ledger_index=100 + number))
+        index = self.tree.append(leaf_hash(report.payload))
+        size, root = len(self.tree), self.tree.root()
+        receipt = Receipt(run_id=WORLD.run_id, round=number, ledger_index=index, ledger_size=size, ledger_root=root)
+        return seal(COORDINATOR, receipt)
 
-    async def progress(self) -> GetProgressResponse:
-        return GetProgressResponse(ledger_size=self.ledger_size)
+    async def checkpoint(self, old_size: int) -> tuple[Checkpoint, str, list[bytes]]:
+        if old_size > len(self.tree):
+            raise Rejected("malformed", "the ledger is shorter")
+        proof = self.tree.consistency_proof(old_size)
+        return Checkpoint("swarm/test", len(self.tree), self.tree.root()), "", proof
 
 
 def finished(number: int) -> RoundReport:
@@ -162,17 +169,31 @@ async def test_the_background_task_posts_what_is_added(tmp_path: Path) -> None:
 
 
 async def test_a_restored_coordinator_gets_lost_reports_again(tmp_path: Path) -> None:
-    """Reports whose receipts name a place beyond the ledger's end are sent again; a receipt that was lost counts as one."""
+    """A ledger that doesn't extend the history of our newest receipt gets every report again, even if it is longer by now."""
     first = FakeCoordinator()
     posting, _ = reporter(tmp_path, first)
     for number in (1, 2, 3, 4):
         await posting.add(PEER, finished(number))
     assert await posting.post_all()
-    (tmp_path / "receipts" / "000000000004.receipt").unlink()
-    restored = FakeCoordinator(ledger_size=103)
+    restored = FakeCoordinator()
+    for number in range(9):
+        restored.tree.append(leaf_hash(b"of others, %d" % number))
     posting, _ = reporter(tmp_path, restored)
     assert await posting.post_all()
-    assert restored.rounds == [3, 4]
+    assert restored.rounds == [1, 2, 3, 4]
+
+
+async def test_a_lost_receipt_is_asked_for_again(tmp_path: Path) -> None:
+    """Of posted reports, the one whose receipt file is gone is posted once more, and no other."""
+    coordinator = FakeCoordinator()
+    posting, _ = reporter(tmp_path, coordinator)
+    for number in (1, 2, 3):
+        await posting.add(PEER, finished(number))
+    assert await posting.post_all()
+    (tmp_path / "receipts" / "000000000002.receipt").unlink()
+    posting, _ = reporter(tmp_path, coordinator)
+    assert await posting.post_all()
+    assert coordinator.rounds == [1, 2, 3, 2]
 
 
 async def test_a_full_disk_costs_neither_training_nor_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
