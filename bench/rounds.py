@@ -205,6 +205,8 @@ def _ending_after(manifest: Manifest, rounds: int) -> Manifest:
 def _count_roots(out: Report, outcome: swarms.Outcome) -> None:
     if not outcome.rounds:
         raise RuntimeError("no round was made")
+    for round_index, roots in outcome.differing.items():
+        out.row("differing roots", round=round_index, last_round=outcome.rounds, roots=", ".join(roots))
     out.add("roots_differing", outcome.roots_differing, "rounds of all runs here after which not all peers had one root", "== 0")
 
 

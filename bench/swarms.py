@@ -44,13 +44,18 @@ class Outcome:
         return [line["overhead_s"] for line in self.measured()]
 
     @property
-    def roots_differing(self) -> int:
-        """After how many rounds not all peers held the same state root."""
-        roots: dict[int, set[str]] = {}
+    def differing(self) -> dict[int, list[str]]:
+        """The rounds after which not all peers held the same state root, and what each of them had."""
+        found: dict[int, list[str]] = {}
         for lines in self.histories:
             for line in lines:
-                roots.setdefault(line["round"], set()).add(line["root"])
-        return sum(len(found) > 1 for found in roots.values())
+                found.setdefault(line["round"], []).append(line["root"][:8])
+        return {round_index: roots for round_index, roots in found.items() if len(set(roots)) > 1}
+
+    @property
+    def roots_differing(self) -> int:
+        """After how many rounds not all peers held the same state root."""
+        return len(self.differing)
 
     @property
     def rounds(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from peer.rounds.planning import grace_of
 
 HISTORY = 64
-PATIENCE_FLOOR_S = 1.0
+PATIENCE_FLOOR_S = 2.0
 EXCHANGE_FLOOR_S = 2.0
 FIRST_EXCHANGE_S = 60.0
 FIRST_PATIENCE_S = 5.0
