@@ -13,11 +13,11 @@ from typing import Any
 
 import psutil
 
-from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink
 from swarm.rpc.client import CoordinatorClient
+from swarm.scenario import write_run
 
 FIRST_MEASURED_ROUND = 2
 
@@ -66,15 +66,6 @@ class Outcome:
     def round_p50_s(self) -> float:
         """The median wall time of a round."""
         return float(statistics.median(line["wall_s"] for line in self.measured()))
-
-
-def write_run(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
-    """Write the manifest and a new owner's key into a folder, which is made if need be; their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    run, key = directory / "run.yaml", directory / "owner.key"
-    run.write_text(manifest.model_dump_json())
-    Identity.generate().save(key)
-    return run, key
 
 
 @asynccontextmanager

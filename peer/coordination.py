@@ -16,6 +16,7 @@ from peer.reports import read, write_atomically
 from peer.rounds.machine import RoundSetup
 from swarm import __version__
 from swarm.clock import Clock, SystemClock
+from swarm.control import RUN_NAME
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, Rejected, SwarmError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
@@ -26,7 +27,6 @@ from swarm.rpc.v1.signed_pb2 import Signed
 
 FIRST_INTERVAL_S = 5.0
 CLOCK_WARNING_S = 60.0
-CACHE_NAME = "run.pb"
 PRESENCE_CACHE = "admission.pb"
 
 log = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ class Coordination:
 
     async def describe(self) -> RunInfo:
         """The run, from the coordinator or, while that is away, as it was last seen. Raises `SwarmError`."""
-        cache = self.directory / CACHE_NAME
+        cache = self.directory / RUN_NAME
         try:
             run = await (await self.connected()).get_run()
         except CoordinatorUnreachable:

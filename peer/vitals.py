@@ -13,12 +13,12 @@ from peer.device import read_gpu
 from peer.metrics import PeerMetrics
 from peer.network.node import Node
 from peer.reports import Outbox
+from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import Rejected, SwarmError
 from swarm.rpc.client import CoordinatorClient
 
 EVERY_S = 2.0
 CREDITS_EVERY_S = 10.0
-FLOPS_PER_CREDIT = 1e15
 STATES = ("pending", "verified", "final")
 
 

@@ -12,6 +12,7 @@ from swarm.errors import NotRunning
 SOCKET_NAME = "control.sock"
 STATUS_NAME = "status.json"
 HISTORY_NAME = "history.jsonl"
+RUN_NAME = "run.pb"
 MAX_LINE_BYTES = 1 << 20
 TIMEOUT_S = 60.0
 

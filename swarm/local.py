@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -20,12 +19,11 @@ from typing import Any
 
 from swarm.control import ask, history, last_status
 from swarm.errors import NotRunning, SwarmError
+from swarm.processes import die_with
 
-PR_SET_PDEATHSIG = 1
 COORDINATOR_START_S = 30.0
 STOP_S = 15.0
 POLL_S = 0.1
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass
@@ -151,15 +149,9 @@ async def _spawn(command: Sequence[str], environment: Mapping[str, str], **strea
         stdin=asyncio.subprocess.DEVNULL,
         env={**os.environ, **environment},
         start_new_session=True,
-        preexec_fn=lambda: _die_with_parent(parent),
+        preexec_fn=lambda: die_with(parent),
         **streams,
     )
-
-
-def _die_with_parent(parent: int) -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def _end(process: asyncio.subprocess.Process, number: int) -> None:

@@ -128,11 +128,13 @@ class Scenario:
         )
 
 
-def write_run(directory: Path, manifest: Manifest) -> None:
-    """Write `run.yaml` and a new `owner.key` into a folder."""
+def write_run(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
+    """Write `run.yaml` and a new `owner.key` into a folder, which is made if need be; their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "run.yaml").write_text(manifest.model_dump_json())
-    Identity.generate().save(directory / "owner.key")
+    run, key = directory / "run.yaml", directory / "owner.key"
+    run.write_text(manifest.model_dump_json())
+    Identity.generate().save(key)
+    return run, key
 
 
 def last_round(peer: LocalPeer) -> int:

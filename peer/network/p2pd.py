@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib.resources
 import os
 import shutil
-import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +21,10 @@ from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm.errors import NetworkBroken, PortBusy
+from swarm.processes import die_with
 
-PR_SET_PDEATHSIG = 1
 STARTUP_TIMEOUT_S = 20.0
 SOCKET_FOLDER = "swarm-p2p-"
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 log = structlog.get_logger(__name__)
 
@@ -68,11 +65,9 @@ class P2pdOptions:
         return [str(binary), *(f"-{name}={value}" for name, value in options.items())]
 
 
-def _die_with_parent(parent: int) -> None:
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _detach(parent: int) -> None:
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for the daemon, which then ends its child in order
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_with(parent)
 
 
 class PendingCalls(dict[Any, asyncio.Future[Any]]):
@@ -127,7 +122,7 @@ class P2pd:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | {"GOLOG_LOG_LEVEL": "error", "GOLOG_LOG_FMT": "json"},
-            preexec_fn=lambda: _die_with_parent(parent),
+            preexec_fn=lambda: _detach(parent),
         )
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         reader = asyncio.create_task(_drain(process, ready), name="p2pd-output")

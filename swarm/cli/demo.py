@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli.output import print_fields, print_table
+from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import SwarmError, UsageError
 from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
@@ -243,7 +244,7 @@ def _peer_outcome(status: dict[str, Any], balance: Balance | None) -> dict[str, 
         "bytes_sent": status["bytes_sent"],
         "bytes_received": status["bytes_received"],
         "rounds": status["rounds"],
-        "credits": {name: int(value or 0) / 1e15 for name, value in zip(names, flops, strict=True)},
+        "credits": {name: int(value or 0) / FLOPS_PER_CREDIT for name, value in zip(names, flops, strict=True)},
     }
 
 
@@ -254,6 +255,11 @@ def _roots_agree(histories: Sequence[Sequence[dict[str, Any]]]) -> bool:
         for line in lines:
             roots.setdefault(line["round"], set()).add(line["root"])
     return bool(roots) and all(len(found) == 1 for found in roots.values())
+
+
+def _earned(balance: Balance) -> float:
+    """Credits that are verified or final."""
+    return (int(balance.verified_flops or 0) + int(balance.final_flops or 0)) / FLOPS_PER_CREDIT
 
 
 def _print_report(outcome: dict[str, Any], balances: Sequence[Balance], text: str) -> None:
@@ -270,7 +276,12 @@ def _print_report(outcome: dict[str, Any], balances: Sequence[Balance], text: st
     }
     print_fields(fields)
     rows = [
-        (item.peer_id, f"{(int(item.verified_flops or 0) + int(item.final_flops or 0)) / 1e15:.6f}", item.rounds, item.tokens)
+        (
+            item.peer_id,
+            f"{_earned(item):.6f}",
+            item.rounds,
+            item.tokens,
+        )
         for item in balances
     ]
     print_table(("peer", "credits", "rounds", "tokens"), rows, numbers=("credits", "rounds", "tokens"))

@@ -10,7 +10,7 @@ import typer
 
 from swarm.cli.output import print_fields, print_json
 from swarm.config import PeerSettings, load
-from swarm.control import ask
+from swarm.control import RUN_NAME, ask
 from swarm.errors import LinkError, NotRunning, Rejected, SwarmError
 from swarm.ledger import open_manifest
 from swarm.messages import parse
@@ -18,8 +18,6 @@ from swarm.rpc.v1.coordinator_pb2 import GetRunResponse
 
 if TYPE_CHECKING:
     from swarm.manifest import Manifest
-
-RUN_CACHE = "run.pb"
 
 
 def command(
@@ -37,7 +35,7 @@ def command(
     """
     folder = load(PeerSettings, {"data_dir": data_dir}).data_dir
     asyncio.run(_refresh(folder))
-    run = _read_run(folder / RUN_CACHE)
+    run = _read_run(folder / RUN_NAME)
     from peer.export import Provenance
     from peer.outcome import FILES, export, newest_weights
 
