@@ -80,7 +80,7 @@ class Terms(NamedTuple):
     def of(cls, manifest: Manifest) -> Terms:
         """The terms of a manifest; `diloco` lets a fast peer take up to four times the inner steps."""
         strategy = manifest.strategy
-        steps = strategy.inner_steps * SPEED_SCALE if isinstance(strategy, DiLoCo) else 1
+        steps = manifest.most_inner_steps * SPEED_SCALE if isinstance(strategy, DiLoCo) else 1
         return cls(
             manifest.data.sequence_length,
             steps * strategy.batch_samples,

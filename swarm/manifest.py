@@ -141,21 +141,6 @@ class Sync(Frozen):
     clip_norm: float = Field(1.0, gt=0, le=1e6)
 
 
-class DiLoCo(Frozen):
-    """`inner_steps` local optimizer steps of `batch_samples` each, then the difference is averaged (DiLoCo, 2311.08105)."""
-
-    kind: Literal["diloco"] = "diloco"
-    inner_steps: int = Field(ge=1, le=10_000)
-    batch_samples: Positive
-    inner: Inner = Muon()
-    outer: Outer = Outer()
-    schedule: Schedule
-    clip_norm: float = Field(1.0, gt=0, le=1e6)
-
-
-Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
-
-
 class Codec(Frozen):
     """How an update travels."""
 
@@ -169,6 +154,40 @@ class Codec(Frozen):
         if value % 4096:
             raise ValueError("must be a multiple of 4096")
         return value
+
+
+class Phase(Frozen):
+    """What changes from a round on: how many inner steps a round has, and how updates travel."""
+
+    from_round: int = Field(ge=1, le=1 << 40)
+    inner_steps: int = Field(ge=1, le=10_000)
+    codec: Codec
+
+
+class DiLoCo(Frozen):
+    """`inner_steps` local optimizer steps of `batch_samples` each, then the difference is averaged (DiLoCo, 2311.08105)."""
+
+    kind: Literal["diloco"] = "diloco"
+    inner_steps: int = Field(ge=1, le=10_000)
+    batch_samples: Positive
+    inner: Inner = Muon()
+    outer: Outer = Outer()
+    schedule: Schedule
+    clip_norm: float = Field(1.0, gt=0, le=1e6)
+    phases: tuple[Phase, ...] = Field((), max_length=64, description="later settings, in the order of their rounds")
+    overlap: Literal["off", "on", "auto"] = Field(
+        "off", description="train on while a round is exchanged; `auto`: where the exchange takes a noticeable share of a round"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DiLoCo:
+        starts = [phase.from_round for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError("phases are not in the order of from_round")
+        return self
+
+
+Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
 
 
 class Merge(Frozen):
@@ -227,6 +246,22 @@ class Manifest(Frozen):
     admission: Admission = Admission()
     credit: Credit
     min_client_version: str = Field("0.1.0", pattern=r"^\d+\.\d+\.\d+$")
+
+    def phase(self, round_index: int) -> Phase:
+        """What holds in a round: the last phase that has begun; `inner_steps` is 1 in `sync`."""
+        strategy = self.strategy
+        if isinstance(strategy, Sync):
+            return Phase(from_round=1, inner_steps=1, codec=self.codec)
+        first = Phase(from_round=1, inner_steps=strategy.inner_steps, codec=self.codec)
+        return next((phase for phase in reversed(strategy.phases) if phase.from_round <= round_index), first)
+
+    @property
+    def most_inner_steps(self) -> int:
+        """The inner steps of the longest round."""
+        strategy = self.strategy
+        if isinstance(strategy, Sync):
+            return 1
+        return max(strategy.inner_steps, *(phase.inner_steps for phase in strategy.phases), 1)
 
     @property
     def canonical_bytes(self) -> bytes:

@@ -55,3 +55,19 @@ def test_shard_sizes_must_fit(tmp_path: Path) -> None:
         parse(data=data)
     with pytest.raises(ManifestInvalid, match="can't be read"):
         Manifest.read(tmp_path / "missing.yaml")
+
+
+def test_phases_hold_from_their_round_on() -> None:
+    """Inner steps and codec are those of the last phase that has begun, and phases come in order."""
+    codecs = [{"kind": kind} for kind in ("int4", "int2")]
+    phases = [
+        {"from_round": start, "inner_steps": steps, "codec": codec}
+        for start, steps, codec in zip((3, 9), (5, 10), codecs, strict=True)
+    ]
+    strategy = {"kind": "diloco", "inner_steps": 1, "batch_samples": 8, "schedule": {"total_tokens": 1000}, "phases": phases}
+    value = parse(strategy=strategy)
+    found = [(value.phase(index).inner_steps, value.phase(index).codec.kind) for index in (0, 1, 2, 3, 8, 9, 100)]
+    assert found == [(1, "fp16")] * 3 + [(5, "int4")] * 2 + [(10, "int2")] * 2
+    assert value.most_inner_steps == 10
+    with pytest.raises(ManifestInvalid, match="order"):
+        parse(strategy=strategy | {"phases": phases[::-1]})
