@@ -13,7 +13,7 @@ import structlog
 from peer.admissions import Admissions
 from peer.network.node import Node
 from peer.reports import read, write_atomically
-from peer.rounds.machine import RoundSetup
+from peer.rounds.state import RoundSetup
 from swarm import __version__
 from swarm.clock import Clock, SystemClock
 from swarm.control import RUN_NAME

@@ -21,6 +21,7 @@ from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
 from swarm.rpc.v1.ledger_pb2 import Receipt, Report, RoundConfirmed
 from swarm.rpc.v1.signed_pb2 import (
     AdmissionToken,
+    Adoption,
     Commit,
     Complaint,
     Grant,
@@ -28,6 +29,7 @@ from swarm.rpc.v1.signed_pb2 import (
     MergedSpan,
     Presence,
     Proposal,
+    Ready,
     Result,
     Seal,
     SealReply,
@@ -42,6 +44,7 @@ LINK = re.compile(
 
 KINDS: dict[type[Message], str] = {
     AdmissionToken: KIND_PREFIX + "admission.v1",
+    Adoption: KIND_PREFIX + "adoption.v1",
     Announcement: KIND_PREFIX + "announcement.v1",
     Commit: KIND_PREFIX + "commit.v1",
     Complaint: KIND_PREFIX + "complaint.v1",
@@ -51,6 +54,7 @@ KINDS: dict[type[Message], str] = {
     MergedSpan: KIND_PREFIX + "merged-span.v1",
     Presence: KIND_PREFIX + "presence.v1",
     Proposal: KIND_PREFIX + "proposal.v1",
+    Ready: KIND_PREFIX + "ready.v1",
     Receipt: KIND_PREFIX + "receipt.v1",
     Report: KIND_PREFIX + "report.v1",
     Result: KIND_PREFIX + "result.v1",
@@ -58,7 +62,13 @@ KINDS: dict[type[Message], str] = {
     Seal: KIND_PREFIX + "seal.v1",
     SealReply: KIND_PREFIX + "seal-reply.v1",
 }
-SIZE_LIMITS: dict[type[Message], int] = {SealReply: 3 << 20, Proposal: 1 << 20, Report: 1 << 16, MergedSpan: 1 << 19}
+SIZE_LIMITS: dict[type[Message], int] = {
+    Adoption: (3 << 20) + (1 << 10),
+    SealReply: 3 << 20,
+    Proposal: 1 << 20,
+    Report: 1 << 16,
+    MergedSpan: 1 << 19,
+}
 DEFAULT_SIZE_LIMIT = 1 << 15
 
 M = TypeVar("M", bound=Message)

@@ -19,10 +19,10 @@ from peer.outer import OuterState
 from peer.rounds import agreement
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
-from peer.rounds.machine import RoundSetup
 from peer.rounds.pacing import Pacing
 from peer.rounds.run import Contribution, RoundRun, Services
 from peer.rounds.snapshots import Snapshots
+from peer.rounds.state import RoundSetup
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitArrived, Event, JoinArrived, PeerLost, ProposalFacts, RosterMember
 from peer.rounds.wire import ResultFacts, full_quota
@@ -31,7 +31,7 @@ from swarm.errors import Rejected
 from swarm.manifest import Sync
 from swarm.messages import open_signed, parse, seal
 from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncRequest
-from swarm.rpc.v1.signed_pb2 import JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
+from swarm.rpc.v1.signed_pb2 import Adoption, JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
 
 RESULT_WAIT_S = 20.0
 DOWNLOAD_HEAD_START_S = 0.75
@@ -167,6 +167,10 @@ class Engine:
                 reply = open_signed(delivery.seal_reply, SealReply, run_id=self.services.checker.run_id)
                 if reply.HasField("accepted"):
                     self._learn_admissions(reply.accepted)
+            elif body == "adoption":
+                adoption = open_signed(delivery.adoption, Adoption, run_id=self.services.checker.run_id)
+                reply = open_signed(adoption.reply, SealReply, run_id=self.services.checker.run_id)
+                self._learn_admissions(reply.accepted)
             for arrival in read_delivery(self.services.checker, delivery):
                 if self.previous is not None and arrival.round_index == self.previous.round_index:
                     self.previous.answer(arrival.event)

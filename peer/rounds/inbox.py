@@ -53,6 +53,12 @@ def read_delivery(checker: Checker, delivery: Delivery) -> list[Arrival]:
         case "seal_reply":
             round_index, reply = checker.seal_reply(delivery.seal_reply)
             return [Arrival(round_index, reply.peer, SealReplyArrived(reply))]
+        case "ready":
+            round_index, ready = checker.ready(delivery.ready)
+            return [Arrival(round_index, ready.peer, ready)]
+        case "adoption":
+            round_index, adoption = checker.adoption(delivery.adoption)
+            return [Arrival(round_index, adoption.leader, adoption)]
         case "complaint":
             round_index, about, reason = checker.complaint(delivery.complaint)
             sender = delivery.complaint.signer

@@ -2,22 +2,26 @@
 
 It knows no clock, no socket and no tensor, so that every interleaving of messages, losses and crashes can be explored.
 
-What is promised: a proposal replaces another only after a quorum has promised never to complete the lower ballot and none of
-those that the leader could hear had completed it; a completed one that is heard of in time stands instead (Paxos' argument,
-Lamport 1998, with "complete" for "accepted"). So whatever a quorum completes is unique, and two peers complete different
-proposals only if one of them was cut off while the other's leader asked; it finds itself outvoted and repairs itself.
+What is promised: all peers that complete the round complete the same proposal. It is Paxos (Lamport 1998) with "ready" for
+"accepted": a peer that holds every merged part of a proposal says so to all, and completes once a quorum has said so at one
+ballot. To replace a proposal, a leader has a quorum promise never to be ready at a lower ballot; if any of them was ready, what
+was ready at the highest ballot is proposed again, and since it is held in full there, it costs no work. The exception is a
+minority that goes on by the coordinator's grant: what the absent completed, unheard, is theirs to repair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from peer.rounds.planning import leader_of, quorum_of, quotas_of, spans_of
+from peer.rounds.checks import TERMS_AHEAD, fits, problem_of, unknown_commits
+from peer.rounds.planning import quotas_of, spans_of
+from peer.rounds.state import EMPTY, NEVER_S, SILENCE_FLOOR_S, RoundSetup, RoundState
 from peer.rounds.values import (
     Action,
+    Adopt,
+    AdoptionArrived,
     BallotNumber,
     CommitArrived,
     CommitFacts,
@@ -38,6 +42,7 @@ from peer.rounds.values import (
     ProposalArrived,
     ProposalFacts,
     Propose,
+    ReadyArrived,
     Reduce,
     Reduced,
     Refuse,
@@ -48,6 +53,7 @@ from peer.rounds.values import (
     SealReplyArrived,
     SealReplyFacts,
     SendCommit,
+    SendReady,
     SendSeal,
     SendSealReply,
     SpanArrived,
@@ -57,180 +63,14 @@ from peer.rounds.values import (
     Trained,
 )
 
-EMPTY: Mapping[Any, Any] = MappingProxyType({})
 PROBE_EVERY_S = 0.5
 LOST_PROBE_EVERY_S = 2.0
-SILENCE_FLOOR_S = 2.5
 GRANT_EVERY_S = 1.0
 HELP_EVERY_S = 1.0
 EXTENSIONS = 4
 DOUBLINGS = 6
-TERMS_AHEAD = 1024
 EARLY_SPANS = 4
 ABOUT_LEADERS = ("leader_silent", "left_behind")
-NEVER_S = float("-inf")
-
-
-def _nothing() -> Mapping[Any, Any]:
-    return EMPTY
-
-
-@dataclass(frozen=True)
-class RoundSetup:
-    """What is fixed for a round. All durations are seconds; they come from recent rounds, never from a constant."""
-
-    me: str
-    run_id: bytes
-    round_index: int
-    base_root: bytes
-    roster: tuple[RosterMember, ...]
-    part_count: int
-    all_gather: bool = False
-    grace_s: float = 10.0
-    patience_s: float = 5.0
-    exchange_s: float = 10.0
-    min_peers: int = 1
-    max_peers: int = 64
-    full_quota: int = 1
-    shared_quota: bool = False
-    scale_to_speed: bool = True
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        """The roster's peer ids, sorted."""
-        return tuple(member.peer for member in self.roster)
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Everybody in the roster but us."""
-        return tuple(peer for peer in self.peers if peer != self.me)
-
-    @property
-    def quorum(self) -> int:
-        """How many make a majority of the roster."""
-        return quorum_of(len(self.roster))
-
-    @property
-    def silence_s(self) -> float:
-        """How long a peer may leave probes unanswered before a proposal goes on without it."""
-        return max(self.grace_s, self.patience_s, SILENCE_FLOOR_S)
-
-    @property
-    def seal_s(self) -> float:
-        """How long a seal's answer is waited for; a large answer of a peer that is alive gets more."""
-        return max(self.patience_s, SILENCE_FLOOR_S)
-
-    def leader(self, term: int) -> str:
-        """The leader of a term."""
-        return leader_of(self.run_id, self.round_index, self.peers, term)
-
-
-Stage = Literal["idle", "sealing", "collecting", "proposed"]
-
-
-@dataclass(frozen=True)
-class RoundState:
-    """Everything that a peer knows about the round in progress.
-
-    `lost` peers are gone or silent as far as we can tell, and come back with any sign of life; `dropped` ones answer, but the
-    round goes on without them. The accepted proposal stands at ballot `standing`: its own, or the one whose leader found it
-    complete.
-    """
-
-    setup: RoundSetup
-    started_s: float
-    commits: Mapping[str, CommitFacts] = field(default_factory=_nothing)
-    arrived_s: Mapping[str, float] = field(default_factory=_nothing)
-    quorum_s: float | None = None
-    joiners: Mapping[str, Any] = field(default_factory=_nothing)
-    lost: frozenset[str] = frozenset()
-    dropped: frozenset[str] = frozenset()
-    seen_s: Mapping[str, float] = field(default_factory=_nothing)
-    asked_s: Mapping[str, float] = field(default_factory=_nothing)
-    probed_s: float = NEVER_S
-    lost_probed_s: float = NEVER_S
-    term: int = 0
-    promised: BallotNumber = BallotNumber()
-    overdue_s: float | None = None
-    suspicions: int = 0
-    accepted: ProposalFacts | None = None
-    standing: BallotNumber = BallotNumber()
-    accepted_s: float = 0.0
-    reducing: bool = False
-    reduced: bool = False
-    spans: Mapping[str, SpanFacts] = field(default_factory=_nothing)
-    early: tuple[SpanFacts, ...] = ()
-    fetched: frozenset[str] = frozenset()
-    failed: frozenset[str] = frozenset()
-    completers: Mapping[str, bytes] = field(default_factory=_nothing)
-    help_asked_s: float = NEVER_S
-    helps: int = 0
-    complete: bool = False
-    stage: Stage = "idle"
-    ballot: BallotNumber = BallotNumber()
-    sealed_s: float = 0.0
-    sealed_to: frozenset[str] = frozenset()
-    seals: int = 0
-    replies: Mapping[str, SealReplyFacts] = field(default_factory=_nothing)
-    complaints: Mapping[str, frozenset[str]] = field(default_factory=_nothing)
-    unobtainable: frozenset[str] = frozenset()
-    extensions: int = 0
-    grant: Any = None
-    granted_to: frozenset[str] = frozenset()
-    grant_asked_s: float = NEVER_S
-    grant_asked_for: frozenset[str] = frozenset()
-    waiting_for: str = ""
-
-    @property
-    def leader(self) -> str:
-        """Whom we take for the leader now."""
-        return self.setup.leader(self.term)
-
-    @property
-    def leads(self) -> bool:
-        """Whether that's us."""
-        return self.leader == self.setup.me
-
-    @property
-    def gone(self) -> frozenset[str]:
-        """Those that the round goes on without."""
-        return self.lost | self.dropped
-
-    @property
-    def alive(self) -> tuple[str, ...]:
-        """The roster without those that are gone."""
-        return tuple(peer for peer in self.setup.peers if peer not in self.gone)
-
-    @property
-    def reachable(self) -> frozenset[str]:
-        """Everybody, ourselves included, who may still have completed something: the roster without the lost."""
-        return frozenset(self.setup.peers) - self.lost
-
-    @property
-    def held(self) -> frozenset[str]:
-        """All-gather: peers whose parts somebody else says to hold."""
-        if not self.setup.all_gather:
-            return frozenset()
-        return frozenset().union(*(reply.holds for reply in self.replies.values())) - self.unobtainable
-
-    @property
-    def usable(self) -> tuple[str, ...]:
-        """Whose commits a proposal can include now, sorted; without a quorum, only those for whom the coordinator's grant is."""
-        names = tuple(sorted(peer for peer in self.commits if peer not in self.gone or peer in self.held))
-        if len(names) >= self.setup.quorum or self.grant is None:
-            return names
-        return tuple(peer for peer in names if peer in self.granted_to)
-
-    @property
-    def has_quorum(self) -> bool:
-        """Whether enough of the roster has committed, or the coordinator has let us go on."""
-        return len(self.usable) >= self.setup.quorum or (self.grant is not None and bool(self.usable))
-
-    @property
-    def sealed(self) -> bool:
-        """Whether we promised not to complete what we have accepted, or have nothing accepted."""
-        return self.accepted is None or self.standing < self.promised
-
 
 Outcome = tuple[RoundState, list[Action]]
 
@@ -271,6 +111,10 @@ def _handle(state: RoundState, event: Event, now_s: float) -> Outcome:
             return _on_span_fetched(state, proposal_hash, reducer)
         case FetchFailed():
             return _on_fetch_failed(state, event, now_s)
+        case ReadyArrived():
+            return _on_ready(state, event, now_s)
+        case AdoptionArrived(leader, ballot, reply):
+            return _on_adoption(state, leader, ballot, reply, now_s)
         case Completed(peer, proposal_hash):
             return _on_completed(state, peer, proposal_hash, now_s)
         case PeerLost(peer):
@@ -316,7 +160,7 @@ def _on_commit(state: RoundState, commit: CommitFacts, now_s: float, forwarded: 
 
 
 def _on_proposal(state: RoundState, proposal: ProposalFacts, now_s: float) -> Outcome:
-    problem = _problem(state, proposal)
+    problem = problem_of(state, proposal)
     if problem:
         return state, [Refuse(proposal.leader, problem)]
     if proposal.leader != state.setup.me:
@@ -349,63 +193,11 @@ def _accept(state: RoundState, proposal: ProposalFacts, ballot: BallotNumber, no
     )
     if same:
         return _reduce_if_possible(state)
-    early = (span for span in state.early if _fits(proposal, span))
+    early = (span for span in state.early if fits(proposal, span))
     spans = {span.reducer: span for span in early}
     state = replace(state, accepted=proposal, reducing=False, reduced=False, spans=spans, fetched=frozenset(), failed=frozenset())
     state, actions = _reduce_if_possible(state)
     return state, actions + _fetches(state, spans)
-
-
-def _problem(state: RoundState, proposal: ProposalFacts) -> str:
-    """Why a proposal breaks the rules; empty if it doesn't."""
-    setup = state.setup
-    names = [commit.peer for commit in proposal.commits]
-    members = [member.peer for member in proposal.next_roster]
-    known = [(state.commits[item.peer], item) for item in proposal.commits if _knows(state, item)]
-    checks = (
-        ("wrong_leader", proposal.leader == setup.leader(proposal.ballot.term)),
-        ("bad_ballot", proposal.ballot.term <= state.term + TERMS_AHEAD),
-        ("wrong_base", proposal.base_root == setup.base_root),
-        ("unsorted", names == sorted(set(names)) and members == sorted(set(members))),
-        ("not_in_roster", set(names) <= set(setup.peers)),
-        ("no_quorum", bool(names) and (len(names) >= setup.quorum or proposal.grant)),
-        ("roster_too_large", 0 < len(members) <= setup.max_peers),
-        ("wrong_commit", all(facts.weight == item.weight for facts, item in known)),
-        ("wrong_spans", _spans_are_right(state, proposal)),
-    )
-    return next((reason for reason, fine in checks if not fine), "")
-
-
-def _knows(state: RoundState, item: IncludedCommit) -> bool:
-    """Whether we have the very commit that a proposal names. A peer that signs two gets in with the one that is proposed."""
-    known = state.commits.get(item.peer)
-    return known is not None and known.commit_hash == item.commit_hash
-
-
-def _spans_are_right(state: RoundState, proposal: ProposalFacts) -> bool:
-    """The contributors' spans cover all parts once, in order; and they are the planned ones, as far as we can recompute them."""
-    setup, contributors = state.setup, proposal.contributors
-    table = {item.peer: (item.first_part, item.part_span) for item in proposal.reducers}
-    if not contributors or setup.all_gather:
-        return not table
-    if not all(_knows(state, item) for item in contributors):
-        ends = [0]
-        for first, span in table.values():
-            ends.append(first + span if first == ends[-1] else -1)
-        return ends[-1] == setup.part_count and -1 not in ends and set(table) <= {item.peer for item in contributors}
-    uploads = {item.peer: state.commits[item.peer].upload_bytes_per_s for item in contributors}
-    return table == {peer: span for peer, span in spans_of(setup.part_count, uploads).items() if span[1]}
-
-
-def _fits(proposal: ProposalFacts, span: SpanFacts) -> bool:
-    """Whether a merged span is of this proposal, by the reducer of just these parts."""
-    place = proposal.included(span.reducer)
-    return (
-        span.proposal_hash == proposal.proposal_hash
-        and place is not None
-        and place.part_span > 0
-        and (place.first_part, place.part_span) == (span.first_part, len(span.part_hashes))
-    )
 
 
 # --- sealing --------------------------------------------------------------------------------------------------------------
@@ -462,8 +254,8 @@ def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFac
     if ballot < state.promised or not _may_stand(state, proposal, ballot):
         return state, []
     known, actions = _take_commits(state, reply, now_s)
-    problem = _problem(known, proposal)
-    spans = {span.reducer: span for span in reply.spans if _fits(proposal, span)}
+    problem = problem_of(known, proposal)
+    spans = {span.reducer: span for span in reply.spans if fits(proposal, span)}
     if problem or set(spans) != {commit.peer for commit in proposal.reducers}:
         return state, [Refuse(reply.peer, problem or "incomplete_decision")]
     wanted = {item.peer: item.commit_hash for item in proposal.commits}
@@ -475,6 +267,34 @@ def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFac
         actions += more
     state = replace(state, spans={**spans, **state.spans})
     return state, [*([ForwardDecision(reply)] if asked else []), *actions, *_fetches(state, spans)]
+
+
+def _on_adoption(state: RoundState, leader: str, ballot: BallotNumber, reply: SealReplyFacts, now_s: float) -> Outcome:
+    """A leader found somebody ready for a proposal: it's proposed again, and can be had there."""
+    proposal = reply.accepted
+    if leader != state.setup.leader(ballot.term) or ballot.term > state.term + TERMS_AHEAD:
+        return state, [Refuse(leader, "wrong_leader")]
+    if leader != state.setup.me:
+        state = _saw(state, leader, now_s)
+    if state.complete or ballot < state.promised or proposal is None or not (reply.ready or reply.complete):
+        return state, []
+    other = state.accepted is not None and state.accepted.proposal_hash != proposal.proposal_hash
+    if other and state.standing == ballot:
+        return state, [Refuse(leader, "two_proposals")]
+    known, actions = _take_commits(state, reply, now_s)
+    problem = problem_of(known, proposal)
+    spans = {span.reducer: span for span in reply.spans if fits(proposal, span)}
+    if problem or set(spans) != {commit.peer for commit in proposal.reducers}:
+        return state, [Refuse(leader, problem or "incomplete_decision")]
+    wanted = {item.peer: item.commit_hash for item in proposal.commits}
+    commits = {commit.peer: commit for commit in reply.commits if wanted.get(commit.peer) == commit.commit_hash}
+    ready = {} if reply.peer == state.setup.me else {reply.peer: (reply.standing, proposal.proposal_hash)}
+    state = replace(known, commits={**known.commits, **commits}, readies={**known.readies, **ready})
+    if other or state.standing < ballot or state.accepted is None:
+        state, more = _accept(state, proposal, ballot, now_s)
+        actions += more
+    state = replace(state, spans={**spans, **state.spans})
+    return state, [*actions, *_fetches(state, spans)]
 
 
 def _may_stand(state: RoundState, proposal: ProposalFacts, ballot: BallotNumber) -> bool:
@@ -533,7 +353,7 @@ def _on_span(state: RoundState, span: SpanFacts, now_s: float) -> Outcome:
     state = _saw(state, span.reducer, now_s)
     if state.accepted is None or state.accepted.proposal_hash != span.proposal_hash:
         return replace(state, early=_kept_early(state.early, span)), []
-    if not _fits(state.accepted, span):
+    if not fits(state.accepted, span):
         return state, [Refuse(span.reducer, "wrong_span")]
     known = state.spans.get(span.reducer)
     if known is not None:
@@ -573,6 +393,21 @@ def _on_fetch_failed(state: RoundState, event: FetchFailed, now_s: float) -> Out
     return state, [Complain(state.leader, event.peer, event.reason)]
 
 
+def _on_ready(state: RoundState, event: ReadyArrived, now_s: float) -> Outcome:
+    if event.peer not in state.setup.others:
+        return state, [Refuse(event.peer, "not_in_roster")]
+    state = _saw(state, event.peer, now_s)
+    if state.complete:
+        return state, [SendSealReply(event.peer, state.promised)] if event.again else []
+    known = state.readies.get(event.peer)
+    if known is not None and known[0] == event.ballot and known[1] != event.proposal_hash:
+        return state, [Refuse(event.peer, "two_votes")]
+    if known is None or known[0] < event.ballot:
+        state = replace(state, readies=_with(state.readies, event.peer, (event.ballot, event.proposal_hash)))
+    stuck = state.failed | (state.lost & set(state.spans) - state.fetched)
+    return state, _fetches(state, sorted(stuck))
+
+
 def _on_completed(state: RoundState, peer: str, proposal_hash: bytes, now_s: float) -> Outcome:
     if peer not in state.setup.others:
         return state, []
@@ -595,9 +430,11 @@ def _sources(state: RoundState, span: SpanFacts) -> tuple[str, ...]:
 
 
 def _helpers(state: RoundState) -> tuple[str, ...]:
-    """Who has completed the accepted proposal and can still be reached."""
+    """Who holds all of the accepted proposal and can still be reached."""
     name = state.accepted.proposal_hash if state.accepted is not None else None
-    return tuple(sorted(peer for peer, done in state.completers.items() if done == name and peer not in state.lost))
+    ready = {peer for peer, (_, held) in state.readies.items() if held == name}
+    done = {peer for peer, held in state.completers.items() if held == name}
+    return tuple(sorted((ready | done) - state.lost - {state.setup.me}))
 
 
 def _reduce_if_possible(state: RoundState) -> Outcome:
@@ -608,17 +445,13 @@ def _reduce_if_possible(state: RoundState) -> Outcome:
     mine = proposal.included(state.setup.me)
     if not state.setup.all_gather and (mine is None or not mine.part_span):
         return state, []
-    if _unknown_commits(state, proposal):
+    if unknown_commits(state, proposal):
         return state, []
     holders: tuple[str, ...] = ()
     if state.setup.all_gather:
         helpers = _helpers(state)
         holders = (*helpers, *sorted(state.reachable - set(helpers) - {state.setup.me}))
     return replace(state, reducing=True), [Reduce(proposal, holders)]
-
-
-def _unknown_commits(state: RoundState, proposal: ProposalFacts) -> list[str]:
-    return [item.peer for item in proposal.contributors if not _knows(state, item)]
 
 
 # --- signs of life --------------------------------------------------------------------------------------------------------
@@ -643,8 +476,8 @@ def _on_lost(state: RoundState, peer: str) -> Outcome:
 
 
 def _lose_the_silent(state: RoundState, now_s: float) -> RoundState:
-    """Before the exchange, whoever has left probes unanswered for long enough is taken for lost."""
-    if not state.sealed:
+    """Before the exchange and after it, whoever has left probes unanswered for long enough is taken for lost."""
+    if not state.sealed and not state.gathered:
         return state
     silent = {peer for peer, since in state.asked_s.items() if now_s >= since + state.setup.silence_s}
     return replace(state, lost=state.lost | silent) if silent - state.lost else state
@@ -683,7 +516,7 @@ def _awaited(state: RoundState) -> set[str]:
     if state.stage == "sealing":
         return set(state.reachable - set(state.replies))
     if state.stage == "proposed" and not state.sealed:
-        return _needed(state) | helpers
+        return _needed(state) | helpers | (set(state.setup.others) - state.votes if state.gathered else set())
     return set(state.setup.others)
 
 
@@ -703,7 +536,7 @@ def _try_again(state: RoundState) -> Outcome:
     """Repeat what failed for want of a peer that may be back, and ask for commits that didn't come."""
     if state.accepted is None:
         return state, []
-    missing = _unknown_commits(state, state.accepted)
+    missing = unknown_commits(state, state.accepted)
     mine = state.accepted.included(state.setup.me)
     merges = state.setup.all_gather or (mine is not None and mine.part_span > 0)
     asks: list[Action] = []
@@ -723,7 +556,8 @@ def _ask_for_help(state: RoundState, now_s: float) -> Outcome:
     completers = sorted(peer for peer in state.completers if peer not in state.lost)
     wait_s = HELP_EVERY_S if completers else state.setup.silence_s
     asked = completers or ([] if state.leads else [state.leader])
-    if not asked or now_s < state.help_asked_s + wait_s or not _is_stuck(state, now_s):
+    since_s = max(state.help_asked_s, state.arrived_s.get(state.setup.me, state.started_s))
+    if not asked or now_s < since_s + wait_s or not _is_stuck(state, now_s):
         return state, []
     chosen = asked[state.helps % len(asked)]
     return replace(state, help_asked_s=now_s, helps=state.helps + 1), [Complain(chosen, state.leader, "left_behind")]
@@ -733,6 +567,8 @@ def _is_stuck(state: RoundState, now_s: float) -> bool:
     """Whether something that we need isn't on its way: the proposal, a span that never came, or one that can't be had."""
     if state.sealed or state.accepted is None:
         return True
+    if state.gathered:
+        return False
     unknown = {item.peer for item in state.accepted.reducers if item.peer not in state.spans}
     if unknown & state.lost or state.failed:
         return True
@@ -748,7 +584,7 @@ def _advance(state: RoundState, now_s: float) -> Outcome:
     state = _lose_the_silent(state, now_s)
     if state.quorum_s is None and state.has_quorum:
         state = replace(state, quorum_s=now_s)
-    for rule in (_complete_if_done, _follow_leader, _lead, _look_around):
+    for rule in (_become_ready, _complete_if_chosen, _follow_leader, _lead, _look_around):
         if state.complete:
             break
         state, more = rule(state, now_s)
@@ -756,13 +592,25 @@ def _advance(state: RoundState, now_s: float) -> Outcome:
     return state, actions
 
 
-def _complete_if_done(state: RoundState, now_s: float) -> Outcome:
+def _become_ready(state: RoundState, now_s: float) -> Outcome:
+    """Say once that everything is here, and again while a quorum that is ready is waited for."""
     proposal = state.accepted
-    if proposal is None or state.sealed:
+    if proposal is None or state.sealed or not state.gathered:
         return state, []
-    reducers = {commit.peer for commit in proposal.reducers}
-    gathered = not state.setup.all_gather or state.reduced or not proposal.contributors
-    if not gathered or not reducers <= state.fetched:
+    mine = (state.standing, proposal.proposal_hash)
+    again = state.readies.get(state.setup.me) == mine
+    if again and now_s < state.ready_sent_s + HELP_EVERY_S:
+        return state, []
+    state = replace(state, readies=_with(state.readies, state.setup.me, mine), ready_sent_s=now_s)
+    return state, [SendReady(*mine, again)]
+
+
+def _complete_if_chosen(state: RoundState, now_s: float) -> Outcome:
+    """A proposal for which a quorum is ready, or that somebody completed, is the round's; our promises don't change that."""
+    proposal = state.accepted
+    if proposal is None or not state.gathered:
+        return state, []
+    if len(state.votes) < state.votes_needed and proposal.proposal_hash not in state.completers.values():
         return state, []
     return replace(state, complete=True, waiting_for=""), [Complete(proposal)]
 
@@ -870,7 +718,27 @@ def _finish_sealing(state: RoundState, now_s: float) -> Outcome:
         return _send_seal(state, now_s, "peer_back") if missing - state.sealed_to else (state, [])
     if len(promised) < state.setup.quorum and state.grant is None:
         return _ask_for_grant(state, promised, now_s)
+    if state.gathered or any(reply.ready for reply in state.replies.values()):
+        return _adopt(state, now_s)
     return _propose_if_due(replace(state, stage="collecting"), now_s)
+
+
+def _adopt(state: RoundState, now_s: float) -> Outcome:
+    """Propose again what was ready at the highest ballot among those that have promised, ourselves included."""
+    ready = [reply for reply in state.replies.values() if reply.ready and reply.accepted is not None]
+    best = max(ready, key=lambda reply: (reply.standing, reply.peer), default=None)
+    mine = state.accepted if state.gathered else None
+    if mine is not None and (best is None or state.standing >= best.standing):
+        action = Adopt(state.ballot, None)
+        state, more = _accept(state, mine, state.ballot, now_s)
+        return replace(state, sealed_s=now_s), [action, *more]
+    if best is None:
+        return state, []
+    before = state
+    state, more = _on_adoption(state, state.setup.me, state.ballot, best, now_s)
+    if state.standing != state.ballot:
+        return replace(before, replies={peer: reply for peer, reply in before.replies.items() if reply is not best}), more
+    return replace(state, sealed_s=now_s), [Adopt(state.ballot, best), *more]
 
 
 def _ask_for_grant(state: RoundState, present: frozenset[str], now_s: float) -> Outcome:
@@ -943,6 +811,8 @@ def _amend_if_needed(state: RoundState, now_s: float) -> Outcome:
         return (
             _seal(state, now_s, "proposal_lost") if now_s >= state.sealed_s + _doubled(state, state.setup.seal_s) else (state, [])
         )
+    if state.gathered and len(state.votes | set(state.alive)) < state.votes_needed:
+        return _seal(state, now_s, "no_quorum")
     late = now_s >= state.accepted_s + _doubled(state, state.setup.exchange_s) * (1 + state.extensions)
     if late:
         state = _give_up_on_the_late(state, now_s)

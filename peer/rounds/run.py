@@ -23,8 +23,10 @@ from peer.rounds import machine
 from peer.rounds.exchange import Exchange
 from peer.rounds.planning import roster_hash
 from peer.rounds.post import Post
+from peer.rounds.state import RoundSetup, RoundState
 from peer.rounds.values import (
     Action,
+    Adopt,
     BallotNumber,
     CommitFacts,
     Complain,
@@ -45,7 +47,9 @@ from peer.rounds.values import (
     Refuse,
     RequestGrant,
     ResendProposal,
+    SealReplyFacts,
     SendCommit,
+    SendReady,
     SendSeal,
     SendSealReply,
     SpanFacts,
@@ -62,12 +66,14 @@ from swarm.merkle import root_of
 from swarm.messages import parse, seal
 from swarm.rpc.v1.peer_pb2 import AnnouncedProposal, Delivery
 from swarm.rpc.v1.signed_pb2 import (
+    Adoption,
     AnnouncedCommit,
     Ballot,
     Commit,
     Complaint,
     Grant,
     MergedSpan,
+    Ready,
     Seal,
     SealReply,
     Signed,
@@ -116,7 +122,7 @@ class Services:
     pool: ThreadPoolExecutor
     observer: Observer
     clock: Clock
-    ask_grant: Callable[[machine.RoundSetup, tuple[str, ...]], Awaitable[Signed | None]]
+    ask_grant: Callable[[RoundSetup, tuple[str, ...]], Awaitable[Signed | None]]
     faults: Faults
 
 
@@ -125,9 +131,9 @@ class RoundRun:
     """A round in progress, and afterwards its record: it goes on answering for the round until the next one is done."""
 
     services: Services
-    setup: machine.RoundSetup
+    setup: RoundSetup
     is_leaving: Callable[[], bool]
-    state: machine.RoundState = field(init=False)
+    state: RoundState = field(init=False)
     exchange: Exchange = field(init=False)
     commit: Signed | None = None
     leaving: bool = False
@@ -235,6 +241,17 @@ class RoundRun:
                 self._to_roster(Delivery(seal=seal(self.services.identity, message)))
             case SendSealReply(to, ballot):
                 self.services.post.send([to], Delivery(seal_reply=seal(self.services.identity, self._seal_reply(ballot))))
+            case SendReady(ballot, proposal_hash, again):
+                ready = Ready(
+                    run_id=self.setup.run_id,
+                    round=self.round_index,
+                    ballot=_ballot(ballot),
+                    proposal_hash=proposal_hash,
+                    again=again,
+                )
+                self._to_roster(Delivery(ready=seal(self.services.identity, ready)))
+            case Adopt(ballot, reply):
+                self._adopt(ballot, reply)
             case ForwardDecision(reply):
                 self._to_roster(Delivery(seal_reply=reply.signed))
             case Reduce(proposal):
@@ -301,18 +318,26 @@ class RoundRun:
         announced = AnnouncedProposal(proposal=proposal.signed, commits=commits)
         self.services.post.send([to], Delivery(proposal=announced))
 
+    def _adopt(self, ballot: BallotNumber, reply: SealReplyFacts | None) -> None:
+        log.info("proposal_adopted", round=self.round_index, term=ballot.term, amendment=ballot.amendment)
+        ours = seal(self.services.identity, self._seal_reply(ballot)) if reply is None else reply.signed
+        message = Adoption(run_id=self.setup.run_id, round=self.round_index, ballot=_ballot(ballot), reply=ours)
+        self._to_roster(Delivery(adoption=seal(self.services.identity, message)))
+
     def _seal_reply(self, ballot: BallotNumber) -> SealReply:
         state = self.state
         holds = [peer for peer, commit in state.commits.items() if self._holds(commit)] if self.setup.all_gather else []
-        complete = state.complete
+        ready = state.complete or state.gathered
         return SealReply(
             run_id=self.setup.run_id,
             round=self.round_index,
             ballot=_ballot(ballot),
             accepted=state.accepted.signed if state.accepted is not None else None,
-            complete=complete,
+            complete=state.complete,
+            ready=ready,
+            standing=_ballot(state.standing),
             commits=[commit.signed for commit in state.commits.values()],
-            spans=[span.signed for span in state.spans.values() if span.signed is not None] if complete else [],
+            spans=[span.signed for span in state.spans.values() if span.signed is not None] if ready else [],
             holds=holds,
         )
 

@@ -92,7 +92,7 @@ class SpanFacts:
 
 @dataclass(frozen=True)
 class SealReplyFacts:
-    """A peer's promise and what it has."""
+    """A peer's promise and what it has: the accepted proposal, at which ballot it stands, and whether all of it is here."""
 
     peer: str
     ballot: BallotNumber
@@ -101,6 +101,8 @@ class SealReplyFacts:
     commits: tuple[CommitFacts, ...] = ()
     spans: tuple[SpanFacts, ...] = ()
     holds: frozenset[str] = frozenset()
+    ready: bool = False
+    standing: BallotNumber = BallotNumber()
     signed: Any = field(default=None, compare=False, repr=False)
 
 
@@ -194,6 +196,25 @@ class FetchFailed:
 
 
 @dataclass(frozen=True)
+class ReadyArrived:
+    """A peer holds every merged part of the proposal that stands at this ballot; `again` = it still waits for others."""
+
+    peer: str
+    ballot: BallotNumber
+    proposal_hash: bytes
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class AdoptionArrived:
+    """A leader proposes once more, at its own ballot, what a peer was ready for when it was sealed."""
+
+    leader: str
+    ballot: BallotNumber
+    reply: SealReplyFacts
+
+
+@dataclass(frozen=True)
 class Completed:
     """A peer's signed result names the proposal that it completed."""
 
@@ -240,6 +261,8 @@ Event = (
     | SpanArrived
     | SpanFetched
     | FetchFailed
+    | ReadyArrived
+    | AdoptionArrived
     | Completed
     | PeerLost
     | PeerAlive
@@ -296,6 +319,23 @@ class ForwardDecision:
     """Show the roster a peer's proof that its proposal is complete."""
 
     reply: SealReplyFacts
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Sign that this reply's proposal is proposed again at our ballot, and send it to the roster; None = our own state's."""
+
+    ballot: BallotNumber
+    reply: SealReplyFacts | None
+
+
+@dataclass(frozen=True)
+class SendReady:
+    """Tell the roster that every merged part of the accepted proposal is here."""
+
+    ballot: BallotNumber
+    proposal_hash: bytes
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -362,6 +402,8 @@ Action = (
     | SendSeal
     | SendSealReply
     | ForwardDecision
+    | Adopt
+    | SendReady
     | Reduce
     | FetchSpan
     | Complain

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peer.rounds.values import (
+    AdoptionArrived,
     BallotNumber,
     CommitFacts,
     IncludedCommit,
     ProposalFacts,
+    ReadyArrived,
     RosterMember,
     SealReplyFacts,
     SpanFacts,
@@ -24,6 +26,7 @@ from swarm.manifest import DiLoCo, Manifest, Sync
 from swarm.merkle import HASH_BYTES, root_of
 from swarm.messages import open_signed, payload_hash, split_hashes
 from swarm.rpc.v1.signed_pb2 import (
+    Adoption,
     AnnouncedCommit,
     Ballot,
     Commit,
@@ -33,6 +36,7 @@ from swarm.rpc.v1.signed_pb2 import (
     Member,
     MergedSpan,
     Proposal,
+    Ready,
     Result,
     Seal,
     SealReply,
@@ -171,9 +175,11 @@ class Checker:
         _require((("wrong_round", all(item[0] == reply.round for item in [*commits, *spans])),), signed.signer)
         facts = SealReplyFacts(
             peer=signed.signer,
-            ballot=BallotNumber(reply.ballot.term, reply.ballot.amendment),
+            ballot=_ballot(reply.ballot, signed.signer),
             accepted=accepted,
             complete=reply.complete,
+            ready=reply.ready,
+            standing=_ballot(reply.standing, signed.signer),
             commits=tuple(item[2] for item in commits),
             spans=tuple(item[1] for item in spans),
             holds=frozenset(reply.holds),
@@ -185,8 +191,22 @@ class Checker:
         """Round and ballot of a seal. Raises `Rejected`."""
         seal = open_signed(signed, Seal, run_id=self.run_id)
         self._admitted(signed.signer)
-        _require((("bad_ballot", seal.ballot.term < MAX_TERM and seal.ballot.amendment < MAX_TERM),), signed.signer)
-        return seal.round, BallotNumber(seal.ballot.term, seal.ballot.amendment)
+        return seal.round, _ballot(seal.ballot, signed.signer)
+
+    def ready(self, signed: Signed) -> tuple[int, ReadyArrived]:
+        """Round and event of a peer that holds everything. Raises `Rejected`."""
+        ready = open_signed(signed, Ready, run_id=self.run_id)
+        self._admitted(signed.signer)
+        ballot = _ballot(ready.ballot, signed.signer)
+        return ready.round, ReadyArrived(signed.signer, ballot, ready.proposal_hash, ready.again)
+
+    def adoption(self, signed: Signed) -> tuple[int, AdoptionArrived]:
+        """Round and event of a proposal that is made again, everything inside it checked too. Raises `Rejected`."""
+        adoption = open_signed(signed, Adoption, run_id=self.run_id)
+        self._admitted(signed.signer)
+        round_index, reply = self.seal_reply(adoption.reply)
+        _require((("wrong_round", round_index == adoption.round),), signed.signer)
+        return round_index, AdoptionArrived(signed.signer, _ballot(adoption.ballot, signed.signer), reply)
 
     def complaint(self, signed: Signed) -> tuple[int, str, str]:
         """Round, subject and reason of a complaint, cut to length. Raises `Rejected`."""
@@ -255,6 +275,11 @@ def build_proposal(
         roster_hash=roster,
         admissions=list(admissions),
     )
+
+
+def _ballot(ballot: Ballot, sender: str) -> BallotNumber:
+    _require((("bad_ballot", ballot.term < MAX_TERM and ballot.amendment < MAX_TERM),), sender)
+    return BallotNumber(ballot.term, ballot.amendment)
 
 
 def _is_peer_id(name: str) -> bool:

@@ -370,7 +370,7 @@ Global___Result: _TypeAlias = Result  # noqa: Y015
 
 @_typing.final
 class Seal(_message.Message):
-    """Asks the roster to stop completing lower ballots of the round, so that a higher one can be proposed safely."""
+    """Asks the roster not to become ready at lower ballots of the round, so that a higher one can be proposed safely."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -402,7 +402,7 @@ Global___Seal: _TypeAlias = Seal  # noqa: Y015
 
 @_typing.final
 class SealReply(_message.Message):
-    """The promise not to complete a ballot below the seal's, and what the peer has."""
+    """The promise not to become ready at a ballot below the seal's, and what the peer has."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -414,10 +414,14 @@ class SealReply(_message.Message):
     COMMITS_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     complete: _builtins.bool
     """Whether the peer holds every merged part of that proposal."""
+    ready: _builtins.bool
+    """Whether every merged part of the accepted proposal is here, and the ballot at which that proposal stands."""
     @_builtins.property
     def ballot(self) -> Global___Ballot: ...
     @_builtins.property
@@ -430,12 +434,14 @@ class SealReply(_message.Message):
 
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]:
-        """When complete: the merged spans of the accepted proposal, so that others can fetch them here."""
+        """When complete or ready: the merged spans of the accepted proposal, so that others can fetch them here."""
 
     @_builtins.property
     def holds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Peers whose parts the replier holds in full."""
 
+    @_builtins.property
+    def standing(self) -> Global___Ballot: ...
     def __init__(
         self,
         *,
@@ -447,14 +453,85 @@ class SealReply(_message.Message):
         commits: _abc.Iterable[Global___AnnouncedCommit] | None = ...,
         spans: _abc.Iterable[Global___Signed] | None = ...,
         holds: _abc.Iterable[_builtins.str] | None = ...,
+        ready: _builtins.bool = ...,
+        standing: Global___Ballot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ballot", b"ballot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ballot", b"ballot", "standing", b"standing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ballot", b"ballot", "commits", b"commits", "complete", b"complete", "holds", b"holds", "round", b"round", "run_id", b"run_id", "spans", b"spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ballot", b"ballot", "commits", b"commits", "complete", b"complete", "holds", b"holds", "ready", b"ready", "round", b"round", "run_id", b"run_id", "spans", b"spans", "standing", b"standing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SealReply: _TypeAlias = SealReply  # noqa: Y015
+
+@_typing.final
+class Ready(_message.Message):
+    """The sender holds every merged part of the proposal that stands at this ballot. A quorum of these completes the round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    BALLOT_FIELD_NUMBER: _builtins.int
+    PROPOSAL_HASH_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    round: _builtins.int
+    proposal_hash: _builtins.bytes
+    again: _builtins.bool
+    """Sent before; the sender still waits for a quorum."""
+    @_builtins.property
+    def ballot(self) -> Global___Ballot: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        ballot: Global___Ballot | None = ...,
+        proposal_hash: _builtins.bytes = ...,
+        again: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ballot", b"ballot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "ballot", b"ballot", "proposal_hash", b"proposal_hash", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ready: _TypeAlias = Ready  # noqa: Y015
+
+@_typing.final
+class Adoption(_message.Message):
+    """A leader proposes once more, at its own ballot, what a peer was ready for when it was sealed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    BALLOT_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    round: _builtins.int
+    @_builtins.property
+    def ballot(self) -> Global___Ballot: ...
+    @_builtins.property
+    def reply(self) -> Global___Signed:
+        """That peer's SealReply."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        ballot: Global___Ballot | None = ...,
+        reply: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ballot", b"ballot", "reply", b"reply"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ballot", b"ballot", "reply", b"reply", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adoption: _TypeAlias = Adoption  # noqa: Y015
 
 @_typing.final
 class Complaint(_message.Message):

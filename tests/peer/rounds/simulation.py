@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peer.rounds import machine
-from peer.rounds.machine import RoundSetup, RoundState
+from peer.rounds.state import RoundSetup, RoundState
 from peer.rounds.values import (
     Action,
+    Adopt,
+    AdoptionArrived,
     BallotNumber,
     CommitArrived,
     CommitFacts,
@@ -37,6 +39,7 @@ from peer.rounds.values import (
     ProposalArrived,
     ProposalFacts,
     Propose,
+    ReadyArrived,
     Reduce,
     Reduced,
     Refuse,
@@ -47,6 +50,7 @@ from peer.rounds.values import (
     SealReplyArrived,
     SealReplyFacts,
     SendCommit,
+    SendReady,
     SendSeal,
     SendSealReply,
     SpanArrived,
@@ -328,6 +332,10 @@ class World:
                 self.send(me, others, SealArrived(me, ballot))
             case SendSealReply(to, ballot):
                 self.send(me, [to], SealReplyArrived(self._seal_reply(member, ballot)))
+            case SendReady(ballot, proposal_hash, again):
+                self.send(me, others, ReadyArrived(me, ballot, proposal_hash, again))
+            case Adopt(ballot, reply):
+                self.send(me, others, AdoptionArrived(me, ballot, reply or self._seal_reply(member, ballot)))
             case ForwardDecision(reply):
                 self.send(me, others, SealReplyArrived(reply))
             case Reduce():
@@ -370,7 +378,8 @@ class World:
 
     def _seal_reply(self, member: Member, ballot: BallotNumber) -> SealReplyFacts:
         state = member.state
-        spans = tuple(span for span in state.spans.values() if span.signed is not None) if state.complete else ()
+        ready = state.complete or state.gathered
+        spans = tuple(span for span in state.spans.values() if span.signed is not None) if ready else ()
         holds = [peer for peer, commit in state.commits.items() if commit.weight and commit.commit_hash in member.holds]
         return SealReplyFacts(
             member.name,
@@ -380,6 +389,8 @@ class World:
             tuple(state.commits.values()),
             spans,
             frozenset(holds if state.setup.all_gather else ()),
+            ready,
+            state.standing,
         )
 
     def _serves(self, source: str, to: str) -> str:

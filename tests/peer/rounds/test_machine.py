@@ -11,9 +11,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from peer.rounds import machine
-from peer.rounds.planning import leader_of, quorum_of
+from peer.rounds.checks import problem_of
+from peer.rounds.planning import leader_of, quorum_of, spans_of
+from peer.rounds.state import RoundSetup, RoundState
 from peer.rounds.values import (
     Action,
+    Adopt,
+    AdoptionArrived,
     BallotNumber,
     CommitArrived,
     Complain,
@@ -32,12 +36,14 @@ from peer.rounds.values import (
     ProposalArrived,
     ProposalFacts,
     Propose,
+    ReadyArrived,
     Reduced,
     Refuse,
     RosterMember,
     SealArrived,
     SealReplyArrived,
     SealReplyFacts,
+    SendReady,
     SendSeal,
     SendSealReply,
     SpanArrived,
@@ -80,7 +86,10 @@ def check_action(world: World, member: Member, action: Action) -> None:
     state, setup = member.state, member.state.setup
     assert setup.me not in state.gone
     if isinstance(action, Complete):
-        assert state.standing >= state.promised
+        assert state.gathered
+    if isinstance(action, SendReady):
+        assert state.gathered
+        assert action.ballot == state.standing
     if isinstance(action, Propose):
         included = [item.peer for item in action.commits]
         invited = [item.peer for item in action.next_roster]
@@ -164,13 +173,18 @@ def test_crashes_leave_the_survivors_with_one_proposal(world: World) -> None:
 
 @given(worlds(("kill", "stop", "cut")))
 @settings(max_examples=120, deadline=None)
-def test_only_those_cut_off_can_end_differently(world: World) -> None:
-    """With partitions and stopped peers too, all complete once these end; those never cut off agree, as does any quorum."""
+def test_nobody_ends_differently_without_a_grant(world: World) -> None:
+    """With partitions and stopped peers too, all complete the same proposal once these end.
+
+    Only where the coordinator let a minority go on can the others have completed another one, unheard.
+    """
     world.run(BOUND_S)
     assume(world.granted is None or any(world.members[peer].alive for peer in world.granted))
     finished(world)
     untouched = [member for member in world.living() if not member.harmed]
-    if untouched:
+    if world.granted is None:
+        only_proposal([member for member in world.members.values() if member.done is not None])
+    elif untouched:
         only_proposal(untouched)
     votes = Counter(member.done.proposal_hash for member in world.members.values() if member.done is not None)
     assert sum(count >= quorum_of(len(world.peers)) for count in votes.values()) <= 1
@@ -245,7 +259,7 @@ def proposals(draw: st.DrawFn) -> ProposalFacts:
     honest = draw(st.booleans())
     if honest:
         chosen = sorted(draw(st.sets(st.sampled_from(PEERS), min_size=3)))
-        spans = machine.spans_of(7, dict.fromkeys(chosen, 0))
+        spans = spans_of(7, dict.fromkeys(chosen, 0))
         included = tuple(IncludedCommit(peer, commit_of(peer).commit_hash, 10, *spans[peer]) for peer in chosen)
         roster = tuple(RosterMember(peer, 10) for peer in PEERS)
         return proposal_of(ballot, leader_of(RUN_ID, 3, PEERS, ballot.term), included, roster)
@@ -273,6 +287,8 @@ replies = st.builds(
     st.lists(commits, max_size=3).map(tuple),
     st.lists(spans(), max_size=4).map(tuple),
     st.frozensets(anybody, max_size=3),
+    st.booleans(),
+    ballots,
 )
 reasons = st.sampled_from(["unreachable", "silent", "missing_commit", "leader_silent", "left_behind", "bad_part", ""])
 foreign_events = st.one_of(
@@ -281,6 +297,8 @@ foreign_events = st.one_of(
     st.builds(ProposalArrived, proposals()),
     st.builds(SealArrived, anybody, ballots),
     st.builds(SealReplyArrived, replies),
+    st.builds(AdoptionArrived, anybody, ballots, replies),
+    st.builds(ReadyArrived, anybody, ballots, names_of_proposals, st.booleans()),
     st.builds(ComplaintArrived, anybody, anybody, reasons),
     st.builds(SpanArrived, spans()),
     st.builds(Completed, anybody, names_of_proposals),
@@ -316,8 +334,8 @@ def test_no_sequence_of_events_breaks_the_machine(history: list[tuple[Event, flo
         assert not (before.complete and (not state.complete or state.accepted is not before.accepted))
         for action in actions:
             if isinstance(action, Complete):
-                assert state.standing >= state.promised
-                assert machine._problem(replace(state, term=action.proposal.ballot.term), action.proposal) == ""
+                assert state.gathered
+                assert problem_of(replace(state, term=action.proposal.ballot.term), action.proposal) == ""
             if isinstance(action, Propose):
                 assert {item.peer for item in action.commits} <= set(PEERS)
                 assert 0 < len(action.next_roster) <= 5
@@ -437,14 +455,14 @@ def test_a_reducer_dies_after_one_peer_got_its_span() -> None:
     assert proposal.ballot == BallotNumber() or proposal.included(victim) is None
 
 
-def test_the_only_one_who_completed_is_heard_by_the_next_leader() -> None:
-    """The leader and a reducer die when one peer alone has every part: its proposal stands, and all fetch the parts from it."""
+def test_the_only_one_who_is_ready_is_heard_by_the_next_leader() -> None:
+    """The leader and a reducer die when one peer alone has every part: its proposal is adopted, and all fetch them from it."""
     count, survivor = 5, leader(5, 2)
     victims = {leader(count, 0), leader(count, 3)}
 
     def strike(world: World, member: Member, action: Action) -> None:
         check_action(world, member, action)
-        if isinstance(action, Complete) and member.name == survivor:
+        if isinstance(action, SendReady) and member.name == survivor:
             for victim in victims:
                 world.kill(victim)
 
@@ -491,8 +509,8 @@ def test_a_promise_outlives_the_last_missing_part() -> None:
     assert not state.complete
 
 
-def test_a_forwarded_decision_keeps_later_promises() -> None:
-    """A peer that takes over a completed proposal, but hasn't its parts yet, still can promise another leader to let it go."""
+def test_a_completed_proposal_stands_whatever_is_promised_later() -> None:
+    """A peer that hears of a completed proposal promises another leader nothing that matters: it completes it too."""
     peers = names(5)
     me = leader(5, 3)
     proposal = planned(peers, BallotNumber())
@@ -503,8 +521,9 @@ def test_a_forwarded_decision_keeps_later_promises() -> None:
     state, actions = machine.step(state, SealArrived(leader(5, 2), BallotNumber(2, 0)), 1.2)
     assert SendSealReply(leader(5, 2), BallotNumber(2, 0)) in actions
     for item in proposal.reducers:
-        state, _ = machine.step(state, SpanFetched(proposal.proposal_hash, item.peer), 1.3)
-    assert not state.complete
+        state, actions = machine.step(state, SpanFetched(proposal.proposal_hash, item.peer), 1.3)
+    assert state.complete
+    assert not any(isinstance(action, SendReady) for action in actions)
 
 
 def test_a_decision_below_a_promise_takes_the_leader_who_asked() -> None:
@@ -577,6 +596,92 @@ def test_a_made_up_decision_is_refused(changes: dict[str, Any], reason: str) -> 
     assert state.accepted is None
 
 
+def holding_everything(peers: tuple[str, ...], me: str) -> tuple[RoundState, ProposalFacts]:
+    """A peer that holds every merged part of the first leader's proposal, and has said so."""
+    state, proposal = exchanging(peers, me)
+    for item in proposal.reducers:
+        state, _ = machine.step(state, SpanArrived(span_of(proposal, item.peer)), 1.1)
+        state, _ = machine.step(state, Reduced(span_of(proposal, me)), 1.1)
+        state, actions = machine.step(state, SpanFetched(proposal.proposal_hash, item.peer), 1.2)
+    assert SendReady(BallotNumber(), proposal.proposal_hash) in actions
+    return state, proposal
+
+
+def test_a_quorum_that_is_ready_completes_the_round() -> None:
+    """Holding everything isn't enough: a peer completes with the quorum's last vote, and votes for other ballots don't add up."""
+    peers = names(5)
+    me = leader(5, 4)
+    state, proposal = holding_everything(peers, me)
+    first, second, third = (peer for peer in state.setup.others if peer != leader(5))
+    state, _ = machine.step(state, ReadyArrived(first, BallotNumber(), proposal.proposal_hash), 1.3)
+    state, _ = machine.step(state, ReadyArrived(second, BallotNumber(1), proposal.proposal_hash), 1.3)
+    assert not state.complete
+    state, actions = machine.step(state, ReadyArrived(third, BallotNumber(), proposal.proposal_hash), 1.4)
+    assert state.complete
+    assert Complete(proposal) in actions
+
+
+def test_a_vote_that_got_lost_is_cast_again() -> None:
+    """While it waits for a quorum, a peer repeats that it is ready; whoever has completed answers with the proof."""
+    state, proposal = holding_everything(names(5), leader(5, 4))
+    state, actions = machine.step(state, Tick(), 3.0)
+    assert SendReady(BallotNumber(), proposal.proposal_hash, again=True) in actions
+    for peer in state.setup.others[:2]:
+        state, _ = machine.step(state, ReadyArrived(peer, BallotNumber(), proposal.proposal_hash), 3.1)
+    late = state.setup.others[3]
+    _, once = machine.step(state, ReadyArrived(late, BallotNumber(), proposal.proposal_hash), 3.2)
+    _, again = machine.step(state, ReadyArrived(late, BallotNumber(), proposal.proposal_hash, again=True), 3.2)
+    assert state.complete
+    assert not once
+    assert again == [SendSealReply(late, state.promised)]
+
+
+def test_a_peer_that_was_frozen_doesnt_complete_what_the_others_replaced() -> None:
+    """A leader that has everything, and sleeps while it is replaced, completes what the others did, not its own proposal."""
+    count, sleeper = 5, leader(5)
+
+    def strike(world: World, member: Member, action: Action) -> None:
+        check_action(world, member, action)
+        if isinstance(action, SendReady) and member.name == sleeper and not member.harmed:
+            world.stop(sleeper)
+            world.at(world.now_s + 12.0, lambda: world.resume(sleeper))
+
+    world = World(count, hook=strike)
+    fetch = world._fetch
+
+    def slowly(member: Member, span: SpanFacts, sources: list[str], epoch: int, reason: str) -> None:
+        if member.name == sleeper or world.members[sleeper].stopped:
+            fetch(member, span, sources, epoch, reason)
+        else:
+            world.at(world.now_s + 0.01, lambda: slowly(member, span, sources, epoch, reason))
+
+    world._fetch = slowly  # type: ignore[method-assign]
+    world.run(BOUND_S)
+    assert only_proposal(finished(world)).leader != sleeper
+
+
+def test_an_adoption_replaces_what_was_accepted() -> None:
+    """A leader's adoption of a ready proposal is taken like a proposal of its ballot; a second one of that ballot is refused."""
+    peers = names(5)
+    me = leader(5, 3)
+    proposal = planned(peers, BallotNumber())
+    state = with_commits(setup_of(me, peers))
+    ballot = BallotNumber(1)
+    reply = replace(decision(proposal, leader(5, 4), ballot), complete=False, ready=True)
+    state, actions = machine.step(state, AdoptionArrived(leader(5, 2), ballot, reply), 1.0)
+    assert Refuse(leader(5, 2), "wrong_leader") in actions
+    state, actions = machine.step(state, AdoptionArrived(leader(5, 1), ballot, reply), 1.1)
+    assert state.accepted == proposal
+    assert state.standing == ballot
+    assert any(isinstance(action, FetchSpan) and leader(5, 4) in action.sources for action in actions)
+    other = planned(peers, BallotNumber(0, 1))
+    state, actions = machine.step(state, AdoptionArrived(leader(5, 1), ballot, replace(reply, accepted=other)), 1.2)
+    assert Refuse(leader(5, 1), "two_proposals") in actions
+    assert state.accepted == proposal
+    _, actions = machine.step(state, AdoptionArrived(leader(5, 1), ballot, replace(reply, ready=False)), 1.3)
+    assert not any(isinstance(action, Adopt) for action in actions)
+
+
 def test_a_late_span_doesnt_spoil_what_a_completed_peer_serves() -> None:
     """After completing, the merged spans of that proposal are kept as proof, whatever else the reducers publish."""
     state, proposal = exchanging(names(3))
@@ -584,6 +689,8 @@ def test_a_late_span_doesnt_spoil_what_a_completed_peer_serves() -> None:
         state, _ = machine.step(state, SpanArrived(span_of(proposal, item.peer)), 1.1)
         state, _ = machine.step(state, Reduced(span_of(proposal, state.setup.me)), 1.1)
         state, _ = machine.step(state, SpanFetched(proposal.proposal_hash, item.peer), 1.2)
+    assert not state.complete
+    state, _ = machine.step(state, ReadyArrived(state.setup.others[0], BallotNumber(), proposal.proposal_hash), 1.3)
     assert state.complete
     before = state.spans
     other = planned(names(3), BallotNumber(1, 0))
@@ -1048,7 +1155,7 @@ def test_a_peer_that_lacks_a_commit_asks_the_leader_for_it() -> None:
 # --- helpers --------------------------------------------------------------------------------------------------------------
 
 
-def with_commits(setup: machine.RoundSetup) -> machine.RoundState:
+def with_commits(setup: RoundSetup) -> RoundState:
     """The state of a peer that holds everybody's commit, just before the leader's proposal comes."""
     state = machine.begin(setup, 0.0)
     for peer in setup.peers:
@@ -1060,7 +1167,7 @@ def planned(
     peers: tuple[str, ...], ballot: BallotNumber, changed: dict[str, Any] | None = None, quota: int = 10
 ) -> ProposalFacts:
     """What an honest leader proposes when all have committed."""
-    table = machine.spans_of(7, dict.fromkeys(peers, 0))
+    table = spans_of(7, dict.fromkeys(peers, 0))
     facts = {peer: (changed or {}).get(peer, commit_of(peer)) for peer in peers}
     included = tuple(IncludedCommit(peer, facts[peer].commit_hash, facts[peer].weight, *table[peer]) for peer in peers)
     name = leader(len(peers), ballot.term)
@@ -1079,7 +1186,7 @@ def decision(proposal: ProposalFacts, peer: str, ballot: BallotNumber) -> SealRe
     return SealReplyFacts(peer, ballot, proposal, True, facts, tuple(span_of(proposal, item.peer) for item in proposal.reducers))
 
 
-def exchanging(peers: tuple[str, ...], me: str = "") -> tuple[machine.RoundState, ProposalFacts]:
+def exchanging(peers: tuple[str, ...], me: str = "") -> tuple[RoundState, ProposalFacts]:
     """A peer (by default the next leader) that has accepted the first proposal."""
     state = with_commits(setup_of(me or leader(len(peers), 1), peers))
     proposal = planned(peers, BallotNumber())
