@@ -25,7 +25,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from peer.admissions import Admissions
 from peer.checkpoints import Checkpoints
-from peer.codec import make_codec
 from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
 from peer.data import ShardReader
@@ -45,6 +44,7 @@ from peer.reports import Outbox, Reporter
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
 from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
+from peer.rounds.residuals import Residuals, save_quietly
 from peer.rounds.run import Services
 from peer.rounds.snapshots import Snapshots
 from peer.rounds.training import TrainingThread
@@ -279,12 +279,13 @@ class Daemon:
         self._stack.callback(pool.shutdown)
         node.on_rejected = self.status.refused
         admissions = Admissions(run.run_id, run.coordinator)
-        codec = make_codec(manifest.codec, manifest.model.parameters)
         layout = Layout.of(manifest)
         snapshots, materials = Snapshots(), Materials(options.directory / FILES, options.files)
         store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
         store.provide(snapshots.lookup)
         store.provide(materials.lookup)
+        residuals = Residuals(options.directory, run.run_id.hex())
+        store.provide(residuals.lookup)
 
         def token() -> Any:
             return admissions.token(self.identity.peer_id)
@@ -299,7 +300,7 @@ class Daemon:
                 run_id=run.run_id, to=to, call=call, payload=payload, admission=token()
             ),
         )
-        checker = Checker(manifest, run.run_id, run.coordinator, codec.part_count, admissions.is_admitted)
+        checker = Checker(manifest, run.run_id, run.coordinator, admissions.is_admitted)
         services = Services(
             manifest,
             self.identity,
@@ -307,7 +308,7 @@ class Daemon:
             admissions,
             post,
             transfer,
-            codec,
+            residuals,
             pool,
             self.status,
             SystemClock(),
@@ -444,7 +445,7 @@ class Daemon:
     async def _paused(self, engine: Engine, parts: Parts) -> None:
         """Free the device and wait until something else is wanted."""
         self.status.state("paused")
-        await parts.checkpoints.save_quietly()
+        await self._save(parts)
         await engine.training.release()
         engine.forget()
         while self._wish == "pause":
@@ -454,7 +455,7 @@ class Daemon:
 
     async def _leave(self, parts: Parts) -> None:
         """Post what is left, keep a checkpoint, say good-bye."""
-        await parts.checkpoints.save_quietly()
+        await self._save(parts)
         if self._wish != "stop":
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(parts.reporter.post_until_empty(), RECEIPT_WAIT_S)
@@ -520,7 +521,12 @@ class Daemon:
         parts = self.parts
         await parts.reporter.add(self.identity, report)
         if parts.checkpoints.due():
-            parts.post.spawn(parts.checkpoints.save_quietly())
+            parts.post.spawn(self._save(parts))
+
+    async def _save(self, parts: Parts) -> None:
+        """Keep what a restart needs."""
+        await parts.checkpoints.save_quietly()
+        await asyncio.to_thread(save_quietly, parts.services.residuals, parts.checkpoints.standing()[0])
 
     def _on_report(self, outcome: str) -> None:
         self.status.metrics.reports.labels(outcome=outcome).inc()

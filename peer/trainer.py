@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +33,7 @@ T = TypeVar("T")
 ShouldStop = Callable[[], str | None]
 
 NOT_FINITE = "non_finite"
+STOP_CHECK_S = 0.1
 FIRST_LOSS_SCALE = 2.0**14
 MAX_SCALE_TRIALS = 24
 GPU_SHARE = 0.92
@@ -70,6 +72,41 @@ class TrainedUpdate:
     skipped_steps: int = 0
     stopped: str | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a round that was begun early goes on from: the agreed weights, [parameters], and the work that it has been given."""
+
+    theta: Vector
+    quota: int
+    tokens: int
+
+
+class Early:
+    """The start of a round before the one before it is merged: the training thread runs ahead and waits here at the end."""
+
+    def __init__(self) -> None:
+        self._joined: Joined | None = None
+        self._set = threading.Event()
+        self.waited_s = 0.0
+
+    def join(self, joined: Joined) -> None:
+        """Tell the training thread how the round before ended."""
+        self._joined = joined
+        self._set.set()
+
+    def look(self) -> Joined | None:
+        """How it ended, if it has."""
+        return self._joined
+
+    def wait(self, should_stop: ShouldStop) -> Joined | None:
+        """Wait for that; None when we are stopped first."""
+        started = time.monotonic()
+        while not self._set.wait(STOP_CHECK_S) and should_stop() is None:
+            pass
+        self.waited_s += time.monotonic() - started
+        return self._joined
 
 
 def never_stop() -> str | None:
@@ -185,6 +222,32 @@ class Trainer:
                 case manifest.DiLoCo():
                     update = self._inner_round(strategy, run, theta, tokens_so_far)
         return self._report(run, update, time.monotonic() - started)
+
+    def train_ahead(
+        self,
+        early: Early,
+        round_number: int,
+        peer_id: str,
+        quota: int,
+        tokens_so_far: int,
+        should_stop: ShouldStop = never_stop,
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> TrainedUpdate:
+        """`diloco`: begin a round from where the last one left the network, while that one is still being exchanged.
+
+        `quota` and `tokens_so_far` are guesses. When the round before is merged (`early.join`), the agreed weights take the place
+        of what we started from and the steps taken since stay on top, so that our own part isn't counted twice; the update is
+        relative to the agreed weights. `seconds` leaves waiting out. Raises what `train_round` raises.
+        """
+        strategy = self._manifest.strategy
+        if not isinstance(strategy, manifest.DiLoCo):
+            raise ValueError("only diloco trains ahead")
+        started = time.monotonic()
+        assignment = _Assignment(self._manifest.run_id, round_number, peer_id, len(self._reader))
+        run = _Run(assignment, quota * strategy.batch_samples, should_stop, progress)
+        with self._seeded(assignment):
+            update = self._early_round(strategy, run, early, tokens_so_far)
+        return self._report(run, update, time.monotonic() - started - early.waited_s)
 
     def evaluate(self, theta: Vector, max_samples: int | None = None) -> float:
         """The mean loss in nats per token of the first `max_samples` validation samples (all by default)."""
@@ -302,16 +365,46 @@ class Trainer:
 
     def _inner_round(self, strategy: manifest.DiLoCo, run: _Run, theta: Vector, tokens_so_far: int) -> Vector:
         """`theta` minus where the inner steps lead."""
-        while run.done < run.quota_samples:
-            mark = run.mark()
-            if self._accumulate(run, run.done, strategy.batch_samples) < strategy.batch_samples:
-                run.rewind(mark)
-                self._zero_grad()
-                break
-            factor = lr_factor(strategy.schedule, tokens_so_far + run.done * self._reader.sequence_length)
-            run.skipped_steps += not self._inner_step(factor, strategy.clip_norm)
-            run.steps += 1
+        while run.done < run.quota_samples and self._whole_step(strategy, run, tokens_so_far):
+            pass
         return theta - self.parameters.read(self._network)
+
+    def _early_round(self, strategy: manifest.DiLoCo, run: _Run, early: Early, tokens_so_far: int) -> Vector:
+        """The agreed weights minus where the inner steps lead; zero if the round before was never merged."""
+        base = self.parameters.read(self._network)
+        joined: Joined | None = None
+        while True:
+            if joined is None and (joined := early.look()) is not None:
+                base = self._rebase(base, joined.theta)
+                run.quota_samples, tokens_so_far = joined.quota * strategy.batch_samples, joined.tokens
+            if run.done >= run.quota_samples:
+                if joined is not None or early.wait(run.should_stop) is None:
+                    break
+                continue
+            if not self._whole_step(strategy, run, tokens_so_far):
+                break
+        if joined is None:
+            run.rewind((0, 0))
+            return np.zeros_like(base)
+        return base - self.parameters.read(self._network)
+
+    def _rebase(self, base: Vector, theta: Vector) -> Vector:
+        """Keep what was trained since `base` and put it on top of `theta`; both [parameters]."""
+        trained = self.parameters.read(self._network) - base
+        self.parameters.write(self._network, theta + trained)
+        return theta
+
+    def _whole_step(self, strategy: manifest.DiLoCo, run: _Run, tokens_so_far: int) -> bool:
+        """One inner step on `batch_samples` samples; False, with nothing changed, if we were stopped."""
+        mark = run.mark()
+        if self._accumulate(run, run.done, strategy.batch_samples) < strategy.batch_samples:
+            run.rewind(mark)
+            self._zero_grad()
+            return False
+        factor = lr_factor(strategy.schedule, tokens_so_far + run.done * self._reader.sequence_length)
+        run.skipped_steps += not self._inner_step(factor, strategy.clip_norm)
+        run.steps += 1
+        return True
 
     def _inner_step(self, factor: float, clip_norm: float) -> bool:
         """One optimizer step on the accumulated gradient; False if it was skipped because the gradient overflowed."""

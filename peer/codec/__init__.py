@@ -7,6 +7,7 @@ A codec is a pure function of one part's values. What a lossy codec loses is kep
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -73,6 +74,17 @@ def make_codec(codec: manifest.Codec, parameters: int) -> Codec:
             return Int2(parameters, codec.part_values)
         case "sparse":
             return Sparse(parameters, codec.part_values, codec.density_top_k)
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The codec of each round of a run."""
+
+    manifest: manifest.Manifest
+
+    def at(self, round_index: int) -> Codec:
+        """What the manifest says for a round."""
+        return make_codec(self.manifest.phase(round_index).codec, self.manifest.model.parameters)
 
 
 def encode(codec: Codec, vector: Vector) -> list[bytes]:

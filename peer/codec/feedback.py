@@ -110,6 +110,14 @@ class ErrorFeedback:
             other._residual[other._place(index)] = self._residual[self._place(index)]
         return other
 
+    def with_codec(self, codec: Codec) -> ErrorFeedback:
+        """The same residual of a whole vector under another codec, with that codec's decay."""
+        other = ErrorFeedback(codec)
+        if self.parts != range(self.codec.part_count) or other._residual.shape != self._residual.shape:
+            raise ValueError("only the residual of a whole vector changes its codec")
+        other._residual = self._residual
+        return other
+
     def save(self, path: Path, run_id: str, round_index: int) -> None:
         """Write the residual after round `round_index` as safetensors that are either whole or not there. Raises `DiskFull`."""
         header = {"format": FORMAT, "run": run_id, "round": round_index, "start": self._start, "blake2b": self.hash().hex()}

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 import structlog
 
 from peer import outer
-from peer.codec import Vector
+from peer.codec import Codecs, Vector
 from peer.outer import OuterState
 from peer.rounds import agreement
 from peer.rounds.entering import Entered, Entry
@@ -28,7 +28,7 @@ from peer.rounds.values import CommitArrived, Event, JoinArrived, PeerLost, Prop
 from peer.rounds.wire import ResultFacts, full_quota
 from peer.state import Layout, Snapshot
 from swarm.errors import Rejected
-from swarm.manifest import Sync
+from swarm.manifest import DiLoCo, Sync
 from swarm.messages import open_signed, parse, seal
 from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncRequest
 from swarm.rpc.v1.signed_pb2 import Adoption, JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
@@ -40,6 +40,7 @@ BEHIND_CHECK_S = 2.0
 KEEP_BLOBS_ROUNDS = 3
 LONGEST_STALL_S = 20.0
 STUCK_S = 60.0
+OVERLAP_FROM = 0.05
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -106,6 +107,7 @@ class Engine:
     last_proposal: ProposalFacts | None = None
     repairs: int = 0
     _download: asyncio.Task[OuterState] | None = None
+    _train_seconds: float = 0.0
     _backlog: list[tuple[Vector | None, int]] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _repair: asyncio.Event = field(default_factory=asyncio.Event)
@@ -146,8 +148,11 @@ class Engine:
         if self.last_proposal is not None:
             reply.proposal.CopyFrom(self.last_proposal.signed)
         if request.state_root:
-            reply.chunk_hashes = b"".join(self.snapshots.lease(request.state_root) or file_hashes(request.state_root))
+            reply.chunk_hashes = b"".join(self._chunk_hashes(request.state_root) or file_hashes(request.state_root))
         return reply.SerializeToString()
+
+    def _chunk_hashes(self, root: bytes) -> tuple[bytes, ...]:
+        return self.snapshots.lease(root) or self.services.residuals.hashes(root)
 
     def addresses_of(self, peer: str) -> Sequence[str]:
         """Where a peer, or we, can be dialled."""
@@ -239,6 +244,7 @@ class Engine:
                     log.warning("fell_behind", round=self.place.round_index)
                     self.place = None
         finally:
+            await self.training.drop_early()
             await self._close_rounds()
 
     async def _see_others_through(self) -> None:
@@ -273,6 +279,7 @@ class Engine:
         self.snapshots.clear()
 
     async def _enter(self) -> None:
+        await self.training.drop_early()
         self.services.observer.state("joining")
         self._forget_download()
         entering = asyncio.create_task(self.entry.enter(self))
@@ -350,20 +357,21 @@ class Engine:
 
     def _setup(self, place: Place) -> RoundSetup:
         manifest = self.services.manifest
+        codec = Codecs(manifest).at(place.round_index)
         return RoundSetup(
             me=self.services.identity.peer_id,
             run_id=self.services.checker.run_id,
             round_index=place.round_index,
             base_root=place.base_root,
             roster=place.roster,
-            part_count=self.services.codec.part_count,
-            all_gather=self.services.codec.topology == "all_gather",
+            part_count=codec.part_count,
+            all_gather=codec.topology == "all_gather",
             grace_s=self.pacing.grace_s,
             patience_s=self.pacing.patience_s,
             exchange_s=self.pacing.exchange_s,
             min_peers=manifest.rounds.min_peers if place.round_index == 0 else 1,
             max_peers=manifest.rounds.max_peers,
-            full_quota=full_quota(manifest),
+            full_quota=full_quota(manifest, place.round_index + 1),
             shared_quota=isinstance(manifest.strategy, Sync),
             scale_to_speed=manifest.rounds.scale_to_speed,
         )
@@ -376,16 +384,39 @@ class Engine:
         quota = next((member.quota for member in run.setup.roster if member.peer == run.setup.me), 0)
         over = run.state.accepted is not None
         if self.state is None or run.round_index == 0 or self.wish != "train" or over or not quota:
+            await self.training.drop_early()
             self.services.observer.state("gathering" if run.round_index == 0 else "following")
             await run.contribute(Contribution(None, 0, 0.0, 0.0))
             return
         self.services.observer.state("training")
         self.services.faults.reached("training", run.round_index)
         state = self.state
-        contribution = await self.training.train(state.theta, run.round_index, run.setup.me, quota, state.tokens)
+        if self.training.is_ahead(run.round_index):
+            contribution = await self.training.join_early(state.theta, quota, state.tokens)
+        else:
+            await self.training.drop_early()
+            contribution = await self.training.train(state.theta, run.round_index, run.setup.me, quota, state.tokens)
         self.services.observer.phase("train", contribution.seconds)
         self.services.observer.state("exchanging")
         await run.contribute(contribution)
+        self._train_seconds = contribution.seconds
+        if contribution.weight and self._overlaps(run):
+            tokens = state.tokens + sum(member.quota for member in run.setup.roster) * self._tokens_per_step
+            self.training.begin_early(run.round_index + 1, run.setup.me, quota, tokens)
+
+    def _overlaps(self, run: RoundRun) -> bool:
+        """Whether to go on training while this round is exchanged."""
+        manifest = self.services.manifest
+        strategy, total = manifest.strategy, manifest.rounds.total
+        ends = run.leaving or self.wish != "train" or (total and run.round_index >= total)
+        if not isinstance(strategy, DiLoCo) or strategy.overlap == "off" or ends:
+            return False
+        return strategy.overlap == "on" or self.pacing.typical_exchange_s > OVERLAP_FROM * self._train_seconds
+
+    @property
+    def _tokens_per_step(self) -> int:
+        manifest = self.services.manifest
+        return manifest.strategy.batch_samples * manifest.data.sequence_length
 
     async def _watch_behind(self, run: RoundRun) -> None:
         """Notice that the others have moved on: several speak of rounds after the next, or this one goes on without us."""
@@ -407,6 +438,8 @@ class Engine:
         merged = run.exchange.merged(proposal)
         services.faults.reached("merge", run.round_index)
         tokens = sum(item.weight for item in proposal.commits) * services.manifest.data.sequence_length
+        mine = proposal.included(run.setup.me)
+        self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
         snapshot = await self._apply(merged, tokens)
         services.observer.phase("exchange", completed_s - (run.committed_s or completed_s))
         services.observer.phase("apply", services.clock.monotonic_s() - completed_s)

@@ -108,7 +108,7 @@ class Entry:
     async def _begin_alone(self) -> Entered:
         state = await self.begin()
         snapshot = Snapshot.from_state(state)
-        quota = full_quota(self.services.manifest)
+        quota = full_quota(self.services.manifest, state.round)
         return Entered(state.round, (RosterMember(self.services.identity.peer_id, quota),), snapshot.root, state)
 
     async def _ask(self, peers: Sequence[str]) -> dict[str, SyncReply]:

@@ -14,6 +14,7 @@ from peer import merge
 from peer.codec import Codec, Vector
 from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
+from peer.rounds.residuals import Residuals, SpanMerge
 from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
 from swarm.errors import Rejected
 from swarm.merkle import blob_hash
@@ -31,9 +32,11 @@ class Exchange:
     transfer: Transfer
     pool: ThreadPoolExecutor
     clip_ratio: float
+    residuals: Residuals
     _proposal_hash: bytes = b""
     _merged: Vector | None = None
     _filled: set[int] = field(default_factory=set)
+    _merges: dict[bytes, SpanMerge] = field(default_factory=dict)
 
     async def publish(self, update: Vector) -> tuple[bytes, ...]:
         """Encode our update, [parameters], and keep the parts where others can fetch them; their hashes."""
@@ -64,11 +67,24 @@ class Exchange:
         contributors = proposal.contributors
         await asyncio.gather(*(self._pull(item, commits[item.peer], parts, holders) for item in contributors))
         hashes = []
+        merge = self.residuals.merging(self.codec, parts) if publish else None
         for part in parts:
-            encoded = await self._in_pool(self._merge_part, proposal, commits, part, publish)
+            encoded = await self._in_pool(self._merge_part, proposal, commits, part, publish, merge)
             if encoded is not None:
                 hashes.append(self.transfer.store.put(encoded, self.round_index))
+        if merge is not None:
+            await self._in_pool(merge.close)
+            self._merges[proposal.proposal_hash] = merge
         return tuple(hashes)
+
+    def span_merge(self, proposal_hash: bytes) -> SpanMerge | None:
+        """Our merge for a proposal, with its residuals; None if we merged nothing for it, or exactly."""
+        return self._merges.get(proposal_hash)
+
+    def residual_roots(self, proposal_hash: bytes) -> tuple[bytes, bytes]:
+        """What our merged span names: the roots of the residual before and after, empty where there is none."""
+        merge = self.span_merge(proposal_hash)
+        return merge.roots if merge is not None else (b"", b"")
 
     async def fetch_span(self, span: SpanFacts, source: str) -> None:
         """Pull a reducer's merged parts from `source` and decode them. Raises what fetching raises, and `Rejected`."""
@@ -104,9 +120,7 @@ class Exchange:
         return merged
 
     def _encode_all(self, update: Vector) -> list[tuple[bytes, bytes]]:
-        spans = (self.codec.part_span(index) for index in range(self.codec.part_count))
-        parts = [self.codec.encode_part(update[start:end], index) for index, (start, end) in enumerate(spans)]
-        return [(blob_hash(part), part) for part in parts]
+        return [(blob_hash(part), part) for part in self.residuals.encode(self.codec, update)]
 
     async def _pull(self, item: IncludedCommit, commit: CommitFacts, parts: range, holders: Sequence[str]) -> None:
         failure: PeerFailure | None = None
@@ -130,13 +144,19 @@ class Exchange:
     def _keep(self, name: bytes, content: bytes) -> None:
         self.transfer.store.put_verified(name, content, self.round_index)
 
-    def _merge_part(self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool) -> bytes | None:
+    def _merge_part(
+        self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool, merge: SpanMerge | None
+    ) -> bytes | None:
         contributors = proposal.contributors
         decoded = [self._decode(item.peer, commits[item.peer].part_hashes[part], part) for item in contributors]
         merged = merge_part(decoded, [item.weight for item in contributors], self.clip_ratio)
         if not publish:
             self._place(proposal.proposal_hash, part, merged)
             return None
+        if merge is not None:
+            fed = merge.encode_part(merged, part)
+            self._place(proposal.proposal_hash, part, fed.decoded)
+            return fed.part
         encoded = self.codec.encode_part(merged, part)
         self._place(proposal.proposal_hash, part, self.codec.decode_part(encoded, part))
         return encoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,6 +52,11 @@ class Pacing:
         if len(self._proposing) < ENOUGH:
             return FIRST_PATIENCE_S
         return grace_of(self._proposing, PATIENCE_FLOOR_S, self.mads)
+
+    @property
+    def typical_exchange_s(self) -> float:
+        """How long exchanges have taken; 0 before the first."""
+        return statistics.median(self._exchanging) if self._exchanging else 0.0
 
     @property
     def exchange_s(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import structlog
 
 from peer.admissions import Admissions
-from peer.codec import Codec, Vector
+from peer.codec import Codecs, Vector
 from peer.faults import Faults
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer
@@ -23,6 +23,7 @@ from peer.rounds import machine
 from peer.rounds.exchange import Exchange
 from peer.rounds.planning import roster_hash
 from peer.rounds.post import Post
+from peer.rounds.residuals import Residuals
 from peer.rounds.state import RoundSetup, RoundState
 from peer.rounds.values import (
     Action,
@@ -118,7 +119,7 @@ class Services:
     admissions: Admissions
     post: Post
     transfer: Transfer
-    codec: Codec
+    residuals: Residuals
     pool: ThreadPoolExecutor
     observer: Observer
     clock: Clock
@@ -152,10 +153,11 @@ class RoundRun:
         self.exchange = Exchange(
             self.setup.round_index,
             self.setup.me,
-            services.codec,
+            Codecs(services.manifest).at(self.setup.round_index),
             services.transfer,
             services.pool,
             services.manifest.merge.clip_ratio,
+            services.residuals,
         )
 
     @property
@@ -279,7 +281,7 @@ class RoundRun:
             base_root=self.setup.base_root,
             weight=contribution.weight if hashes else 0,
             tokens=(contribution.weight if hashes else 0) * manifest.data.sequence_length,
-            codec=manifest.codec.kind,
+            codec=self.exchange.codec.kind,
             parts_root=root_of(hashes) if hashes else b"",
             part_count=len(hashes),
             payload_bytes=0,
@@ -370,6 +372,7 @@ class RoundRun:
         try:
             parts = range(first, first + count)
             hashes = await self.exchange.reduce(proposal, commits, parts, publish=not everything, holders=holders)
+            before, after = self.exchange.residual_roots(proposal.proposal_hash)
         except (PeerFailure, Rejected) as error:
             self._fetch_failed(proposal.proposal_hash, error, merged=False)
             return
@@ -382,6 +385,8 @@ class RoundRun:
                 proposal_hash=proposal.proposal_hash,
                 first_part=first,
                 part_hashes=list(hashes),
+                residual_before=before,
+                residual_after=after,
             )
             signed = seal(self.services.identity, message)
             span = SpanFacts(self.setup.me, proposal.proposal_hash, first, hashes, signed)

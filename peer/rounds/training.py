@@ -8,7 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from peer.rounds.run import Contribution
-from peer.trainer import Progress, TrainedUpdate, Trainer, Vector
+from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer, Vector
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A round that was begun early."""
+
+    round_index: int
+    early: Early
+    job: asyncio.Future[TrainedUpdate]
 
 
 @dataclass
@@ -19,18 +28,53 @@ class TrainingThread:
     on_progress: Callable[[Progress], None] = lambda progress: None
     last: TrainedUpdate | None = None
     _reason: str | None = None
+    _ahead: _Ahead | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="training"))
 
     async def train(self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int) -> Contribution:
         """Train one round. A cancelled call stops the thread at its next micro-batch and waits for it."""
         self._reason = None
-        loop = asyncio.get_running_loop()
-        job = loop.run_in_executor(
-            self._pool,
+        job = self._submit(
             lambda: self.trainer.train_round(
                 theta, round_index, peer, quota, tokens, should_stop=lambda: self._reason, progress=self.on_progress
-            ),
+            )
         )
+        return await self._outcome(job)
+
+    def begin_early(self, round_index: int, peer: str, quota: int, tokens: int) -> None:
+        """Go on training for a round whose base isn't agreed yet; `quota` and `tokens` are guesses."""
+        self._reason = None
+        early = Early()
+        job = self._submit(
+            lambda: self.trainer.train_ahead(
+                early, round_index, peer, quota, tokens, should_stop=lambda: self._reason, progress=self.on_progress
+            )
+        )
+        self._ahead = _Ahead(round_index, early, job)
+
+    def is_ahead(self, round_index: int) -> bool:
+        """Whether this round has been begun early."""
+        return self._ahead is not None and self._ahead.round_index == round_index
+
+    async def join_early(self, theta: Vector, quota: int, tokens: int) -> Contribution:
+        """Let the round that was begun early go on from the agreed weights, to its end."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            raise ValueError("no round was begun early")
+        ahead.early.join(Joined(theta, quota, tokens))
+        return await self._outcome(ahead.job)
+
+    async def drop_early(self) -> None:
+        """Give up what was begun early."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._reason = "cancelled"
+            await asyncio.gather(ahead.job, return_exceptions=True)
+
+    def _submit(self, work: Callable[[], TrainedUpdate]) -> asyncio.Future[TrainedUpdate]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def _outcome(self, job: asyncio.Future[TrainedUpdate]) -> Contribution:
         try:
             trained = await asyncio.shield(job)
         except asyncio.CancelledError:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from peer.codec import Codec, Codecs
 from peer.rounds.values import (
     AdoptionArrived,
     BallotNumber,
@@ -67,13 +68,7 @@ class Checker:
     manifest: Manifest
     run_id: bytes
     coordinator: str
-    part_count: int
     is_admitted: Callable[[str], bool]
-
-    @property
-    def weight_limit(self) -> int:
-        """The most samples that one commit may claim."""
-        return weight_limit(self.manifest)
 
     def commit(self, announced: AnnouncedCommit) -> tuple[int, bytes, CommitFacts]:
         """Round, base root and facts of a commit. Raises `Rejected`."""
@@ -81,12 +76,13 @@ class Checker:
         commit = open_signed(signed, Commit, run_id=self.run_id)
         self._admitted(signed.signer)
         hashes = tuple(split_hashes(announced.part_hashes)) if commit.weight else ()
+        codec = self._codec(commit.round)
         problems = (
-            ("bad_weight", commit.weight <= self.weight_limit),
+            ("bad_weight", commit.weight <= weight_limit(self.manifest, commit.round)),
             ("bad_tokens", commit.tokens == commit.weight * self.manifest.data.sequence_length),
             ("bad_numbers", math.isfinite(commit.loss) and math.isfinite(commit.train_seconds) and commit.train_seconds >= 0),
-            ("wrong_codec", commit.codec == self.manifest.codec.kind),
-            ("wrong_parts", len(hashes) == commit.part_count == (self.part_count if commit.weight else 0)),
+            ("wrong_codec", commit.codec == codec.kind),
+            ("wrong_parts", len(hashes) == commit.part_count == (codec.part_count if commit.weight else 0)),
             ("wrong_parts", not commit.weight or root_of(hashes) == commit.parts_root),
             ("wrong_base", len(commit.base_root) == HASH_BYTES),
         )
@@ -110,14 +106,15 @@ class Checker:
         self._admitted(signed.signer)
         grant = proposal.HasField("grant") and self._grant_fits(proposal)
         members = tuple(RosterMember(member.peer_id, member.quota) for member in proposal.next_roster)
+        limit, part_count = weight_limit(self.manifest, proposal.round), self._codec(proposal.round).part_count
         _require(
             (
                 ("roster_too_large", len(members) <= self.manifest.rounds.max_peers and len(proposal.commits) <= 64),
                 ("bad_ballot", proposal.ballot.term < MAX_TERM and proposal.ballot.amendment < MAX_TERM),
                 ("bad_member", all(_is_peer_id(member.peer) for member in members)),
                 ("bad_quota", all(0 < member.quota <= MAX_QUOTA for member in members)),
-                ("bad_weight", all(item.weight <= self.weight_limit for item in proposal.commits)),
-                ("wrong_spans", all(item.first_part + item.part_span <= self.part_count for item in proposal.commits)),
+                ("bad_weight", all(item.weight <= limit for item in proposal.commits)),
+                ("wrong_spans", all(item.first_part + item.part_span <= part_count for item in proposal.commits)),
             ),
             signed.signer,
         )
@@ -142,7 +139,8 @@ class Checker:
         span = open_signed(signed, MergedSpan, run_id=self.run_id)
         self._admitted(signed.signer)
         hashes = tuple(span.part_hashes)
-        fits = span.first_part + len(hashes) <= self.part_count and all(len(name) == HASH_BYTES for name in hashes)
+        sizes = all(len(name) == HASH_BYTES for name in hashes)
+        fits = sizes and span.first_part + len(hashes) <= self._codec(span.round).part_count
         _require((("wrong_spans", fits),), signed.signer)
         return span.round, SpanFacts(signed.signer, span.proposal_hash, span.first_part, hashes, signed)
 
@@ -214,6 +212,9 @@ class Checker:
         self._admitted(signed.signer)
         return complaint.round, complaint.about[:64], complaint.reason[:32]
 
+    def _codec(self, round_index: int) -> Codec:
+        return Codecs(self.manifest).at(round_index)
+
     def _grant_fits(self, proposal: Proposal) -> bool:
         grant = open_signed(proposal.grant, Grant, signer=self.coordinator, run_id=self.run_id)
         present = {item.peer_id for item in proposal.commits}
@@ -224,22 +225,18 @@ class Checker:
             raise Rejected("not_admitted", "", peer)
 
 
-def weight_limit(manifest: Manifest) -> int:
-    """The most samples that the strategy gives one peer in one round."""
-    match manifest.strategy:
-        case Sync(batch_samples=samples):
-            return samples
-        case DiLoCo(inner_steps=steps, batch_samples=samples):
-            return steps * samples
+def weight_limit(manifest: Manifest, round_index: int) -> int:
+    """The most samples that the strategy gives one peer in a round."""
+    return manifest.phase(round_index).inner_steps * manifest.strategy.batch_samples
 
 
-def full_quota(manifest: Manifest) -> int:
+def full_quota(manifest: Manifest, round_index: int) -> int:
     """The work of a round: the target batch in samples (`sync`) or the inner steps of the fastest peer (`diloco`)."""
     match manifest.strategy:
         case Sync(batch_samples=samples):
             return samples
-        case DiLoCo(inner_steps=steps):
-            return steps
+        case DiLoCo():
+            return manifest.phase(round_index).inner_steps
 
 
 def build_proposal(

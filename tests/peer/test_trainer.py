@@ -15,7 +15,7 @@ from peer.batches import Plan
 from peer.data import ShardReader, sample_indices
 from peer.model import FlatParameters, build_model, initial_theta
 from peer.optimizer import lr_factor, make_inner
-from peer.trainer import Progress, TrainedUpdate, Trainer
+from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer
 from swarm.errors import DataInvalid, OutOfMemory
 from swarm.manifest import DiLoCo
 
@@ -381,3 +381,36 @@ def test_a_gpu_agrees_with_the_cpu(small_run: Runs, strategy: str) -> None:
     assert cosine(result.update, reference.update) > (0.98 if strategy == "sync" else 0.7)
     one.release()
     assert torch.cuda.memory_allocated() < 1 << 20
+
+
+def test_training_ahead_folds_the_merged_round_in(small_run: Runs) -> None:
+    """Steps taken before the round before is merged stay on top of the agreed weights; the update is relative to these."""
+    run = small_run(strategy="diloco")
+    first, theta = trainer(run), theta_of(run)
+    before = first.train_round(theta, 1, PEER, 2, 0)
+    agreed = theta - np.float32(0.5) * before.update
+    early = Early()
+    steps = iter(range(100))
+
+    def join_after_two_micro_batches() -> None:
+        if next(steps) == 2:
+            early.join(Joined(agreed, 3, 64))
+        return
+
+    ahead = first.train_ahead(early, 2, PEER, 1, 64, should_stop=join_after_two_micro_batches)
+    assert ahead.steps == 3
+    assert ahead.error is None
+    local = first.parameters.read(first._network)
+    assert np.allclose(agreed - ahead.update, local, atol=1e-6)
+    assert np.linalg.norm(ahead.update) > 0
+
+
+def test_a_round_begun_early_counts_nothing_without_its_base(small_run: Runs) -> None:
+    """If the round before is never merged, what was trained on top of it is no contribution."""
+    run = small_run(strategy="diloco")
+    first = trainer(run)
+    first.train_round(theta_of(run), 1, PEER, 2, 0)
+    stops = iter([None] * 4 + ["cancelled"] * 100)
+    ahead = first.train_ahead(Early(), 2, PEER, 1, 64, should_stop=lambda: next(stops))
+    assert (ahead.samples, ahead.stopped) == (0, None)
+    assert not ahead.update.any()

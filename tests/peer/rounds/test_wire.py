@@ -51,7 +51,9 @@ ADMITTED = {ALICE.peer_id, BOB.peer_id}
 @pytest.fixture(scope="module")
 def checker(small_run: Callable[..., Any]) -> Checker:
     """Checks messages of a small `sync` run (batch of 8, sequences of 32 tokens) with three parts."""
-    return Checker(small_run().manifest, RUN, COORDINATOR.peer_id, 3, ADMITTED.__contains__)
+    manifest = small_run().manifest
+    codec = manifest.codec.model_copy(update={"part_values": -(-manifest.model.parameters // (3 * 4096)) * 4096})
+    return Checker(manifest.model_copy(update={"codec": codec}), RUN, COORDINATOR.peer_id, ADMITTED.__contains__)
 
 
 def announced(signer: Identity = ALICE, hashes: tuple[bytes, ...] = HASHES, **changes: Any) -> AnnouncedCommit:
@@ -396,5 +398,5 @@ def test_each_kind_of_delivery_becomes_its_event(checker: Checker, codec: str) -
 def test_weight_limits_follow_the_strategy(small_run: Callable[..., Any]) -> None:
     """`sync`: the target batch; `diloco`: inner steps times batch. The full quota is in samples or in steps."""
     sync, diloco = small_run("sync").manifest, small_run("diloco").manifest
-    assert (weight_limit(sync), full_quota(sync)) == (8, 8)
-    assert (weight_limit(diloco), full_quota(diloco)) == (12, 3)
+    assert (weight_limit(sync, 4), full_quota(sync, 4)) == (8, 8)
+    assert (weight_limit(diloco, 4), full_quota(diloco, 4)) == (12, 3)
