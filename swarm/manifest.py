@@ -284,6 +284,11 @@ class Manifest(Frozen):
             raise ManifestInvalid([f"not YAML: {' '.join(str(error).split())}"], source) from error
         if not isinstance(values, dict):
             raise ManifestInvalid(["not a mapping of fields"], source)
+        return cls.from_values(values, source)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], source: str = "manifest") -> Manifest:
+        """Check fields by name. Raises `ManifestInvalid` with every problem at once."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 from google.protobuf.message import DecodeError
+from pydantic import ValidationError
 
+from swarm import auto
 from swarm.cli.output import print_fields, print_json
 from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import Manifest
+from swarm.manifest import AdamW, Codec, DiLoCo, Manifest, Schedule, Sync
 from swarm.messages import MANIFEST_KIND
 from swarm.rpc.v1.signed_pb2 import Signed
 
@@ -28,7 +31,7 @@ COMMENTS = {
     "tokenizer": "The tokenizer file, named by its Merkle root.",
     "data": "Shards of token ids, in order; size_bytes = samples x (sequence_length + 1) x token_bytes.",
     "objective": "What is learned.",
-    "strategy": "sync: gradients every step. diloco: inner_steps local steps, then the difference is averaged.",
+    "strategy": "sync: gradients every step. diloco: inner_steps local steps, then their difference is averaged.",
     "codec": "How updates travel.",
     "merge": "How updates become one; longer ones than clip_ratio x the median are scaled down.",
     "rounds": "When rounds start and end; total 0 = for ever.",
@@ -38,6 +41,7 @@ COMMENTS = {
 }
 FILL_IN = "<64 hexadecimal digits>"
 SEQUENCE_LENGTH = 128
+DEFAULT_INNER_STEPS = 20
 _SHARD = {"root": FILL_IN, "size_bytes": 1000 * (SEQUENCE_LENGTH + 1) * 2, "samples": 1000}
 TEMPLATE: dict[str, Any] = {
     "version": 1,
@@ -65,15 +69,7 @@ TEMPLATE: dict[str, Any] = {
         "license": "unknown",
         "description": "",
     },
-    "strategy": {
-        "kind": "diloco",
-        "inner_steps": 20,
-        "batch_samples": 8,
-        "inner": {"kind": "muon", "lr": 0.004, "adamw": {"kind": "adamw", "lr": 0.002}},
-        "outer": {"lr": 1.0, "momentum": 0.0},
-        "schedule": {"warmup_tokens": 0, "total_tokens": 100_000_000, "final_fraction": 0.1},
-    },
-    "rounds": {"min_peers": 1, "max_peers": 32, "total": 0},
+    "rounds": {"min_peers": 1, "max_peers": 64, "total": 0},
     "admission": {"kind": "open", "allow": [], "valid_s": 86_400},
     "credit": {"flops_per_token": 350_997_504, "hold_rounds": 3},
 }
@@ -84,28 +80,100 @@ RunFile = Annotated[Path, typer.Argument(help="The manifest: run.yaml or run.sig
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 
 
+TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="The budget: tokens that all peers together train on.")]
+PeersOption = Annotated[int, typer.Option("--peers", min=1, max=64, help="How many peers you expect.")]
+UploadOption = Annotated[float, typer.Option("--upload-mbit", min=0.001, help="Slowest upload that shall do, in Mbit/s.")]
+DownloadOption = Annotated[float, typer.Option("--download-mbit", min=0.001, help="Slowest download, in Mbit/s.")]
+StepOption = Annotated[float, typer.Option("--step-s", min=0.000001, help="Seconds per inner step on the slowest device.")]
+BatchOption = Annotated[int, typer.Option("--batch-samples", min=1, help="Samples per inner step and peer.")]
+ShareOption = Annotated[
+    float, typer.Option("--traffic-share", min=0.00001, max=1.0, help="Most traffic, relative to fp16 after every step.")
+]
+
+
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the manifest.")] = Path("run.yaml"),
     demo: Annotated[bool, typer.Option("--demo", help="A small complete run on Python's own source.")] = False,
     data: Annotated[Path, typer.Option("--data", help="With --demo: folder for tokenizer and shards.")] = Path("data"),
+    strategy: Annotated[str, typer.Option("--strategy", help="auto, diloco (the same in all rounds) or sync.")] = auto.AUTO,
+    codec: Annotated[
+        str | None, typer.Option("--codec", help="fp16, int8, int4, int2 or sparse instead of a chosen one.")
+    ] = None,
+    inner_steps: Annotated[int | None, typer.Option("--inner-steps", min=1, help="Instead of a chosen number.")] = None,
+    tokens: TokensOption = 100_000_000,
+    peers: PeersOption = 4,
+    upload_mbit: UploadOption = 20.0,
+    download_mbit: DownloadOption = 100.0,
+    step_s: StepOption = 2.0,
+    batch_samples: BatchOption = 8,
+    traffic_share: ShareOption = auto.TRAFFIC_SHARE,
 ) -> None:
-    """Write a commented manifest to fill in, or with --demo one that is ready."""
+    """Write a commented manifest to fill in, or with --demo one that is ready.
+
+    With `--strategy auto` the budget, the slowest link and the slowest device decide on inner steps, codec and overlap; the
+    reasons are printed, and what is written is explicit.
+    """
     if path.exists():
         raise UsageError(f"{path} exists already", "choose another path, or remove the file")
     values = _demo(data) if demo else TEMPLATE
+    budget = {"tokens": tokens, "peers": peers, "upload_mbit": upload_mbit, "download_mbit": download_mbit, "step_s": step_s}
+    budget |= {"batch_samples": batch_samples, "traffic_share": traffic_share, "codec": codec, "inner_steps": inner_steps}
+    values, why = with_strategy(values, strategy, budget)
     try:
         path.write_text(commented(values))
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}", "choose another path") from error
+    for reason in why:
+        typer.echo(reason)
     typer.echo(f"{path} written; next: swarm run validate {path}")
+
+
+def with_strategy(values: dict[str, Any], strategy: str, budget: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A manifest's fields with the strategy of this name for a budget, and the reasons. Raises `UsageError`."""
+    draft = _draft(values, budget)
+    match strategy:
+        case auto.AUTO:
+            made = auto.plan(draft)
+            return made.applied(values), made.why
+        case "diloco":
+            return _fixed(values, draft), ()
+        case "sync":
+            total = draft.steps * draft.tokens_per_step
+            sync = Sync(batch_samples=draft.peers * draft.batch_samples, optimizer=AdamW(), schedule=Schedule(total_tokens=total))
+            codec = Codec.model_validate({"kind": draft.codec or "fp16"})
+            return _replaced(values, sync, codec, draft.steps), ()
+    raise UsageError(f"no such strategy: {strategy}", "choose auto, diloco or sync")
+
+
+def _draft(values: dict[str, Any], budget: dict[str, Any]) -> auto.Draft:
+    known = {"parameters": values["model"]["parameters"], "sequence_length": values["data"]["sequence_length"]}
+    try:
+        return auto.Draft.model_validate({**budget, **known})
+    except ValidationError as error:
+        problems = "; ".join(f"{item['loc'][0]}: {item['msg']}" for item in error.errors())
+        raise UsageError(problems, "see swarm run init --help") from error
+
+
+def _fixed(values: dict[str, Any], draft: auto.Draft) -> dict[str, Any]:
+    """The same inner steps and codec in all rounds."""
+    steps = draft.inner_steps or DEFAULT_INNER_STEPS
+    schedule = Schedule(total_tokens=draft.steps * draft.tokens_per_step)
+    strategy = DiLoCo(inner_steps=steps, batch_samples=draft.batch_samples, schedule=schedule)
+    return _replaced(values, strategy, Codec.model_validate({"kind": draft.codec or "fp16"}), -(-draft.steps // steps))
+
+
+def _replaced(values: dict[str, Any], strategy: DiLoCo | Sync, codec: Codec, rounds: int) -> dict[str, Any]:
+    kind = {**(values.get("codec") or {}), "kind": codec.kind}
+    limits = {**values["rounds"], "total": rounds}
+    return {**values, "strategy": strategy.model_dump(mode="json"), "codec": kind, "rounds": limits}
 
 
 @app.command()
 def validate(path: RunFile, as_json: JsonOption = False) -> None:
     """List every problem at once, or say that there is none."""
     try:
-        manifest = _manifest(path)
+        manifest, made = _manifest(path)
     except ManifestInvalid as error:
         if as_json:
             print_json({"valid": False, "problems": error.problems})
@@ -113,18 +181,44 @@ def validate(path: RunFile, as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"valid": True, "run_id": manifest.run_id})
     else:
+        _tell(made)
         typer.echo(f"{path} is valid; run id {manifest.run_id}")
 
 
 @app.command()
-def show(path: RunFile, as_json: JsonOption = False) -> None:
-    """Print the manifest with every default written out, and its run id."""
-    manifest = _manifest(path)
+def show(
+    path: RunFile,
+    as_json: JsonOption = False,
+    peers: PeersOption = 4,
+    upload_mbit: UploadOption = 20.0,
+    download_mbit: DownloadOption = 100.0,
+    step_s: StepOption = 2.0,
+) -> None:
+    """Print the manifest with every default written out, its run id, and what each phase costs on such links and devices."""
+    manifest, made = _manifest(path)
+    if made is not None:
+        peers, step_s = made.draft.peers, made.draft.step_s
+        upload_mbit, download_mbit = made.draft.upload_mbit, made.draft.download_mbit
+    costs = auto.costs(manifest, peers, upload_mbit, download_mbit, step_s)
     if as_json:
-        print_json({"run_id": manifest.run_id, "manifest": manifest.model_dump(mode="json")})
+        phases = [asdict(cost) for cost in costs]
+        print_json({"run_id": manifest.run_id, "manifest": manifest.model_dump(mode="json"), "phases": phases})
         return
     typer.echo(f"# run id {manifest.run_id}")
+    for reason in made.why if made is not None else ():
+        typer.echo(f"# {reason}")
+    typer.echo(f"# {peers} peers, {upload_mbit:g}/{download_mbit:g} Mbit/s, {step_s:g} s a step, payload without framing:")
+    for cost in costs:
+        typer.echo(f"# {_cost_line(cost)}")
     typer.echo(yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _cost_line(cost: auto.Cost) -> str:
+    last = f"to {cost.last_round:,}" if cost.last_round else "on"
+    return (
+        f"rounds {cost.first_round:,} {last}: {cost.inner_steps} inner steps, {cost.codec}, "
+        f"{cost.sent_bytes / 1e6:,.2f} MB sent a round, {cost.train_s:,.1f} s to train and {cost.exchange_s:,.1f} s to exchange"
+    )
 
 
 @app.command()
@@ -135,13 +229,18 @@ def sign(
     as_json: JsonOption = False,
 ) -> None:
     """Sign the manifest as the run's owner: what it says can't be changed afterwards."""
-    signed = sign_manifest(Manifest.read(path), owner(owner_key))
+    manifest, made = auto.read(path)
+    signed = sign_manifest(manifest, owner(owner_key))
     try:
         to.write_bytes(signed.SerializeToString(deterministic=True))
     except OSError as error:
         raise UsageError(f"can't write {to}: {error.strerror}", "choose another path with --to") from error
     fields: dict[str, object] = {"run_id": open_manifest(signed).run_id, "owner": signed.signer, "path": str(to)}
-    print_json(fields) if as_json else print_fields(fields)
+    if as_json:
+        print_json(fields)
+        return
+    _tell(made)
+    print_fields(fields)
 
 
 def sign_manifest(manifest: Manifest, key: Identity) -> Signed:
@@ -152,7 +251,7 @@ def sign_manifest(manifest: Manifest, key: Identity) -> Signed:
 
 def read_run(path: Path, owner_key: Path | None) -> Signed:
     """The signed manifest in `path`; a YAML manifest is signed now by the owner's key. Raises `ManifestInvalid`."""
-    return _signed(path) or sign_manifest(Manifest.read(path), owner(owner_key))
+    return _signed(path) or sign_manifest(auto.read(path)[0], owner(owner_key))
 
 
 def owner(path: Path | None) -> Identity:
@@ -176,9 +275,15 @@ def _demo(folder: Path) -> dict[str, Any]:
     return demo_manifest(folder).model_dump(mode="json")
 
 
-def _manifest(path: Path) -> Manifest:
+def _manifest(path: Path) -> tuple[Manifest, auto.Plan | None]:
     signed = _signed(path)
-    return Manifest.read(path) if signed is None else open_manifest(signed)
+    return auto.read(path) if signed is None else (open_manifest(signed), None)
+
+
+def _tell(made: auto.Plan | None) -> None:
+    """Say why the settings are what they are, where they were left to us."""
+    for reason in made.why if made is not None else ():
+        typer.echo(reason)
 
 
 def _signed(path: Path) -> Signed | None:

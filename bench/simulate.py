@@ -1,0 +1,94 @@
+"""A run's rounds in one process: the peers' own trainers, codecs with error feedback, merge and outer step, without a network.
+
+Every peer trains its full share of every round, one after the other. What comes out depends on the manifest only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.single import one_thread, open_shards
+from peer.codec import Codec, Vector, decode, make_codec
+from peer.codec.feedback import ErrorFeedback
+from peer.merge import clip_scales, norm, weighted_mean
+from peer.model import initial_theta
+from peer.outer import apply, initial_state
+from peer.trainer import Trainer
+from swarm import manifest
+
+EXACT = frozenset({"fp16"})
+Told = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The weights at the end, [parameters], and the payload that each peer would have sent, without framing and control."""
+
+    theta: Vector
+    payload_bytes_per_peer: float
+    rounds: int
+    steps: int
+
+
+@dataclass
+class _Feedback:
+    """What is left at one place, a sender or the reducers; kept when a dense codec follows another."""
+
+    held: ErrorFeedback | None = None
+
+    def pass_through(self, codec: Codec, update: Vector) -> tuple[Vector, int]:
+        """What others decode of `update`, [parameters], and how many bytes it took."""
+        if codec.kind in EXACT:
+            parts = [codec.encode_part(update[slice(*codec.part_span(index))], index) for index in range(codec.part_count)]
+        else:
+            parts = self._for(codec).encode(update)
+        return decode(codec, parts), sum(map(len, parts))
+
+    def _for(self, codec: Codec) -> ErrorFeedback:
+        before = self.held
+        if before is None or before.codec != codec:
+            self.held = ErrorFeedback(codec)
+            if before is not None and before.codec.topology == codec.topology:
+                self.held._residual[:] = before._residual
+        return self.held
+
+
+@one_thread()
+def simulate(run: manifest.Manifest, files: Path, peers: int, *, told: Told = lambda done, loss: None) -> Simulated:
+    """Train all rounds of `run` with `peers` equal peers; `told` hears of every round and its mean training loss."""
+    strategy = run.strategy
+    reader = open_shards(run, files, run.data.train)
+    trainers = [Trainer(run, torch.device("cpu"), reader) for _ in range(peers)]
+    state = initial_state(strategy, initial_theta(run.model))
+    senders, reducers = [_Feedback() for _ in range(peers)], _Feedback()
+    payload, steps = 0.0, 0
+    for round_index in range(1, run.rounds.total + 1):
+        phase = run.phase(round_index)
+        quota = strategy.batch_samples // peers if isinstance(strategy, manifest.Sync) else phase.inner_steps
+        updates = [
+            trainer.train_round(state.theta, round_index, f"peer-{index}", quota, state.tokens)
+            for index, trainer in enumerate(trainers)
+        ]
+        codec = make_codec(phase.codec, state.theta.size)
+        sent = [sender.pass_through(codec, update.update) for sender, update in zip(senders, updates, strict=True)]
+        tokens = [update.tokens for update in updates]
+        merged = _merged(run, [values for values, _ in sent], tokens)
+        if codec.topology == "butterfly":
+            merged, size = reducers.pass_through(codec, merged)
+            payload += (peers - 1) / peers * 2 * size
+        else:
+            payload += (peers - 1) * sum(size for _, size in sent) / peers
+        state = apply(strategy, state, merged, sum(tokens))
+        steps += phase.inner_steps
+        told(round_index, float(np.mean([update.loss_mean for update in updates])))
+    return Simulated(state.theta, payload, run.rounds.total, steps)
+
+
+def _merged(run: manifest.Manifest, updates: Sequence[Vector], weights: Sequence[int]) -> Vector:
+    scales = clip_scales([norm(update) for update in updates], run.merge.clip_ratio)
+    return weighted_mean(updates, weights, scales)
