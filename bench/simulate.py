@@ -51,11 +51,12 @@ class _Feedback:
 
     def _for(self, codec: Codec) -> ErrorFeedback:
         before = self.held
-        if before is None or before.codec != codec:
-            self.held = ErrorFeedback(codec)
-            if before is not None and before.codec.topology == codec.topology:
-                self.held._residual[:] = before._residual
-        return self.held
+        if before is not None and before.codec == codec:
+            return before
+        fresh = self.held = ErrorFeedback(codec)
+        if before is not None and before.codec.topology == codec.topology:
+            fresh._residual[:] = before._residual
+        return fresh
 
 
 @one_thread()

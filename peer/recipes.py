@@ -16,6 +16,7 @@ from peer.corpus import (
     standard_library_documents,
 )
 from peer.model import count_parameters, flops_per_token
+from swarm.auto import AUTO, Draft, plan
 from swarm.manifest import Manifest, Shard
 
 DEMO_DATA_BYTES = 8_000_000
@@ -35,12 +36,14 @@ def demo_manifest(
     hidden_size: int = 128,
     layers: int = 4,
     strategy: str = "diloco",
+    pinned: bool = False,
     name: str = "demo",
 ) -> Manifest:
-    """A byte-level Llama of 0.87 M parameters on the Python standard library: `diloco` with Muon, or `sync` with AdamW.
+    """A byte-level Llama of 0.87 M parameters on the Python standard library: `diloco` with Muon, `sync` with AdamW, or `auto`.
 
     Writes the tokenizer and the shards into `directory`, each named by its root. The schedule ends when `peers` peers
-    have done `rounds` rounds; the first round waits for them. In `sync` a round is one step of `peers * batch_samples`.
+    have done `rounds` rounds; the first round waits for them. In `sync` a round is one step of `peers * batch_samples`. `auto`
+    spends the tokens of `rounds` rounds of `inner_steps` steps in rounds of its own choice, unless they are `pinned`.
     """
     tokenizer = byte_level_tokenizer()
     vocabulary_size = tokenizer.get_vocab_size()
@@ -58,7 +61,7 @@ def demo_manifest(
     train_documents, held_out_documents = split_documents(standard_library_documents(data_bytes), HELD_OUT_FRACTION)
     train, validation = shards(train_documents), shards(held_out_documents)
     config = llama_config(vocabulary_size, sequence_length, hidden_size, layers, end_of_text)
-    return Manifest.model_validate(
+    manifest = Manifest.model_validate(
         {
             "name": name,
             "description": "A byte-level Llama on the Python standard library's own source.",
@@ -76,6 +79,17 @@ def demo_manifest(
             "credit": {"flops_per_token": flops_per_token(config, sequence_length)},
         }
     )
+    if strategy != AUTO:
+        return manifest
+    draft = Draft(
+        parameters=manifest.model.parameters,
+        sequence_length=sequence_length,
+        tokens=peers * batch_samples * sequence_length * rounds * inner_steps,
+        batch_samples=batch_samples,
+        peers=peers,
+        inner_steps=inner_steps if pinned else None,
+    )
+    return Manifest.model_validate(plan(draft).applied(manifest.model_dump(mode="json")))
 
 
 def tiny_manifest(directory: Path, peers: int, **rounds: Any) -> Manifest:

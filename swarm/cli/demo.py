@@ -32,17 +32,20 @@ MARKER = ".swarm-demo"
 REFRESH_S = 0.5
 PLAIN_EVERY_S = 5.0
 VALIDATION_SAMPLES = 512
+ROUNDS, INNER_STEPS = 20, 20
 PEER_COLUMNS = ("peer", "state", "round", "loss", "tokens", "sent", "credits")
 NUMBERS = ("round", "loss", "tokens", "sent", "credits")
 
 
 def command(
     peers: Annotated[int, typer.Option("--peers", min=1, max=16, help="Peers to start.")] = 3,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, max=100_000, help="Rounds to train.")] = 20,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, max=100_000, help="Rounds to train; about 4 minutes' by default.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the initial weights.")] = 0,
     directory: Annotated[Path, typer.Option("--dir", help="Folder for everything that the demo writes.")] = Path("demo-run"),
-    strategy: Annotated[str, typer.Option("--strategy", help="diloco or sync.")] = "diloco",
-    inner_steps: Annotated[int, typer.Option("--inner-steps", min=1, help="Inner steps a round (diloco).")] = 20,
+    strategy: Annotated[str, typer.Option("--strategy", help="auto, diloco or sync.")] = "auto",
+    inner_steps: Annotated[int | None, typer.Option("--inner-steps", min=1, help="Inner steps a round (not in sync).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the outcome to this file.")] = None,
 ) -> None:
     """A coordinator and several peers on this machine.
@@ -56,10 +59,11 @@ def command(
 
       swarm demo --peers 4 --rounds 40 --json outcome.json
     """
-    if strategy not in ("diloco", "sync"):
-        raise UsageError(f"no such strategy: {strategy}", "choose diloco or sync")
+    if strategy not in ("auto", "diloco", "sync"):
+        raise UsageError(f"no such strategy: {strategy}", "choose auto, diloco or sync")
     _prepare(directory)
-    demo = Demo(directory, peers, rounds, seed, strategy, inner_steps)
+    pinned = rounds is not None or inner_steps is not None
+    demo = Demo(directory, peers, rounds or ROUNDS, seed, strategy, inner_steps or INNER_STEPS, pinned)
     outcome = asyncio.run(demo.run())
     if json_file is not None:
         import json
@@ -87,6 +91,7 @@ class Demo:
     seed: int
     strategy: str
     inner_steps: int
+    pinned: bool
     started_s: float = field(default_factory=time.monotonic)
 
     async def run(self) -> dict[str, Any]:
@@ -121,7 +126,9 @@ class Demo:
             rounds=self.rounds,
             inner_steps=self.inner_steps,
             strategy=self.strategy,
+            pinned=self.pinned,
         )
+        self.rounds = manifest.rounds.total
         (self.directory / "run.yaml").write_text(yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False))
         Identity.generate().save(self.directory / "owner.key")
         return manifest

@@ -117,7 +117,13 @@ def init(
     if path.exists():
         raise UsageError(f"{path} exists already", "choose another path, or remove the file")
     values = _demo(data) if demo else TEMPLATE
-    budget = {"tokens": tokens, "peers": peers, "upload_mbit": upload_mbit, "download_mbit": download_mbit, "step_s": step_s}
+    budget: dict[str, Any] = {
+        "tokens": tokens,
+        "peers": peers,
+        "upload_mbit": upload_mbit,
+        "download_mbit": download_mbit,
+        "step_s": step_s,
+    }
     budget |= {"batch_samples": batch_samples, "traffic_share": traffic_share, "codec": codec, "inner_steps": inner_steps}
     values, why = with_strategy(values, strategy, budget)
     try:

@@ -33,6 +33,18 @@ def test_the_demonstration_is_the_measured_recipe(tmp_path: Path) -> None:
     assert strategy.schedule.total_tokens == 3 * 20 * 20 * 8 * 128
 
 
+def test_the_automatic_demonstration_spends_the_same_tokens(tmp_path: Path) -> None:
+    """`auto` chooses its own rounds for the same budget; pinned, there are as many rounds as asked for, of as many steps."""
+    chosen, pinned = (
+        demo_manifest(tmp_path, data_bytes=300_000, rounds=6, inner_steps=20, strategy="auto", pinned=given)
+        for given in (False, True)
+    )
+    steps = [sum(value.phase(index + 1).inner_steps for index in range(value.rounds.total)) for value in (chosen, pinned)]
+    assert steps == [120, 120]
+    assert pinned.rounds.total == 6
+    assert {value.strategy.schedule.total_tokens for value in (chosen, pinned)} == {3 * 120 * 8 * 128}
+
+
 def test_the_same_source_gives_the_same_run(tmp_path: Path) -> None:
     """Two owners on the same Python get the same run id; another seed gives another."""
     first, second, other = (

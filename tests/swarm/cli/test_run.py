@@ -80,3 +80,51 @@ def test_read_run(path: Path, home: Path) -> None:
     (home / "forged").write_bytes(again.SerializeToString())
     with pytest.raises(ManifestInvalid, match="signature"):
         read_run(home / "forged", None)
+
+
+def test_init_says_why(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default the settings are derived from budget and links, each with its reason; a slower link changes them."""
+    assert run(["run", "init", "home.yaml", "--tokens", "10000000", "--step-s", "20"]) == 0
+    assert "codec and interval: int4" in capsys.readouterr().out
+    assert run(["run", "init", "slow.yaml", "--tokens", "10000000", "--upload-mbit", "5"]) == 0
+    assert "because the link demands it" in capsys.readouterr().out
+    assert yaml.safe_load((home / "home.yaml").read_text())["codec"]["kind"] == "int4"
+    assert yaml.safe_load((home / "slow.yaml").read_text())["codec"]["kind"] == "int2"
+
+
+def test_init_takes_settings_as_they_are_given(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A strategy by name, a codec and a number of inner steps are written as given, and an unknown one is refused."""
+    assert run(["run", "init", "a.yaml", "--strategy", "diloco", "--codec", "int8", "--inner-steps", "7"]) == 0
+    assert run(["run", "init", "b.yaml", "--strategy", "sync"]) == 0
+    assert run(["run", "init", "c.yaml", "--codec", "int8", "--inner-steps", "7"]) == 0
+    fields = [yaml.safe_load((home / name).read_text()) for name in ("a.yaml", "b.yaml", "c.yaml")]
+    assert [item["strategy"]["kind"] for item in fields] == ["diloco", "sync", "diloco"]
+    assert [item["codec"]["kind"] for item in fields] == ["int8", "fp16", "int8"]
+    assert fields[0]["strategy"]["phases"] == []
+    assert run(["run", "init", "d.yaml", "--strategy", "other"]) == 2
+    assert run(["run", "init", "d.yaml", "--codec", "int3"]) == 2
+    assert "codec" in capsys.readouterr().err
+
+
+def test_a_file_may_leave_its_strategy_to_us(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`strategy: auto` with a budget is validated, shown with costs by phase, and signed as the explicit settings."""
+    fields = manifest().model_dump(mode="json") | {"strategy": "auto", "budget": {"tokens": 10**6, "peers": 2}}
+    (home / "auto.yaml").write_text(yaml.safe_dump(fields))
+    assert run(["run", "validate", "auto.yaml"]) == 0
+    assert "inner optimizer: Muon" in capsys.readouterr().out
+    assert run(["run", "show", "auto.yaml", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert sum((cost["last_round"] - cost["first_round"] + 1) * cost["inner_steps"] for cost in shown["phases"]) == 977
+    assert run(["run", "sign", "auto.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_id"] == shown["run_id"]
+    signed = read_run(home / "run.signed", None)
+    assert open_manifest(signed).model_dump(mode="json") == shown["manifest"]
+    assert run(["run", "show", "run.signed"]) == 0
+    assert "inner steps, int4" in capsys.readouterr().out
+
+
+def test_show_of_a_missing_budget(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a budget the strategy can't be derived."""
+    (home / "auto.yaml").write_text(yaml.safe_dump(manifest().model_dump(mode="json") | {"strategy": "auto"}))
+    assert run(["run", "show", "auto.yaml"]) == 20
+    assert "budget" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""The settings that `bench.quality` and `bench.simulate` compare: four peers, the demo's model and data, equal tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peer.recipes import demo_manifest
+from swarm import auto
+from swarm.manifest import Manifest
+
+PEERS, BATCH_SAMPLES, SEQUENCE_LENGTH = 4, 8, 128
+
+SYNC, MUON, AUTO = "sync, AdamW, fp16", "Muon, every step, fp16", "auto"
+FP16, INT8 = "Muon, 10 steps, fp16", "Muon, 10 steps, int8"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train: `codec` and `interval` for all rounds, or `kind` `auto`, or `sync`."""
+
+    codec: str = "fp16"
+    interval: int = 1
+    inner: str = "muon"
+    kind: str = "diloco"
+    momentum: float = 0.0
+
+
+def settings() -> dict[str, Setting]:
+    """By name; the ones that figures are made of come first."""
+    found = {
+        SYNC: Setting(kind="sync"),
+        MUON: Setting(),
+        AUTO: Setting(kind="auto"),
+        FP16: Setting("fp16", 10),
+        INT8: Setting("int8", 10),
+    }
+    for codec, interval in (("int4", 5), ("int4", 10), ("int4", 30), ("int2", 5), ("int2", 10), ("sparse", 10)):
+        found[f"Muon, {interval} steps, {codec}"] = Setting(codec, interval)
+    found["AdamW, 10 steps, int4"] = Setting("int4", 10, "adamw")
+    return found
+
+
+def made(setting: Setting, files: Path, seed: int, steps: int) -> Manifest:
+    """The manifest of a setting for `steps` inner steps of each of the peers, all with equal work."""
+    interval = setting.interval if setting.kind == "diloco" else 1
+    base = demo_manifest(
+        files,
+        seed,
+        sequence_length=SEQUENCE_LENGTH,
+        peers=PEERS,
+        rounds=-(-steps // interval),
+        inner_steps=interval,
+        batch_samples=BATCH_SAMPLES,
+        strategy="sync" if setting.kind == "sync" else "diloco",
+        name="bench-quality",
+    )
+    values = base.model_dump(mode="json")
+    values["rounds"]["scale_to_speed"] = False
+    match setting.kind:
+        case "diloco":
+            _fix(values, setting)
+        case "auto":
+            values = auto.plan(draft(base, steps)).applied(values)
+    return Manifest.model_validate(values)
+
+
+def draft(base: Manifest, steps: int) -> auto.Draft:
+    """A home link and a device that takes 2 s a step, as for a model of 124 M parameters."""
+    return auto.Draft(
+        parameters=base.model.parameters,
+        sequence_length=SEQUENCE_LENGTH,
+        tokens=steps * PEERS * BATCH_SAMPLES * SEQUENCE_LENGTH,
+        batch_samples=BATCH_SAMPLES,
+        peers=PEERS,
+    )
+
+
+def _fix(values: dict[str, Any], setting: Setting) -> None:
+    values["codec"]["kind"] = setting.codec
+    strategy = values["strategy"]
+    strategy["outer"]["momentum"] = setting.momentum
+    if setting.inner == "adamw":
+        strategy["inner"] = {"kind": "adamw", "lr": 2e-3}
