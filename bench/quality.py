@@ -33,8 +33,23 @@ VALIDATION_SAMPLES = 1024
 RUN_S, START_S, EPOCH_S = 1200.0, 240.0, 300.0
 WITHIN_S = 30 * 60.0
 GOAL_ROWS = (SYNC, MUON, AUTO, FP16, INT8)
-HIVEMIND_INTERVALS = (1, 10)
-TORCHFT_INTERVALS = (1, 10)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another system's trainer, with AdamW inside: averaging every `interval` steps and this outer step on the difference."""
+
+    name: str
+    module: str
+    interval: int
+    outer: Outer = Outer()
+
+
+RIVALS = (
+    Rival("hivemind.Optimizer, AdamW, 10 local steps, fp16", "hivemind_peer", 10),
+    Rival("torchft DiLoCo, AdamW, 10 steps, Nesterov 0.9", "torchft_peer", 10, Outer(lr=0.7, momentum=0.9)),
+    Rival("torchft DiLoCo, AdamW, 10 steps, plain averaging", "torchft_peer", 10),
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +92,8 @@ class Quality:
         if problem:
             out.row("not run", what="hivemind.Optimizer, torchft DiLoCo", why=problem)
             return
-        for interval in HIVEMIND_INTERVALS[-1:] if out.quick else HIVEMIND_INTERVALS:
-            await self._other(out, "hivemind_peer", f"hivemind.Optimizer, AdamW, {_every(interval)}, fp16", interval, Outer())
-        for interval in TORCHFT_INTERVALS[-1:] if out.quick else TORCHFT_INTERVALS:
-            outer = Outer(lr=0.7, momentum=0.9) if interval > 1 else Outer()
-            await self._other(out, "torchft_peer", f"torchft DiLoCo, AdamW, {_every(interval)}, fp32", interval, outer)
+        for rival in RIVALS[: out.choose(len(RIVALS), 1)]:
+            await self._other(out, rival)
 
     async def seeds(self, out: Report) -> None:
         """Repeat the rows that figures need as long as there is time; then the figures."""
@@ -96,7 +108,7 @@ class Quality:
         """Train with real peers."""
         steps = out.choose(STEPS, QUICK_STEPS)
         manifest = made(settings()[name], self.files, seed, steps)
-        folder = self.folder / manifest.run_id
+        folder = self.folder / f"run-{sum(map(len, self.taken.values()))}"
         started = time.monotonic()
         outcome = await swarms.train(folder, manifest, self.files, PEERS, RUN_S)
         wall_s = time.monotonic() - started
@@ -112,19 +124,19 @@ class Quality:
         fields = {"loss": taken.loss, "sent_MB": taken.sent_bytes / 1e6, "rounds": taken.rounds, "wall_s": taken.wall_s}
         out.row("runs", setting=name, seed=seed, **fields, share_of_tokens=done)
 
-    async def _other(self, out: Report, module: str, name: str, interval: int, outer: Outer) -> None:
+    async def _other(self, out: Report, rival: Rival) -> None:
         """Train with another system, each trainer on a host of its own; a failure is a row, not the end."""
         steps = out.choose(STEPS, QUICK_STEPS)
         try:
-            taken = await asyncio.wait_for(self._run_other(module, interval, outer, steps), RUN_S)
+            taken = await asyncio.wait_for(self._run_other(rival, steps), RUN_S)
         except (RuntimeError, TimeoutError, OSError) as error:
-            out.row("not run", what=name, why=" ".join(str(error).split())[-300:] or type(error).__name__)
+            out.row("not run", what=rival.name, why=" ".join(str(error).split())[-300:] or type(error).__name__)
             return
-        self._note(out, name, SEEDS[0], taken, 1.0)
+        self._note(out, rival.name, SEEDS[0], taken, 1.0)
 
-    async def _run_other(self, module: str, interval: int, outer: Outer, steps: int) -> Taken:
-        manifest = _with_adamw(made(Setting("fp16", interval), self.files, SEEDS[0], steps), outer)
-        folder = self.folder / f"{module}-{interval}"
+    async def _run_other(self, rival: Rival, steps: int) -> Taken:
+        manifest = _with_adamw(made(Setting("fp16", rival.interval), self.files, SEEDS[0], steps), rival.outer)
+        folder = self.folder / f"other-{RIVALS.index(rival)}"
         folder.mkdir()
         path = folder / "manifest.json"
         path.write_text(manifest.model_dump_json())
@@ -138,7 +150,9 @@ class Quality:
             for index, host in enumerate(made_hosts):
                 record = str(folder / "weights") if index == 0 else None
                 own = {"rank": index, "name": str(index), "address": host.address, "device": host.device, "record": record}
-                process = child(module, folder / f"{index}.log", prefix=host.prefix, initial_peers=addresses, **own, **common)
+                process = child(
+                    rival.module, folder / f"{index}.log", prefix=host.prefix, initial_peers=addresses, **own, **common
+                )
                 trainers.append(await stack.enter_async_context(process))
                 hello = await trainers[-1].receive(START_S)
                 addresses = addresses or hello.get("addresses", [])
@@ -207,10 +221,6 @@ class Quality:
 
 def _mean_bytes(runs: Mapping[int, Taken]) -> float:
     return statistics.mean(taken.sent_bytes for taken in runs.values())
-
-
-def _every(interval: int) -> str:
-    return "every step" if interval == 1 else f"{interval} steps"
 
 
 def _with_adamw(manifest: Manifest, outer: Outer) -> Manifest:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer.recipes import demo_manifest
+from peer.recipes import DEMO_DATA_BYTES, demo_manifest
 from swarm import auto
 from swarm.manifest import Manifest
 
 PEERS, BATCH_SAMPLES, SEQUENCE_LENGTH = 4, 8, 128
+DATA_BYTES = DEMO_DATA_BYTES
 
 SYNC, MUON, AUTO = "sync, AdamW, fp16", "Muon, every step, fp16", "auto"
 FP16, INT8 = "Muon, 10 steps, fp16", "Muon, 10 steps, int8"
@@ -18,13 +19,29 @@ FP16, INT8 = "Muon, 10 steps, fp16", "Muon, 10 steps, int8"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: `codec` and `interval` for all rounds, or `kind` `auto`, or `sync`."""
+    """One way to train: `codec` and `interval` for all rounds, or `kind` `auto`, or `sync`.
+
+    Muon's learning rates and the schedule are those that `auto` would take, unless `untuned`;
+    `lr` is `sync`'s, with that schedule; `momentum` is the outer step's, Nesterov's.
+    """
 
     codec: str = "fp16"
     interval: int = 1
     inner: str = "muon"
     kind: str = "diloco"
+    untuned: bool = False
+    lr: float | None = None
     momentum: float = 0.0
+
+
+def longer() -> dict[str, Setting]:
+    """What is compared over longer budgets."""
+    found = {
+        f"Muon, {steps} steps, {codec}": Setting(codec, steps) for codec, steps in (("int4", 10), ("int4", 30), ("int2", 30))
+    }
+    found |= {f"Muon, {steps} steps, sparse": Setting("sparse", steps) for steps in (10, 30)}
+    found["Muon, 30 steps, int4, Nesterov 0.5"] = Setting("int4", 30, momentum=0.5)
+    return {AUTO: Setting(kind="auto"), **found, MUON: Setting(), SYNC: Setting(kind="sync")}
 
 
 def settings() -> dict[str, Setting]:
@@ -38,7 +55,9 @@ def settings() -> dict[str, Setting]:
     }
     for codec, interval in (("int4", 5), ("int4", 10), ("int4", 30), ("int2", 5), ("int2", 10), ("sparse", 10)):
         found[f"Muon, {interval} steps, {codec}"] = Setting(codec, interval)
-    found["AdamW, 10 steps, int4"] = Setting("int4", 10, "adamw")
+    found["Muon 4e-3, 10 steps, int4"] = Setting("int4", 10, untuned=True)
+    found["AdamW 2e-3, 10 steps, int4"] = Setting("int4", 10, "adamw", untuned=True)
+    found["sync, AdamW 5e-3, fp16"] = Setting(kind="sync", lr=5e-3)
     return found
 
 
@@ -49,6 +68,7 @@ def made(setting: Setting, files: Path, seed: int, steps: int) -> Manifest:
         files,
         seed,
         sequence_length=SEQUENCE_LENGTH,
+        data_bytes=DATA_BYTES,
         peers=PEERS,
         rounds=-(-steps // interval),
         inner_steps=interval,
@@ -58,11 +78,16 @@ def made(setting: Setting, files: Path, seed: int, steps: int) -> Manifest:
     )
     values = base.model_dump(mode="json")
     values["rounds"]["scale_to_speed"] = False
+    plan = auto.plan(draft(base, steps))
     match setting.kind:
+        case "sync":
+            if setting.lr is not None:
+                values["strategy"]["optimizer"]["lr"] = setting.lr
+                values["strategy"]["schedule"]["final_fraction"] = plan.strategy.schedule.final_fraction
         case "diloco":
-            _fix(values, setting)
+            _fix(values, setting, plan)
         case "auto":
-            values = auto.plan(draft(base, steps)).applied(values)
+            values = plan.applied(values)
     return Manifest.model_validate(values)
 
 
@@ -77,9 +102,13 @@ def draft(base: Manifest, steps: int) -> auto.Draft:
     )
 
 
-def _fix(values: dict[str, Any], setting: Setting) -> None:
+def _fix(values: dict[str, Any], setting: Setting, plan: auto.Plan) -> None:
     values["codec"]["kind"] = setting.codec
     strategy = values["strategy"]
     strategy["outer"]["momentum"] = setting.momentum
+    if not setting.untuned:
+        strategy["inner"] = plan.strategy.inner.model_dump(mode="json")
+        strategy["schedule"]["final_fraction"] = plan.strategy.schedule.final_fraction
+        strategy["schedule"]["warmup_tokens"] = plan.strategy.schedule.warmup_tokens
     if setting.inner == "adamw":
         strategy["inner"] = {"kind": "adamw", "lr": 2e-3}

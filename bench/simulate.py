@@ -1,18 +1,26 @@
-"""A run's rounds in one process: the peers' own trainers, codecs with error feedback, merge and outer step, without a network.
+"""Longer budgets, simulated: the peers' own trainers, codecs with error feedback, merge and outer step, without a network.
 
-Every peer trains its full share of every round, one after the other. What comes out depends on the manifest only.
+Every peer trains its full share of every round, one after the other, in one process for each setting. What comes out depends on
+the manifest only. 1,200 steps of four peers take several minutes a setting; settings run side by side, one on each core.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.single import one_thread, open_shards
+from bench import report
+from bench.report import Report
+from bench.settings import PEERS, longer, made
+from bench.single import held_out_loss, one_thread, open_shards
 from peer.codec import Codec, Vector, decode, make_codec
 from peer.codec.feedback import ErrorFeedback
 from peer.merge import clip_scales, norm, weighted_mean
@@ -22,6 +30,10 @@ from peer.trainer import Trainer
 from swarm import manifest
 
 EXACT = frozenset({"fp16"})
+STEPS, QUICK_STEPS = 1200, 20
+QUICK_SETTINGS = 2
+VALIDATION_SAMPLES = 1024
+FP16_BYTES = 2
 Told = Callable[[int, float], None]
 
 
@@ -93,3 +105,44 @@ def simulate(run: manifest.Manifest, files: Path, peers: int, *, told: Told = la
 def _merged(run: manifest.Manifest, updates: Sequence[Vector], weights: Sequence[int]) -> Vector:
     scales = clip_scales([norm(update) for update in updates], run.merge.clip_ratio)
     return weighted_mean(updates, weights, scales)
+
+
+@dataclass(frozen=True)
+class Longer:
+    """The only section."""
+
+    folder: Path
+
+    def measure(self, out: Report) -> None:
+        """Every setting once, as many at a time as there are cores."""
+        steps = out.choose(STEPS, QUICK_STEPS)
+        names = list(longer())[: out.choose(len(longer()), QUICK_SETTINGS)]
+        made(longer()[names[0]], self.folder, 0, steps)  # the files are written once
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+            waiting = {pool.submit(_outcome, name, self.folder, steps): name for name in names}
+            for done in as_completed(waiting):
+                loss, payload = done.result()
+                out.say(f"  {waiting[done]}: {loss:.4f}")
+                out.row(f"{steps} steps, simulated, one seed", setting=waiting[done], loss=loss, payload_share_of_fp16=payload)
+                how = f"held-out loss after {steps} steps of {PEERS} simulated peers, seed 0: {waiting[done]}"
+                out.figure(f"loss_{len(out.figures)}", loss, how)
+
+
+def _outcome(name: str, files: Path, steps: int) -> tuple[float, float]:
+    """Held-out loss in nats per byte, and the payload relative to fp16 after every step."""
+    run = made(longer()[name], files, 0, steps)
+    simulated = simulate(run, files, PEERS)
+    reference = steps * 2 * (PEERS - 1) / PEERS * FP16_BYTES * run.model.parameters
+    loss = held_out_loss(run, files, simulated.theta, VALIDATION_SAMPLES)
+    return loss, simulated.payload_bytes_per_peer / reference
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure."""
+    with report.workspace() as folder:
+        return report.run("simulate", __doc__, {"longer": Longer(folder).measure}, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
