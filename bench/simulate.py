@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -126,7 +127,11 @@ class Longer:
                 out.say(f"  {waiting[done]}: {loss:.4f}")
                 out.row(f"{steps} steps, simulated, one seed", setting=waiting[done], loss=loss, payload_share_of_fp16=payload)
                 how = f"held-out loss after {steps} steps of {PEERS} simulated peers, seed 0: {waiting[done]}"
-                out.figure(f"loss_{len(out.figures)}", loss, how)
+                out.figure(f"validation_loss_{_slug(waiting[done])}", loss, how)
+
+
+def _slug(name: str) -> str:
+    return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def _outcome(name: str, files: Path, steps: int) -> tuple[float, float]:
