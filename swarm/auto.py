@@ -46,8 +46,8 @@ MOST_PEERS = 64
 MOST_PEERS_ALL_GATHER = 32
 
 REFERENCE_PARAMETERS = 870_000
-REFERENCE_LR = 4e-3
-MOST_LR = 6e-3
+REFERENCE_LR = 1e-2
+MOST_LR = 1.2e-2
 FINAL_FRACTION = 0.0
 WARM_UP_FROM_STEPS, WARM_UP_SHARE = 1000, 0.02
 SHAPE: tuple[tuple[float, float], ...] = ()  # (share of the steps, factor on the interval) before the plain rest
