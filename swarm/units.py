@@ -69,6 +69,6 @@ def _meant(unit: str, units: Mapping[str, float]) -> str:
 
 
 def _format(amount: float, units: Mapping[str, float]) -> str:
-    name, size = next(((name, size) for name, size in reversed(units.items()) if amount >= size), next(iter(units.items())))
+    name, size = next(((name, size) for name, size in reversed(list(units.items())) if amount >= size), next(iter(units.items())))
     number = amount / size
     return f"{number:.0f} {name}" if number >= 1000 else f"{number:.4g} {name}"
