@@ -14,7 +14,7 @@ Direction = Literal["sent", "received"]
 Kind = Literal["bulk", "control", "framing"]
 DIRECTIONS: tuple[Direction, ...] = ("sent", "received")
 KINDS: tuple[Kind, ...] = ("bulk", "control", "framing")
-TYPICAL_FRAMING = 0.05
+TYPICAL_FRAMING = 0.04  # of bulk, measured over links of 80 Mbit/s with packets of 1500 bytes
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +48,7 @@ class Traffic:
 
     `bulk` is blobs, `control` everything else that we send ourselves, `framing` what comes on top at the daemon's sockets:
     encryption, multiplexing, the DHT, retransmissions and headers. Where the kernel doesn't tell (`at_socket` is false) framing
-    is taken as a twentieth of the rest.
+    is taken as a twenty-fifth of the rest.
     """
 
     sent: dict[Kind, int] = field(default_factory=_zeros)
