@@ -323,9 +323,7 @@ class Daemon:
         self._stack.callback(self.usage.save)
         while not self.usage.allows():
             self.status.state("quota_used")
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), QUOTA_CHECK_S)
+            await asyncio.sleep(QUOTA_CHECK_S)
         self.status.state("connecting")
 
     def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:

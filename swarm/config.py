@@ -106,8 +106,14 @@ def load(model: type[S], flags: dict[str, Any] | None = None) -> S:
     try:
         return model(**given)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {_plain(item['msg'])}" for item in error.errors())
         raise UsageError(f"configuration: {problems}", "see where each value comes from: swarm config show") from error
+
+
+def _plain(problem: str) -> str:
+    """pydantic's words in the middle of a sentence; units keep their upper and lower case."""
+    said = problem.removeprefix("Value error, ")
+    return said[:1].lower() + said[1:]
 
 
 def origins(model: type[Settings], flags: dict[str, Any] | None = None) -> dict[str, str]:

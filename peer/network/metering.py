@@ -38,7 +38,8 @@ class Metering:
                 continue
             self.transfer.busy.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.transfer.busy.wait(), IDLE_S)
+                async with asyncio.timeout(IDLE_S):
+                    await self.transfer.busy.wait()
 
     def measure(self) -> None:
         """Read everything once."""
