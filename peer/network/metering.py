@@ -14,6 +14,7 @@ from swarm.clock import Clock, SystemClock
 
 IDLE_S = 1.0
 BUSY_S = 0.25
+SHORTEST_S = 0.05
 
 
 @dataclass
@@ -53,13 +54,17 @@ class Metering:
         self.on_moved(moved)
 
     def _observe_uplink(self, reading: Reading) -> None:
-        """Between two readings while blobs are on their way out: what has arrived by the time that was spent on it.
+        """Between two readings: what has arrived by the time that was spent on sending it.
 
         That time is at most the time between the readings, and at most what the sockets say together, so that a short
-        transfer isn't taken for a slow link and several at once aren't taken for a fast one.
+        transfer isn't taken for a slow link and several at once aren't taken for a fast one. The kernel counts it in steps of
+        some milliseconds, so readings are put together until it is long enough.
         """
-        now_s, before = self.clock.monotonic_s(), self._uplink
-        self._uplink = (now_s, reading)
-        if before is not None:
-            busy_s = min(now_s - before[0], reading.busy_s - before[1].busy_s)
-            self.transfer.upload_meter.observe(reading.acknowledged_bytes - before[1].acknowledged_bytes, busy_s)
+        now_s = self.clock.monotonic_s()
+        if self._uplink is None:
+            self._uplink = (now_s, reading)
+        since_s, before = self._uplink
+        busy_s = min(now_s - since_s, reading.busy_s - before.busy_s)
+        if busy_s >= SHORTEST_S:
+            self.transfer.upload_meter.observe(reading.acknowledged_bytes - before.acknowledged_bytes, busy_s)
+            self._uplink = (now_s, reading)

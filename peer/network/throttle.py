@@ -12,7 +12,7 @@ BURST_S = 0.25
 PIECE_S = 0.05
 SMALLEST_PIECE_BYTES = 1 << 12
 TELLING_BYTES = 1 << 16
-FORGET = 0.1
+FORGET_PER_S = 0.05
 
 
 @dataclass
@@ -49,7 +49,9 @@ class TokenBucket:
 
 @dataclass
 class LinkMeter:
-    """The largest transfer rate seen lately: a moving maximum that forgets a tenth per transfer.
+    """The largest transfer rate seen lately: a moving maximum that forgets a twentieth per second of slower transfers.
+
+    A slower transfer may be the other side's fault; many are ours.
 
     `limit_bytes_per_s` is the volunteer's cap: it stands for what isn't known yet, and nothing is said to be faster. 0 = none.
     """
@@ -67,5 +69,5 @@ class LinkMeter:
         """Take a finished transfer into account; short ones say nothing about the link."""
         if size_bytes < TELLING_BYTES or seconds <= 0:
             return
-        rate = size_bytes / seconds
-        self.measured_bytes_per_s = max(rate, (1 - FORGET) * self.measured_bytes_per_s + FORGET * rate)
+        rate, kept = size_bytes / seconds, (1 - FORGET_PER_S) ** seconds
+        self.measured_bytes_per_s = max(rate, kept * self.measured_bytes_per_s + (1 - kept) * rate)

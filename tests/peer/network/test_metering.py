@@ -100,6 +100,17 @@ def test_the_uplink_is_what_arrives_while_it_is_busy() -> None:
     assert bench.blobs.upload_meter.bytes_per_s == pytest.approx(10 * MB)
 
 
+def test_the_kernels_coarse_clock_makes_no_fast_link() -> None:
+    """Bursts that are shorter than a few of its ticks are looked at together."""
+    bench = Bench()
+    bench.metering.measure()
+    for burst in range(1, 13):
+        bench.after(1.0, acknowledged_bytes=burst * MB // 10, busy_s=0.004 * (burst // 2) + 0.04 * (burst // 12))
+        if burst < 12:
+            assert bench.blobs.upload_meter.bytes_per_s == 0
+    assert bench.blobs.upload_meter.bytes_per_s == pytest.approx(1.2 * MB / 0.064)
+
+
 def test_idle_time_and_small_transfers_say_nothing() -> None:
     """Pings don't make the link look slow."""
     bench = Bench()
