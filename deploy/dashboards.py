@@ -85,6 +85,12 @@ def increase(metric: str, by: str, labels: str = "") -> str:
     return f"sum by ({by}) (increase({metric}{selector}[$__rate_interval]))"
 
 
+def per_round(metric: str, labels: str) -> str:
+    """What a counter grows by per finished round, by peer."""
+    rounds = f"sum by (instance) (rate(swarm_peer_rounds_total{{{labels}}}[$__rate_interval]))"
+    return f"{rate(metric, 'instance', labels)} / {rounds}"
+
+
 PROGRESS = (
     Chart(
         "Confirmed round",
@@ -346,10 +352,53 @@ PEER_NETWORK = (
     Chart(
         "Traffic",
         BYTES_PER_SECOND,
-        "Bytes per second exchanged with other peers, counted at the stream.",
+        "Bytes per second exchanged with other peers, framing and headers included.",
         (
             (rate("swarm_peer_sent_bytes_total", "instance", THIS_PEER), "sent {{instance}}"),
             (rate("swarm_peer_received_bytes_total", "instance", THIS_PEER), "received {{instance}}"),
+        ),
+    ),
+    Chart(
+        "Traffic by kind",
+        BYTES_PER_SECOND,
+        "Blobs (bulk), messages (control), and what encryption, multiplexing, the DHT and headers add (framing).",
+        (
+            (rate("swarm_peer_sent_bytes_total", "kind", THIS_PEER), "sent, {{kind}}"),
+            (rate("swarm_peer_received_bytes_total", "kind", THIS_PEER), "received, {{kind}}"),
+        ),
+        "stack",
+    ),
+    Chart(
+        "Uplink",
+        BYTES_PER_SECOND,
+        "Measured speed of the uplink, at most the volunteer's cap. The spans that a peer merges follow it.",
+        ((f"swarm_peer_upload_bytes_per_second{{{THIS_PEER}}}", "{{instance}}"),),
+    ),
+    Chart(
+        "Traffic per round",
+        BYTES,
+        "Bytes exchanged per finished round, framing and headers included.",
+        (
+            (per_round("swarm_peer_sent_bytes_total", THIS_PEER), "sent {{instance}}"),
+            (per_round("swarm_peer_received_bytes_total", THIS_PEER), "received {{instance}}"),
+        ),
+    ),
+    Chart(
+        "Traffic per day",
+        BYTES,
+        "Bytes exchanged in the 24 hours before each point.",
+        (
+            (f"sum by (instance) (increase(swarm_peer_sent_bytes_total{{{THIS_PEER}}}[1d]))", "sent {{instance}}"),
+            (f"sum by (instance) (increase(swarm_peer_received_bytes_total{{{THIS_PEER}}}[1d]))", "received {{instance}}"),
+        ),
+    ),
+    Chart(
+        "Traffic this month",
+        BYTES,
+        "Bytes in this calendar month (UTC) by direction, and what the monthly quota leaves, if there is one.",
+        (
+            (f"swarm_peer_month_bytes{{{THIS_PEER}}}", "{{direction}} {{instance}}"),
+            (f"swarm_peer_quota_left_bytes{{{THIS_PEER}}} < +Inf", "left {{instance}}"),
         ),
     ),
     Chart(

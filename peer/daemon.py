@@ -11,9 +11,10 @@ import fcntl
 import json
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -35,8 +36,10 @@ from peer.materials import Materials
 from peer.metrics import PeerMetrics
 from peer.model import initial_theta
 from peer.network.blobs import BlobStore
+from peer.network.metering import Metering
 from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
+from peer.network.traffic import Volume
 from peer.network.transfer import Transfer
 from peer.outcome import CHECKPOINTS, FILES
 from peer.outer import OuterState, initial_state
@@ -52,6 +55,8 @@ from peer.rounds.wire import Checker
 from peer.state import Layout
 from peer.status import Status
 from peer.trainer import Trainer
+from peer.usage import FILE_NAME as USAGE_NAME
+from peer.usage import Usage, month_of
 from peer.vitals import Vitals
 from swarm import __version__
 from swarm.clock import SystemClock
@@ -78,6 +83,8 @@ FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
 GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
+QUOTA_CHECK_S = 30.0
+RECENT_ROUNDS = 8
 ADMISSION_ATTEMPTS = 10
 RESERVE_BYTES = 256 << 20
 MEMORY_LIMIT_BYTES = 512 << 20
@@ -89,7 +96,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class DaemonOptions:
-    """What the command line decides. Addresses are host:port."""
+    """What the command line decides. Addresses are host:port; rates are bytes per second, 0 = no limit."""
 
     link: JoinLink
     directory: Path
@@ -101,6 +108,9 @@ class DaemonOptions:
     metrics: str = ""
     files: Path | None = None
     threads: int = 0
+    max_upload: int = 0
+    max_download: int = 0
+    monthly_quota: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ class Parts:
     checkpoints: Checkpoints
     reporter: Reporter
     vitals: Vitals
+    metering: Metering
 
 
 @dataclass
@@ -131,12 +142,16 @@ class Daemon:
     status: Status
     registry: CollectorRegistry
     faults: Faults
+    usage: Usage
     engine: Engine | None = None
     run: RunInfo | None = None
     metrics_address: str = ""
     started_s: float = field(default_factory=time.monotonic)
     _parts: Parts | None = None
     _wish: str = "train"
+    _pause_reason: str = "paused"
+    _round_began: Volume = field(default_factory=Volume)
+    _rounds_used: deque[Volume] = field(default_factory=lambda: deque([Volume()], RECENT_ROUNDS))
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
@@ -147,7 +162,8 @@ class Daemon:
         options.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         identity = Identity.load_or_create(options.identity_path)
         status = Status(PeerMetrics(registry), history=options.directory / HISTORY_NAME)
-        daemon = cls(options, identity, status, registry, Faults.from_environment())
+        usage = Usage.load(options.directory / USAGE_NAME, options.monthly_quota)
+        daemon = cls(options, identity, status, registry, Faults.from_environment(), usage)
         daemon.faults.actions["flip_bit"] = daemon.flip_bit
         return daemon
 
@@ -170,12 +186,17 @@ class Daemon:
 
     def wish(self, verb: str) -> None:
         """Take a verb: `pause`, `resume`, `finish` or `stop`. A second `finish` stops."""
+        self._pause_reason = "paused"
+        self._obey(verb)
+
+    def _obey(self, verb: str) -> None:
         if verb == "finish" and self._wish == "finish":
             verb = "stop"
         self._wish = {"resume": "train"}.get(verb, verb)
         if self.engine is not None and verb != "resume":
             self.engine.ask(cast("Wish", verb))
-        self.status.state({"finish": "finishing", "stop": "stopping", "pause": "paused"}.get(verb, self.status.reason))
+        shown = {"finish": "finishing", "stop": "stopping", "pause": self._pause_reason}
+        self.status.state(shown.get(verb, self.status.reason))
         log.info("asked", verb=verb)
         self._changed.set()
 
@@ -205,8 +226,9 @@ class Daemon:
             "device": str(self.options.device),
             "addresses": list(parts.node.addresses) if parts else [],
             "inbound": self.options.inbound,
-            "bytes_sent": parts.node.sent_bytes if parts else 0,
-            "bytes_received": parts.node.received_bytes if parts else 0,
+            "bytes_sent": parts.node.traffic.total.sent_bytes if parts else 0,
+            "bytes_received": parts.node.traffic.total.received_bytes if parts else 0,
+            "traffic": self._describe_traffic(),
             "reports_waiting": len(parts.reporter.outbox.waiting()) if parts else 0,
             "coordinator_reachable": bool(parts and parts.coordination.reachable),
             "clock_offset_s": parts.coordination.clock_offset_s if parts else 0.0,
@@ -217,6 +239,29 @@ class Daemon:
             "directory": str(self.options.directory),
             **self.status.as_dict(),
         }
+
+    def _describe_traffic(self) -> dict[str, Any]:
+        """Bytes, and bytes per second; `counted_at` says whether they are those of the sockets or an estimate."""
+        parts, usage, options = self._parts, self.usage, self.options
+        found: dict[str, Any] = {
+            "last_round": asdict(self._rounds_used[-1]),
+            "today": asdict(usage.today),
+            "month": {"month": month_of(usage.clock.wall_s()), **asdict(usage.this_month)},
+            "quota_bytes": options.monthly_quota,
+            "quota_left_bytes": usage.left_bytes,
+            "max_upload_bytes_per_s": options.max_upload,
+            "max_download_bytes_per_s": options.max_download,
+        }
+        if parts is not None:
+            traffic = parts.node.traffic
+            found |= {
+                "counted_at": "socket" if traffic.at_socket else "stream",
+                "sent_bytes": dict(traffic.sent),
+                "received_bytes": dict(traffic.received),
+                "upload_bytes_per_s": parts.transfer.upload_meter.bytes_per_s,
+                "source_bytes_per_s": {peer: meter.bytes_per_s for peer, meter in parts.transfer.sources.items()},
+            }
+        return found
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
@@ -266,11 +311,20 @@ class Daemon:
         self.run = await coordination.describe()
         _check_version(self.run.manifest)
         _check_memory(self.run.manifest)
+        await self._await_quota()
         node = await Node.start(_p2pd_options(options))
         self._stack.push_async_callback(node.close)
         parts = self._parts = self._wire(self.run, node, coordination)
         await self._open(parts)
         await self._prepare(parts)
+
+    async def _await_quota(self) -> None:
+        """Wait, without a network, while the month's quota is used up."""
+        self._stack.callback(self.usage.save)
+        while not self.usage.allows():
+            self.status.state("quota_used")
+            await asyncio.sleep(QUOTA_CHECK_S)
+        self.status.state("connecting")
 
     def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
         """Put the parts together; nothing runs yet."""
@@ -291,6 +345,8 @@ class Daemon:
             return admissions.token(self.identity.peer_id)
 
         transfer = Transfer(node, store, run.run_id, admissions.check, token, relays=self._relays)
+        transfer.limit(options.max_upload, options.max_download)
+        transfer.may_move = self.usage.allows
         post = Post(
             node,
             on_lost=self._on_lost,
@@ -326,7 +382,16 @@ class Daemon:
             on_rejected=lambda reason: self.status.refused("dht", reason),
         )
         reporter = Reporter(run.run_id, outbox, coordination.connected, self._on_report)
-        vitals = Vitals(self.status.metrics, node, outbox, options.device, self.identity.peer_id, lambda: coordination.client)
+        vitals = Vitals(
+            self.status.metrics,
+            node,
+            outbox,
+            options.device,
+            self.identity.peer_id,
+            lambda: coordination.client,
+            self.usage,
+            lambda: transfer.upload_meter.bytes_per_s,
+        )
         checkpoints = Checkpoints(options.directory / CHECKPOINTS, run.run_id.hex(), layout, snapshots)
         return Parts(
             run,
@@ -342,6 +407,7 @@ class Daemon:
             checkpoints,
             reporter,
             vitals,
+            Metering(node.traffic, transfer, self._on_moved),
         )
 
     async def _open(self, parts: Parts) -> None:
@@ -350,6 +416,7 @@ class Daemon:
         self._stack.push_async_callback(parts.finder.close)
         parts.coordination.remember_admission(parts.admissions)
         parts.coordination.on_answer = self._on_answer
+        parts.post.spawn(parts.metering.watch())
         await parts.node.serve_calls(PING, _pong)
         await parts.node.serve_calls(SYNC, self._answer_sync)
         await parts.node.serve_calls(DELIVER, self._answer_delivery)
@@ -399,7 +466,7 @@ class Daemon:
     async def _obtain(self, parts: Parts, tree: Tree) -> None:
         """Have one of the run's files, from this disk or from others; wait until somebody has it."""
         while not await asyncio.to_thread(parts.materials.take_local, tree):
-            self.status.state("fetching_data")
+            self.status.state("fetching_data" if self.usage.allows() else "quota_used")
             where = await parts.finder.find()
             token = parts.admissions.token(self.identity.peer_id)
             with contextlib.suppress(PeerFailure):
@@ -417,6 +484,8 @@ class Daemon:
             self._keep_network(parts),
         ) as failed:
             reason = "pause"
+            if self._wish == "pause":
+                await self._paused(engine, parts)
             while self._wish in ("train", "pause") and reason == "pause":
                 playing: asyncio.Future[str] = asyncio.create_task(self._play(engine))
                 await asyncio.wait((playing, failed), return_when=asyncio.FIRST_COMPLETED)
@@ -444,7 +513,7 @@ class Daemon:
 
     async def _paused(self, engine: Engine, parts: Parts) -> None:
         """Free the device and wait until something else is wanted."""
-        self.status.state("paused")
+        self.status.state(self._pause_reason)
         await self._save(parts)
         await engine.training.release()
         engine.forget()
@@ -517,8 +586,12 @@ class Daemon:
         return initial_state(manifest.strategy, theta)
 
     async def _on_round(self, report: RoundReport) -> None:
-        self.status.round_done(report)
         parts = self.parts
+        parts.metering.measure()
+        now = parts.node.traffic.total
+        moved, self._round_began = now - self._round_began, now
+        self._rounds_used.append(moved)
+        self.status.round_done(report, moved)
         await parts.reporter.add(self.identity, report)
         if parts.checkpoints.due():
             parts.post.spawn(self._save(parts))
@@ -527,6 +600,16 @@ class Daemon:
         """Keep what a restart needs."""
         await parts.checkpoints.save_quietly()
         await asyncio.to_thread(save_quietly, parts.services.residuals, parts.checkpoints.standing()[0])
+
+    def _on_moved(self, volume: Volume) -> None:
+        """Count traffic; pause before a round that the quota wouldn't outlast, and go on when a new month begins."""
+        self.usage.add(volume)
+        allowed = self.usage.allows(min(used.total_bytes for used in self._rounds_used))
+        if not allowed and self._wish == "train":
+            self._pause_reason = "quota_used"
+            self._obey("pause")
+        elif allowed and self._wish == "pause" and self._pause_reason == "quota_used":
+            self._obey("resume")
 
     def _on_report(self, outcome: str) -> None:
         self.status.metrics.reports.labels(outcome=outcome).inc()

@@ -15,8 +15,21 @@ class PeerMetrics:
         self.rounds = Counter("swarm_peer_rounds", "Rounds by outcome.", ["outcome"], registry=registry)
         self.tokens = Counter("swarm_peer_tokens", "Tokens trained on in counted contributions.", registry=registry)
         self.samples = Counter("swarm_peer_samples", "Samples trained on in counted contributions.", registry=registry)
-        self.sent = Counter("swarm_peer_sent_bytes", "Bytes sent to other peers.", registry=registry)
-        self.received = Counter("swarm_peer_received_bytes", "Bytes received from other peers.", registry=registry)
+        self.sent = Counter(
+            "swarm_peer_sent_bytes", "Bytes sent to other peers: bulk, control, framing.", ["kind"], registry=registry
+        )
+        self.received = Counter(
+            "swarm_peer_received_bytes", "Bytes received from other peers: bulk, control, framing.", ["kind"], registry=registry
+        )
+        self.month = Gauge(
+            "swarm_peer_month_bytes", "Bytes in this calendar month (UTC), by direction.", ["direction"], registry=registry
+        )
+        self.quota_left = Gauge(
+            "swarm_peer_quota_left_bytes", "What the monthly quota leaves; infinite without one.", registry=registry
+        )
+        self.upload_rate = Gauge(
+            "swarm_peer_upload_bytes_per_second", "Measured speed of the uplink, at most the cap.", registry=registry
+        )
         self.rejected = Counter(
             "swarm_peer_rejected_messages", "Messages that broke a rule, by reason.", ["reason"], registry=registry
         )

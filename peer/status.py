@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 
 from peer.metrics import PeerMetrics
+from peer.network.traffic import Volume
 from peer.rounds.engine import RoundReport
 from swarm import __version__
 
@@ -27,6 +28,7 @@ REASONS = {
     "repairing": "our state differed from the majority's; fetching what differs",
     "no_quorum": "too few of the roster can be reached to go on safely",
     "paused": "paused by the user",
+    "quota_used": "the month's traffic quota is used up; it goes on by itself next month (UTC)",
     "finishing": "completing the round, then stopping",
     "stopping": "stopping now",
     "run_complete": "the run is over",
@@ -35,6 +37,8 @@ REASONS = {
 }
 
 EXPECTED = frozenset({"stale", "too_early", "starting"})
+
+NOTHING = Volume()
 
 log = structlog.get_logger(__name__)
 
@@ -88,8 +92,8 @@ class Status:
         """A part of the round took this long."""
         self.metrics.phase.labels(phase=name).observe(seconds)
 
-    def round_done(self, report: RoundReport) -> None:
-        """Take a finished round into the totals."""
+    def round_done(self, report: RoundReport, moved: Volume = NOTHING) -> None:
+        """Take a finished round, and what was sent and received for it, into the totals."""
         sequence = report.tokens // max(1, sum(item.weight for item in report.proposal.commits))
         outcome = "contributed" if report.weight else "followed"
         self.metrics.rounds.labels(outcome=outcome).inc()
@@ -123,6 +127,8 @@ class Status:
             "loss": report.loss,
             "wall_s": report.wall_s,
             "overhead_s": report.overhead_s,
+            "bytes_sent": moved.sent_bytes,
+            "bytes_received": moved.received_bytes,
         }
         self._remember(line)
         log.info(
@@ -134,6 +140,8 @@ class Status:
             loss=round(report.loss, 4),
             wall_s=round(report.wall_s, 3),
             overhead_s=round(report.overhead_s, 3),
+            bytes_sent=moved.sent_bytes,
+            bytes_received=moved.received_bytes,
             root=report.root.hex()[:12],
         )
 

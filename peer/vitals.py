@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from peer.device import read_gpu
 from peer.metrics import PeerMetrics
 from peer.network.node import Node
 from peer.reports import Outbox
+from peer.usage import Usage
 from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import Rejected, SwarmError
 from swarm.rpc.client import CoordinatorClient
@@ -32,8 +34,10 @@ class Vitals:
     device: torch.device
     peer_id: str
     client: Callable[[], CoordinatorClient | None]
+    usage: Usage
+    upload_bytes_per_s: Callable[[], float]
     balances: dict[str, float] = field(default_factory=dict)
-    _counted: tuple[int, int] = (0, 0)
+    _counted: dict[tuple[str, str], int] = field(default_factory=dict)
 
     async def watch(self) -> None:
         """Measure for ever."""
@@ -47,10 +51,7 @@ class Vitals:
 
     def measure(self) -> None:
         """Read everything once."""
-        sent, received = self._counted
-        self.metrics.sent.inc(max(0, self.node.sent_bytes - sent))
-        self.metrics.received.inc(max(0, self.node.received_bytes - received))
-        self._counted = (self.node.sent_bytes, self.node.received_bytes)
+        self._measure_traffic()
         self.metrics.outbox.set(len(self.outbox.waiting()))
         reading = read_gpu(self.device)
         if reading is not None:
@@ -58,6 +59,21 @@ class Vitals:
             self.metrics.power.set(reading.power_w)
             self.metrics.memory.labels(kind="used").set(reading.memory_used_bytes)
             self.metrics.memory.labels(kind="total").set(reading.memory_total_bytes)
+
+    def _measure_traffic(self) -> None:
+        traffic = self.node.traffic
+        for direction, counter, counts in (
+            ("sent", self.metrics.sent, traffic.sent),
+            ("received", self.metrics.received, traffic.received),
+        ):
+            for kind, total in counts.items():
+                counter.labels(kind=kind).inc(total - self._counted.get((direction, kind), 0))
+                self._counted[direction, kind] = total
+        self.metrics.upload_rate.set(self.upload_bytes_per_s())
+        self.metrics.month.labels(direction="sent").set(self.usage.this_month.sent_bytes)
+        self.metrics.month.labels(direction="received").set(self.usage.this_month.received_bytes)
+        left = self.usage.left_bytes
+        self.metrics.quota_left.set(math.inf if left is None else left)
 
     async def ask_credits(self) -> None:
         """Ask the coordinator for our balance; what fails is asked again later."""

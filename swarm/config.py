@@ -9,18 +9,22 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import platformdirs
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from swarm.errors import LinkError, UsageError
 from swarm.messages import JoinLink
+from swarm.units import parse_rate, parse_size
 
 APPLICATION = "swarm"
 CONFIG_VARIABLE = "SWARM_CONFIG"
 LINK_VARIABLE = "SWARM_LINK"
+
+Rate = Annotated[int, BeforeValidator(parse_rate), WithJsonSchema({"type": "rate"})]
+Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema({"type": "volume"})]
 
 
 def config_path() -> Path:
@@ -69,6 +73,9 @@ class PeerSettings(Settings):
     listen: str = Field("0.0.0.0:0", description="address for other peers; port 0 = any free one")
     announce: str = Field("", description="host:port at which others can dial us, where it differs from `listen`")
     inbound: bool = Field(True, description="accept connections; false = only dial out")
+    max_upload: Rate = Field(0, description="most that is sent to other peers, such as 10Mbit/s; 0 = no limit")
+    max_download: Rate = Field(0, description="most that is received from other peers, such as 50Mbit/s; 0 = no limit")
+    monthly_quota: Size = Field(0, description="sent and received per calendar month (UTC), such as 200GB; 0 = no limit")
     threads: int = Field(0, ge=0, le=1024, description="processor threads for training; 0 = all")
     metrics: str = Field("", description="address for Prometheus; empty = none")
     log_level: str = Field("info", description="debug, info, warning or error")
@@ -99,8 +106,14 @@ def load(model: type[S], flags: dict[str, Any] | None = None) -> S:
     try:
         return model(**given)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {_plain(item['msg'])}" for item in error.errors())
         raise UsageError(f"configuration: {problems}", "see where each value comes from: swarm config show") from error
+
+
+def _plain(problem: str) -> str:
+    """pydantic's words in the middle of a sentence; units keep their upper and lower case."""
+    said = problem.removeprefix("Value error, ")
+    return said[:1].lower() + said[1:]
 
 
 def origins(model: type[Settings], flags: dict[str, Any] | None = None) -> dict[str, str]:

@@ -26,6 +26,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
 from peer.network.p2pd import P2pd, P2pdOptions
+from peer.network.traffic import Traffic
 from swarm.errors import Rejected
 from swarm.identity import public_key_of
 
@@ -75,8 +76,7 @@ class Node:
     peer_id: str
     addresses: tuple[str, ...]
     on_rejected: Callable[[str, str], None] = lambda peer, reason: None
-    sent_bytes: int = 0
-    received_bytes: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
     _busy: dict[str, int] = field(default_factory=dict)
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _dial_only: set[str] = field(default_factory=set)
@@ -87,12 +87,16 @@ class Node:
     async def start(cls, options: P2pdOptions) -> Node:
         """Start the daemon and learn our own addresses."""
         daemon = await P2pd.start(options)
-        return cls(options, daemon, daemon.p2p.peer_id.to_base58(), await _own_addresses(daemon.p2p, options))
+        node = cls(options, daemon, daemon.p2p.peer_id.to_base58(), await _own_addresses(daemon.p2p, options))
+        node.traffic.follow(daemon.pid)
+        return node
 
     async def rebuild(self) -> None:
         """Start anew after the daemon has ended: same identity, same handlers. Streams that were open are gone."""
+        self.traffic.close()
         await self.daemon.close()
         self.daemon = await P2pd.start(self.options)
+        self.traffic.follow(self.daemon.pid)
         self.addresses = await _own_addresses(self.p2p, self.options)
         for name, call in self._calls.items():
             await self.p2p._client.add_unary_handler(name, call)
@@ -104,13 +108,25 @@ class Node:
         """hivemind's client, for the DHT."""
         return self.daemon.p2p
 
+    @property
+    def sent_bytes(self) -> int:
+        """What we have handed over for sending, without framing."""
+        return self.traffic.sent["bulk"] + self.traffic.sent["control"]
+
+    @property
+    def received_bytes(self) -> int:
+        """What has come from other peers, without framing."""
+        return self.traffic.received["bulk"] + self.traffic.received["control"]
+
     async def close(self) -> None:
         """End the daemon."""
+        self.traffic.close()
         await self.daemon.close()
 
     def learn(self, peer: str, addresses: Iterable[str]) -> None:
         """Remember where a peer said that it can be dialled."""
-        kept = tuple(address.partition("/p2p/")[0] for address in addresses if len(address) < 256)[:16]
+        plain = (address.partition("/p2p/")[0] for address in addresses if len(address) < 256)
+        kept = tuple(address for address in plain if "/udp/" not in address)[:16]
         if kept and peer != self.peer_id:
             if len(self._known) > 4096:
                 self._known.pop(next(iter(self._known)))
@@ -154,10 +170,10 @@ class Node:
 
     async def call(self, peer: str, name: str, request: bytes, timeout_s: float) -> bytes:
         """Call a handler of `peer`. Raises `Unreachable`, `Silent`, or `Rejected` with the peer's own error."""
-        self.sent_bytes += len(request)
+        self.traffic.count("sent", "control", len(request))
         with _translated(peer):
             response: bytes = await asyncio.wait_for(self.p2p._client.call_unary_handler(_peer(peer), name, request), timeout_s)
-        self.received_bytes += len(response)
+        self.traffic.count("received", "control", len(response))
         return response
 
     async def open_stream(self, peer: str, name: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -171,14 +187,14 @@ class Node:
 
         async def answer(request: bytes, remote: PeerID) -> bytes:
             peer = remote.to_base58()
-            self.received_bytes += len(request)
+            self.traffic.count("received", "control", len(request))
             try:
                 with self._admitted(peer):
                     response = await handler(peer, request)
             except Rejected as error:
                 self.on_rejected(peer, error.reason)
                 raise Refusal(f"{REFUSAL}{error.reason}") from error
-            self.sent_bytes += len(response)
+            self.traffic.count("sent", "control", len(response))
             return response
 
         self._calls[name] = answer

@@ -25,6 +25,7 @@ from swarm.processes import die_with
 
 STARTUP_TIMEOUT_S = 20.0
 SOCKET_FOLDER = "swarm-p2p-"
+CONFIGURATION = '{"Relay": {"Enabled": false}}'  # no flag says this: `-relay=0` alone leaves p2pd's default, which is to relay
 
 log = structlog.get_logger(__name__)
 
@@ -51,8 +52,7 @@ class P2pdOptions:
             "idleTimeout": "30s",
             "autonat": "1",
             "natPortMap": str(int(self.map_port and self.accept_inbound)),
-            "relay": "1",
-            "relayHopLimit": "0",
+            "relay": "0",
             "autoRelay": "0",
             "persistentConnMaxMsgSize": str(4 << 20),
         }
@@ -115,9 +115,12 @@ class P2pd:
         _remove_leftovers()
         directory = Path(tempfile.mkdtemp(prefix=f"{SOCKET_FOLDER}{os.getpid()}-"))
         control = f"/unix{directory}/p2pd.sock"
+        configuration = directory / "p2pd.json"
+        configuration.write_text(CONFIGURATION)
         parent = os.getpid()
         process = await asyncio.create_subprocess_exec(
             *options.arguments(binary, control),
+            f"-f={configuration}",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -29,6 +29,12 @@ MAX_HASHES = 4096
 FRAME_BYTES = 1 << 17
 FOUND, MISSING = 0, 1
 BATCH_BYTES = 4 << 20
+SMALLEST_BATCH_BYTES = 1 << 18
+BATCH_S = 2.0
+PULLED_BLOB_BYTES = 8 << 20
+PULLED_BYTES = 64 << 20
+MAX_SOURCES = 1024
+TELLING_REQUEST_BYTES = 2 << 20
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +47,10 @@ class MissingBlob(PeerFailure):
 
 @dataclass
 class Transfer:
-    """Serves the store to admitted peers and fetches from others. Bytes are counted where they cross."""
+    """Serves the store to admitted peers and fetches from others. Bytes are counted, and held to the volunteer's caps, here.
+
+    While `may_move` says no, nothing is served and no download begins; what a round in progress needs is still fetched.
+    """
 
     node: Node
     store: BlobStore
@@ -54,6 +63,16 @@ class Transfer:
     clock: Clock = SystemClock()
     stall_s: float = 10.0
     relays: Callable[[str], Sequence[str]] = lambda peer: ()
+    may_move: Callable[[], bool] = lambda: True
+    sources: dict[str, LinkMeter] = field(default_factory=dict)
+    sending: int = 0
+    busy: asyncio.Event = field(default_factory=asyncio.Event)
+    _coming: dict[bytes, asyncio.Future[None]] = field(default_factory=dict)
+
+    def limit(self, upload_bytes_per_s: float, download_bytes_per_s: float) -> None:
+        """Hold bulk bytes to the volunteer's caps; 0 = no limit."""
+        self.upload.rate_bytes_per_s, self.download.rate_bytes_per_s = upload_bytes_per_s, download_bytes_per_s
+        self.upload_meter.limit_bytes_per_s = upload_bytes_per_s
 
     async def start(self) -> None:
         """Begin to serve."""
@@ -76,6 +95,7 @@ class Transfer:
             if not relays:
                 raise
             return await self.fetch(relays[0], sizes, origin=peer, keep=keep)
+        started, received = self.clock.monotonic_s(), 0
         try:
             names = list(sizes)
             for start in range(0, len(names), MAX_HASHES):
@@ -83,10 +103,11 @@ class Transfer:
                 request = FetchRequest(run_id=self.run_id, hashes=batch, admission=self.admission(), origin=origin)
                 await self._send_request(peer, writer, request)
                 for name in batch:
-                    content = await self._receive(peer, reader, name, sizes[name])
+                    content = await self._receive(peer, reader, name, sizes[name], self.stall_s * (2 if origin else 1))
                     if content is None:
                         absent += 1
                         continue
+                    received += len(content)
                     found[name] = content
                     if keep is not None:
                         keep(name, content)
@@ -94,9 +115,50 @@ class Transfer:
             raise Unreachable(peer, "stream broke off") from error
         finally:
             writer.close()
+            self._observe_source(peer, received, self.clock.monotonic_s() - started)
         if absent:
             raise MissingBlob(peer, f"lacks {absent} of {len(sizes)} blobs")
         return found
+
+    async def obtain(
+        self, peer: str, sizes: Mapping[bytes, int], keep: Callable[[bytes, bytes], None], *, origin: str = ""
+    ) -> None:
+        """Fetch blobs into the store by `keep`; those that are on their way already are waited for, not asked for twice.
+
+        Raises what `fetch` raises.
+        """
+        wanted = dict(sizes)
+        while wanted:
+            coming = {name: self._coming[name] for name in wanted if name in self._coming}
+            mine = {name: size for name, size in wanted.items() if name not in coming}
+            if mine:
+                await self._fetch_announced(peer, mine, keep, origin)
+            if coming:
+                await asyncio.wait(coming.values())
+            wanted = {name: size for name, size in wanted.items() if name in coming and name not in self.store}
+
+    async def _fetch_announced(
+        self, peer: str, sizes: Mapping[bytes, int], keep: Callable[[bytes, bytes], None], origin: str
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        announced = {name: loop.create_future() for name in sizes}
+        self._coming |= announced
+
+        def arrived(name: bytes, content: bytes) -> None:
+            keep(name, content)
+            self._coming.pop(name).set_result(None)
+
+        try:
+            await self.fetch(peer, sizes, origin=origin, keep=arrived)
+        finally:
+            for name, future in announced.items():
+                if not future.done():
+                    self._coming.pop(name).set_result(None)
+
+    def speed_of(self, source: str) -> float:
+        """Bytes per second that a peer has given us lately; 0 = not known."""
+        meter = self.sources.get(source)
+        return meter.bytes_per_s if meter is not None else 0.0
 
     async def download_all(
         self,
@@ -115,14 +177,20 @@ class Transfer:
     async def _send_request(self, peer: str, writer: asyncio.StreamWriter, request: FetchRequest) -> None:
         raw = request.SerializeToString()
         writer.write(len(raw).to_bytes(4, "big") + raw)
-        self.node.sent_bytes += len(raw) + 4
+        self.node.traffic.count("sent", "control", len(raw) + 4)
         with _silence(peer):
             await asyncio.wait_for(writer.drain(), self.stall_s)
 
-    async def _receive(self, peer: str, reader: asyncio.StreamReader, name: bytes, limit: int) -> bytes | None:
+    def _observe_source(self, peer: str, size_bytes: int, seconds: float) -> None:
+        if size_bytes and peer not in self.sources and len(self.sources) >= MAX_SOURCES:
+            self.sources.pop(next(iter(self.sources)))
+        if size_bytes:
+            self.sources.setdefault(peer, LinkMeter()).observe(size_bytes, seconds)
+
+    async def _receive(self, peer: str, reader: asyncio.StreamReader, name: bytes, limit: int, patience_s: float) -> bytes | None:
         with _silence(peer):
-            header = await asyncio.wait_for(reader.readexactly(9), self.stall_s)
-        self.node.received_bytes += len(header)
+            header = await asyncio.wait_for(reader.readexactly(9), patience_s)
+        self.node.traffic.count("received", "bulk", len(header))
         if header[0] == MISSING:
             return None
         size = int.from_bytes(header[1:], "big")
@@ -131,11 +199,12 @@ class Transfer:
         content = bytearray()
         while len(content) < size:
             with _silence(peer):
-                piece = await asyncio.wait_for(reader.read(min(FRAME_BYTES, size - len(content))), self.stall_s)
+                most = min(self.download.piece_bytes(FRAME_BYTES), size - len(content))
+                piece = await asyncio.wait_for(reader.read(most), self.stall_s)
             if not piece:
                 raise Unreachable(peer, "stream broke off")
             content += piece
-            self.node.received_bytes += len(piece)
+            self.node.traffic.count("received", "bulk", len(piece))
             await self.download.take(len(piece))
         if blob_hash(content) != name:
             raise Rejected("wrong_bytes", f"blob {name.hex()[:12]}", peer)
@@ -150,44 +219,77 @@ class Transfer:
             if length > MAX_REQUEST_BYTES:
                 raise Rejected("too_large", "fetch request", peer)
             raw = await asyncio.wait_for(reader.readexactly(length), self.stall_s)
-            self.node.received_bytes += 4 + length
+            self.node.traffic.count("received", "control", 4 + length)
             request = parse(FetchRequest, raw, peer)
             if request.run_id != self.run_id or not self.is_admitted(peer, request.admission):
                 raise Rejected("not_admitted", "fetch", peer)
             if len(request.hashes) > MAX_HASHES or any(len(name) != HASH_BYTES for name in request.hashes):
                 raise Rejected("malformed", "fetch request", peer)
-            if request.origin:
-                await self._pull_for(request)
+            await self._answer(peer, writer, request)
+
+    async def _answer(self, peer: str, writer: asyncio.StreamWriter, request: FetchRequest) -> None:
+        pulling = None
+        if request.origin and request.origin != self.node.peer_id and self.may_move():
+            pulling = asyncio.create_task(self._pull_for(request), name="pull-for")
+        started, before = self.clock.monotonic_s(), self.node.traffic.sent["bulk"]
+        try:
             for position, name in enumerate(request.hashes):
+                if pulling is not None:
+                    await self._arrival(name, pulling)
                 await self._send_blob(peer, writer, name, request.offset if position == 0 else 0)
+        finally:
+            if pulling is not None:
+                pulling.cancel()
+        sent = self.node.traffic.sent["bulk"] - before
+        if not self.node.traffic.at_socket and sent >= TELLING_REQUEST_BYTES:
+            self.upload_meter.observe(sent, self.clock.monotonic_s() - started)
 
     async def _pull_for(self, request: FetchRequest) -> None:
-        """Get what we lack from the origin, so that we can serve it to a peer that can't dial it."""
+        """Get what we lack from the origin, so that we can pass it on: its uplink is slow, or our peer can't dial it."""
+        pulled = 0
+
+        def keep(name: bytes, content: bytes) -> None:
+            nonlocal pulled
+            pulled += len(content)
+            if pulled > PULLED_BYTES:
+                raise Rejected("too_large", "pulled for another", request.origin)
+            self.store.put_verified(name, content, self.store.newest_round)
+
         missing = [name for name in request.hashes if self.store.get(name) is None]
         with contextlib.suppress(PeerFailure, Rejected):
-            await self.fetch(
-                request.origin,
-                dict.fromkeys(missing, 8 << 20),
-                keep=lambda name, content: self.store.put_verified(name, content, self.store.newest_round),
-            )
+            await self.obtain(request.origin, dict.fromkeys(missing, PULLED_BLOB_BYTES), keep)
+
+    async def _arrival(self, name: bytes, pulling: asyncio.Task[None]) -> None:
+        """Wait until a blob is here, or the attempt to get it is over."""
+        while not pulling.done() and self.store.get(name) is None:
+            coming = self._coming.get(name)
+            await asyncio.wait({pulling} if coming is None else {pulling, coming}, return_when=asyncio.FIRST_COMPLETED)
 
     async def _send_blob(self, peer: str, writer: asyncio.StreamWriter, name: bytes, offset: int) -> None:
-        content = self.store.get(name)
+        content = self.store.get(name) if self.may_move() else None
         if content is None or offset > len(content):
             writer.write(bytes([MISSING]) + bytes(8))
-            self.node.sent_bytes += 9
+            self.node.traffic.count("sent", "bulk", 9)
             return
         view = memoryview(content)[offset:]
+        self.sending += 1
+        self.busy.set()
+        try:
+            await self._send_pieces(peer, writer, view)
+        finally:
+            self.sending -= 1
+
+    async def _send_pieces(self, peer: str, writer: asyncio.StreamWriter, view: memoryview) -> None:
         writer.write(bytes([FOUND]) + len(view).to_bytes(8, "big"))
-        started = self.clock.monotonic_s()
-        for start in range(0, len(view), FRAME_BYTES):
-            piece = view[start : start + FRAME_BYTES]
+        self.node.traffic.count("sent", "bulk", 9)
+        size = self.upload.piece_bytes(FRAME_BYTES)
+        for start in range(0, len(view), size):
+            piece = view[start : start + size]
             await self.upload.take(len(piece))
             writer.write(piece)
+            self.node.traffic.count("sent", "bulk", len(piece))
             with _silence(peer):
                 await asyncio.wait_for(writer.drain(), self.stall_s)
-        self.node.sent_bytes += 9 + len(view)
-        self.upload_meter.observe(len(view), self.clock.monotonic_s() - started)
 
 
 class _Download:
@@ -204,7 +306,8 @@ class _Download:
         self.failed: dict[str, str] = {}
 
     async def run(self, sources: Sequence[str]) -> dict[str, str]:
-        workers = [asyncio.create_task(self._work(source), name=f"download-{source}") for source in sources]
+        fastest_first = sorted(sources, key=self.transfer.speed_of, reverse=True)
+        workers = [asyncio.create_task(self._work(source), name=f"download-{source}") for source in fastest_first]
         try:
             while self.wanted and (running := [worker for worker in workers if not worker.done()]):
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -218,7 +321,10 @@ class _Download:
 
     async def _work(self, source: str) -> None:
         while self.wanted:
-            batch = self._next_batch()
+            if not self.transfer.may_move():
+                self.failed[source] = "quota_used"
+                return
+            batch = self._next_batch(self._batch_bytes(source))
             try:
                 await self.transfer.fetch(source, batch, keep=self._received)
             except (PeerFailure, Rejected) as error:
@@ -228,11 +334,16 @@ class _Download:
             finally:
                 self.queue.extend(name for name in batch if name in self.wanted and name not in self.queue)
 
-    def _next_batch(self) -> dict[bytes, int]:
+    def _batch_bytes(self, source: str) -> int:
+        """About two seconds' worth, so that the end doesn't wait long for a slow source."""
+        speed = self.transfer.speed_of(source)
+        return min(self.batch_bytes, max(SMALLEST_BATCH_BYTES, int(speed * BATCH_S))) if speed else self.batch_bytes
+
+    def _next_batch(self, most_bytes: int) -> dict[bytes, int]:
         """The next blobs that nobody works on; once all are taken, those that slower sources still owe."""
         batch: dict[bytes, int] = {}
         size = 0
-        while self.queue and size < self.batch_bytes:
+        while self.queue and size < most_bytes:
             name = self.queue.popleft()
             if name in self.wanted:
                 batch[name] = self.wanted[name]
@@ -241,7 +352,7 @@ class _Download:
             for name in list(self.wanted)[::-1]:
                 batch[name] = self.wanted[name]
                 size += batch[name]
-                if size >= self.batch_bytes:
+                if size >= most_bytes:
                     break
         return batch
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import structlog
 
 from peer import merge
 from peer.codec import Codec, Vector
 from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
 from peer.rounds.residuals import Residuals, SpanMerge
+from peer.rounds.sharing import relays_of
 from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
 from swarm.errors import Rejected
 from swarm.merkle import blob_hash
 
+log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
@@ -65,7 +68,7 @@ class Exchange:
         `holders` have the parts of contributors that can't be reached. Raises what fetching raises, with the peer's name.
         """
         contributors = proposal.contributors
-        await asyncio.gather(*(self._pull(item, commits[item.peer], parts, holders) for item in contributors))
+        await asyncio.gather(*(self._pull(item, proposal, commits, parts, holders) for item in contributors))
         hashes = []
         merge = self.residuals.merging(self.codec, parts) if publish else None
         for part in parts:
@@ -122,24 +125,67 @@ class Exchange:
     def _encode_all(self, update: Vector) -> list[tuple[bytes, bytes]]:
         return [(blob_hash(part), part) for part in self.residuals.encode(self.codec, update)]
 
-    async def _pull(self, item: IncludedCommit, commit: CommitFacts, parts: range, holders: Sequence[str]) -> None:
+    async def _pull(
+        self,
+        item: IncludedCommit,
+        proposal: ProposalFacts,
+        commits: Mapping[str, CommitFacts],
+        parts: range,
+        holders: Sequence[str],
+    ) -> None:
+        """Pull a contributor's parts: through those who pass them on, from itself, or from others that may hold them."""
+        if item.peer == self.me:
+            return
+        hashes = commits[item.peer].part_hashes
+        if self.codec.topology == "all_gather":
+            await self._pull_through_relays(item, hashes, self._relays(item, proposal, commits, parts))
         failure: PeerFailure | None = None
         for source in (item.peer, *holders):
-            wanted = {
-                commit.part_hashes[part]: self.codec.part_size_limit(part)
-                for part in parts
-                if commit.part_hashes[part] not in self.transfer.store
-            }
+            wanted = self._lacking(hashes, parts)
             if not wanted or source == self.me:
                 return
             try:
-                await self.transfer.fetch(source, wanted, keep=self._keep)
+                await self.transfer.obtain(source, wanted, self._keep)
             except PeerFailure as error:
                 failure = failure or error
                 continue
             return
         if failure is not None:
             raise failure
+
+    def _relays(
+        self, item: IncludedCommit, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], parts: range
+    ) -> dict[int, str]:
+        """Part to the peer that passes it on to us."""
+        uploads = {entry.peer: commits[entry.peer].upload_bytes_per_s for entry in proposal.commits if entry.peer in commits}
+        authors = [entry.peer for entry in proposal.contributors]
+        relays = relays_of(self.round_index, item.peer, parts, uploads, authors)
+        return {part: relay for part, relay in relays.items() if relay != self.me}
+
+    async def _pull_through_relays(self, item: IncludedCommit, hashes: Sequence[bytes], relays: Mapping[int, str]) -> None:
+        """Take what others pass on, while the rest comes from the author. What a relay fails to give is asked for later."""
+        given: dict[str, list[int]] = {}
+        for part, relay in relays.items():
+            given.setdefault(relay, []).append(part)
+        direct = [part for part in range(len(hashes)) if part not in relays] if relays else []
+        await asyncio.gather(
+            *(self._try_pull(relay, self._lacking(hashes, parts), origin=item.peer) for relay, parts in given.items()),
+            self._try_pull(item.peer, self._lacking(hashes, direct)),
+        )
+
+    async def _try_pull(self, source: str, wanted: Mapping[bytes, int], origin: str = "") -> None:
+        if not wanted:
+            return
+        try:
+            await self.transfer.obtain(source, wanted, self._keep, origin=origin)
+        except PeerFailure as error:
+            log.debug("pull_failed", round=self.round_index, source=source, origin=origin, reason=error.reason)
+        except Rejected as error:
+            self.transfer.node.on_rejected(source, error.reason)
+
+    def _lacking(self, hashes: Sequence[bytes], parts: Iterable[int]) -> dict[bytes, int]:
+        """Hash to size limit of those parts that aren't here."""
+        return {hashes[part]: self.codec.part_size_limit(part) for part in parts if hashes[part] not in self.transfer.store}
 
     def _keep(self, name: bytes, content: bytes) -> None:
         self.transfer.store.put_verified(name, content, self.round_index)

@@ -40,6 +40,16 @@ def command(
     no_inbound: Annotated[bool, typer.Option("--no-inbound", help="Accept no connections, only dial out.")] = False,
     metrics: Annotated[str | None, typer.Option("--metrics", help="host:port for Prometheus; none by default.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Processor threads for training; 0 = all.")] = None,
+    max_upload: Annotated[
+        str | None, typer.Option("--max-upload", help="Most to send to other peers, such as 10Mbit/s; 0 = no limit.")
+    ] = None,
+    max_download: Annotated[
+        str | None, typer.Option("--max-download", help="Most to receive from other peers, such as 50Mbit/s; 0 = no limit.")
+    ] = None,
+    monthly_quota: Annotated[
+        str | None,
+        typer.Option("--monthly-quota", help="Sent and received per calendar month (UTC), such as 200GB; 0 = no limit."),
+    ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
 ) -> None:
     """Train with your GPU and earn credits.
@@ -49,6 +59,8 @@ def command(
     Examples:
 
       swarm join swarm://host:4300/...#... --gpu 0
+
+      swarm join --gpu 0 --max-upload 10Mbit/s --max-download 50Mbit/s --monthly-quota 200GB
 
       SWARM_LINK=swarm://... swarm join --cpu --threads 2
     """
@@ -63,6 +75,9 @@ def command(
         "inbound": False if no_inbound else None,
         "metrics": metrics,
         "threads": threads,
+        "max_upload": max_upload,
+        "max_download": max_download,
+        "monthly_quota": monthly_quota,
         "log_level": log_level,
     }
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # p2pd is started by fork and exec; gRPC's handlers only warn
@@ -138,6 +153,9 @@ def _options(link: JoinLink, device: str, settings: PeerSettings) -> DaemonOptio
         metrics=settings.metrics,
         files=settings.files,
         threads=settings.threads,
+        max_upload=settings.max_upload,
+        max_download=settings.max_download,
+        monthly_quota=settings.monthly_quota,
     )
 
 
@@ -156,8 +174,8 @@ async def _serve(daemon: Daemon) -> None:
 
 
 def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:
-    """One process per device, each with its own key and folder; signals are passed on."""
-    children = [subprocess.Popen(_child_command(device, link, settings)) for device in devices]
+    """One process per device, each with its own key and folder, and an equal share of the caps; signals are passed on."""
+    children = [subprocess.Popen(_child_command(device, link, settings, len(devices))) for device in devices]
 
     def pass_on(number: int, frame: object) -> None:
         for child in children:
@@ -168,14 +186,22 @@ def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:
     return max(child.wait() for child in children)
 
 
-def _child_command(device: str, link: str, settings: PeerSettings) -> list[str]:
+def _child_command(device: str, link: str, settings: PeerSettings, devices: int) -> list[str]:
     index = device.rpartition(":")[2]
     folder = settings.data_dir / f"gpu-{index}"
     command = [sys.executable, "-m", "swarm.cli.main", "join", link, "--gpu", index, "--dir", str(folder)]
     command += ["--listen", settings.listen.rpartition(":")[0] + ":0", "--log-level", settings.log_level]
     if settings.files is not None:
         command += ["--files", str(settings.files)]
+    command += ["--max-upload", _share(settings.max_upload, devices, "B/s")]
+    command += ["--max-download", _share(settings.max_download, devices, "B/s")]
+    command += ["--monthly-quota", _share(settings.monthly_quota, devices, "B")]
     if not settings.inbound:
         command.append("--no-inbound")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     return command
+
+
+def _share(amount: int, devices: int, unit: str) -> str:
+    """A cap's share for one of several devices; 0 stays 0, which is no limit."""
+    return f"{amount // devices}{unit}"

@@ -12,6 +12,7 @@ from swarm.cli.output import print_fields, print_json
 from swarm.config import PeerSettings, load
 from swarm.control import SOCKET_NAME, ask
 from swarm.errors import NotRunning, SwarmError
+from swarm.units import format_rate, format_size
 
 DirOption = Annotated[Path | None, typer.Option("--dir", help="The peer's folder, if it isn't the configured one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
@@ -85,9 +86,31 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "round": f"{answer['round']}, {answer['roster_size']} peers",
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
-        "traffic": f"{answer['bytes_sent'] / 1e6:,.1f} MB sent, {answer['bytes_received'] / 1e6:,.1f} MB received",
+        **_traffic(answer),
         "credits": ", ".join(f"{value:.6f} {state}" for state, value in earned.items()) or "none yet",
         "reports waiting": answer["reports_waiting"],
         "coordinator": "reachable" if answer["coordinator_reachable"] else "away; reports are kept and sent later",
         **({"error": answer["error"]} if answer["error"] else {}),
     }
+
+
+def _traffic(answer: dict[str, Any]) -> dict[str, object]:
+    """Bytes by period, and the caps with what they leave."""
+    traffic = answer["traffic"]
+    estimated = " (estimated)" if traffic.get("counted_at") == "stream" else ""
+    sent = {"sent_bytes": answer["bytes_sent"], "received_bytes": answer["bytes_received"]}
+    limits = {"up": traffic["max_upload_bytes_per_s"], "down": traffic["max_download_bytes_per_s"]}
+    left, speed = traffic["quota_left_bytes"], traffic.get("upload_bytes_per_s", 0)
+    return {
+        "traffic": f"{_both(sent)} since the start{estimated}",
+        "traffic, last round": _both(traffic["last_round"]),
+        "traffic, today": _both(traffic["today"]),
+        f"traffic, {traffic['month']['month']}": _both(traffic["month"]),
+        **({"quota": f"{format_size(left)} of {format_size(traffic['quota_bytes'])} left"} if left is not None else {}),
+        "uplink": format_rate(speed) if speed else "not measured yet",
+        "caps": ", ".join(f"{format_rate(limit)} {way}" for way, limit in limits.items() if limit) or "none",
+    }
+
+
+def _both(volume: dict[str, Any]) -> str:
+    return f"{format_size(volume['sent_bytes'])} sent, {format_size(volume['received_bytes'])} received"

@@ -21,8 +21,10 @@ DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 METRIC = re.compile(r"\bswarm_[a-z0-9_]+")
 SCRAPES = 8
-# Without a GPU, without faults and without strangers there is nothing to count.
-MAY_BE_EMPTY = re.compile(r"swarm_peer_gpu_|_rejected_messages_total|_repairs_total|swarm_peer_state\b")
+# Without a GPU, without faults, without strangers and without a quota there is nothing to count.
+MAY_BE_EMPTY = re.compile(
+    r"swarm_peer_gpu_|swarm_peer_quota_left_bytes|_rejected_messages_total|_repairs_total|swarm_peer_state\b"
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from peer.metrics import PeerMetrics
+from peer.network.traffic import Volume
 from peer.rounds.engine import RoundReport
 from peer.rounds.values import BallotNumber, IncludedCommit, ProposalFacts
 from peer.status import REASONS, Status
@@ -61,6 +62,12 @@ def test_rounds_add_up(status: Status, registry: CollectorRegistry) -> None:
     assert registry.get_sample_value("swarm_peer_tokens_total") == 256
     assert registry.get_sample_value("swarm_peer_rounds_total", {"outcome": "followed"}) == 1
     assert json.loads(json.dumps(shown)) == shown
+
+
+def test_the_history_tells_each_rounds_traffic(status: Status, tmp_path: Path) -> None:
+    """Bytes of both directions, framing included, stand beside the round's other figures."""
+    status.round_done(finished(1), Volume(1000, 3000))
+    assert [(line["bytes_sent"], line["bytes_received"]) for line in history(tmp_path)] == [(1000, 3000)]
 
 
 def test_an_empty_round_changes_no_loss(status: Status) -> None:

@@ -40,6 +40,18 @@ def test_precedence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert origins(CoordinatorSettings, flags)["db"] == "default"
 
 
+def test_caps_come_with_units_from_everywhere(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag, a variable and the file are read alike, and a mistake in any of them is explained."""
+    file.write_text('[peer]\nmax_upload = "10Mbit/s"\nmonthly_quota = "200GB"\n')
+    monkeypatch.setenv("SWARM_MAX_DOWNLOAD", "50 Mbit/s")
+    settings = load(PeerSettings, {"monthly_quota": "1TiB"})
+    assert (settings.max_upload, settings.max_download, settings.monthly_quota) == (1_250_000, 6_250_000, 1 << 40)
+    assert load(PeerSettings).monthly_quota == 200 * 10**9
+    monkeypatch.setenv("SWARM_MAX_DOWNLOAD", "50")
+    with pytest.raises(UsageError, match=r"max_download: .*unit is missing.*Mbit/s"):
+        load(PeerSettings)
+
+
 def test_settings_are_frozen(file: Path) -> None:
     """A loaded configuration can't be changed."""
     with pytest.raises(ValidationError):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from peer.network.node import Node
+from peer.network.p2pd import P2pdOptions
 from swarm.identity import Identity
 from tests.peer_network import loopback
 
@@ -35,13 +36,13 @@ async def start_node(tmp_path: Path) -> AsyncIterator[StartNode]:
     async with AsyncExitStack() as stack:
         count = 0
 
-        async def start(knows: tuple[Member, ...] = (), **options: object) -> Member:
+        async def start(knows: tuple[Member, ...] = (), kind: type[P2pdOptions] = P2pdOptions, **options: object) -> Member:
             nonlocal count
             count += 1
             identity = Identity.generate()
             path = tmp_path / f"node-{count}.key"
             identity.save(path)
-            node = await Node.start(loopback(path, **options))
+            node = await Node.start(kind(**vars(loopback(path, **options))))
             stack.push_async_callback(node.close)
             for other in knows:
                 node.learn(other.peer, other.node.addresses)

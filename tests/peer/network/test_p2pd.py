@@ -8,12 +8,15 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from peer.network.node import Node
+from peer.network.node import Node, Unreachable
+from peer.network.p2pd import P2pdOptions
 from swarm.errors import NetworkBroken, PortBusy
 from swarm.identity import Identity
 from tests.peer_network import loopback
@@ -22,7 +25,8 @@ from tests.waiting import eventually
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from peer.network.node import Node
+from peer.network.node import Node, Unreachable
+from peer.network.p2pd import P2pdOptions
 from peer.network.p2pd import P2pdOptions
 
 async def main():
@@ -32,6 +36,23 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+HOP = "/libp2p/circuit/relay/0.2.0/hop"  # by which strangers ask to be relayed
+
+
+class Public(P2pdOptions):
+    """A daemon that takes itself for publicly reachable, which is when libp2p begins to relay."""
+
+    def arguments(self, binary: Path, control: str) -> list[str]:
+        return [*super().arguments(binary, control), "-forceReachabilityPublic=1"]
+
+
+class Relaying(Public):
+    """The same with libp2p's own default for relaying."""
+
+    def arguments(self, binary: Path, control: str) -> list[str]:
+        return [item for item in super().arguments(binary, control) if not item.startswith("-relay=")]
 
 
 def gone(process: psutil.Process) -> bool:
@@ -84,6 +105,25 @@ async def test_the_end_of_the_daemon_is_noticed(key: Path) -> None:
     os.kill(node.daemon.pid, signal.SIGKILL)
     await asyncio.wait_for(waiting, 20)
     await node.close()
+
+
+async def relays(start_node: Callable[..., Awaitable[Any]], kind: type[P2pdOptions]) -> bool:
+    """Whether a node with such options offers to relay for others."""
+    relay = await start_node(kind=kind)
+    stranger = await start_node(knows=(relay,))
+    try:
+        _, writer = await stranger.node.open_stream(relay.peer, HOP, 10)
+    except Unreachable as error:
+        assert "protocol" in str(error)  # noqa: PT017 - any other failure would prove nothing
+        return False
+    writer.close()
+    return True
+
+
+async def test_strangers_traffic_is_not_relayed(start_node) -> None:
+    """libp2p would relay up to 4 GiB per connection for anybody; a volunteer's daemon doesn't, even where it is public."""
+    assert await relays(start_node, Relaying)
+    assert not await relays(start_node, Public)
 
 
 async def test_a_busy_port_has_a_name(key: Path) -> None:

@@ -81,6 +81,22 @@ async def test_no_limit_never_waits() -> None:
     assert time.now_s == 100.0
 
 
+async def test_what_has_passed_already_is_waited_for() -> None:
+    """Bytes that are only counted delay nobody by themselves, but whoever asks next waits for them, too."""
+    time = Time()
+    tokens = bucket(time, 1000.0)
+    tokens.charge(1250)
+    assert time.now_s == 100.0
+    await tokens.take(500)
+    assert time.now_s - 100.0 == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("rate", "piece"), [(0.0, 131072), (1e9, 131072), (1e6, 50_000), (8000.0, 4096)])
+def test_slow_links_move_small_pieces(rate: float, piece: int) -> None:
+    """A piece takes a twentieth of a second, so that nobody takes a shared slow link for silent."""
+    assert TokenBucket(rate).piece_bytes(1 << 17) == piece
+
+
 def test_the_meter_keeps_the_best_of_late() -> None:
     """Short transfers say nothing; a faster one counts at once; slower ones pull the figure down slowly."""
     meter = LinkMeter()

@@ -232,3 +232,62 @@ async def test_a_broken_download_resumes_on_disk(start_node, tmp_path: Path) -> 
     await transfer.download_all([second.peer], dict.fromkeys(missing, 64 * KIB), keep)
     assert not store.missing(sizes_of(contents))
     assert second.node.sent_bytes < 6 * 64 * KIB
+
+
+async def test_what_is_on_its_way_is_not_asked_for_twice(start_node) -> None:
+    """Several who want the same blobs at once cost their source one transfer, and a failed one is tried anew by the others."""
+    server, empty = await start_node(), await start_node()
+    client = await start_node(knows=(server, empty))
+    contents = blobs(8, 64 * KIB)
+    serving = transfer_of(server.node, contents)
+    serving.upload = TokenBucket(2 * MIB)
+    await serving.start()
+    await transfer_of(empty.node).start()
+    transfer = transfer_of(client.node)
+
+    def keep(name: bytes, content: bytes) -> None:
+        transfer.store.put_verified(name, content, 1)
+
+    sizes = sizes_of(contents)
+    outcomes = await asyncio.gather(
+        transfer.obtain(empty.peer, dict(list(sizes.items())[:2]), keep),
+        *(transfer.obtain(server.peer, sizes, keep) for _ in range(3)),
+        return_exceptions=True,
+    )
+    assert [type(outcome) for outcome in outcomes] == [MissingBlob, type(None), type(None), type(None)]
+    assert not transfer.store.missing(sizes)
+    assert server.node.traffic.sent["bulk"] < 1.01 * 8 * 64 * KIB
+    assert transfer._coming == {}
+
+
+async def test_a_used_up_quota_serves_and_downloads_nothing(start_node) -> None:
+    """Others hear that we don't have it and go elsewhere; what a round in progress needs still comes."""
+    server = await start_node()
+    client = await start_node(knows=(server,))
+    contents = blobs(2, KIB)
+    serving, transfer = transfer_of(server.node, contents), transfer_of(client.node)
+    await serving.start()
+    transfer.may_move = lambda: False
+    with pytest.raises(MissingBlob, match="quota_used"):
+        await transfer.download_all([server.peer], sizes_of(contents), lambda name, content: None)
+    assert len(await transfer.fetch(server.peer, sizes_of(contents))) == 2
+    serving.may_move = lambda: False
+    with pytest.raises(MissingBlob, match="lacks 2 of 2"):
+        await transfer.fetch(server.peer, sizes_of(contents))
+
+
+async def test_sources_are_measured(start_node) -> None:
+    """What each source gives per second is known afterwards, and a faster one is asked for larger batches."""
+    fast, slow = await start_node(), await start_node()
+    client = await start_node(knows=(fast, slow))
+    contents = blobs(4, 128 * KIB)
+    for server, rate in ((fast, 0.0), (slow, 1.0 * MIB)):
+        serving = transfer_of(server.node, contents)
+        serving.upload = TokenBucket(rate)
+        await serving.start()
+    transfer = transfer_of(client.node)
+    for server in (fast, slow):
+        await transfer.fetch(server.peer, sizes_of(contents))
+    assert transfer.speed_of(slow.peer) < 2.5 * MIB
+    assert transfer.speed_of(fast.peer) > transfer.speed_of(slow.peer)
+    assert transfer.speed_of("stranger") == 0.0

@@ -1,0 +1,26 @@
+"""What `swarm join` hands to its children where it trains on several devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from swarm.cli.join import _child_command
+from swarm.config import PeerSettings, load
+from swarm.units import parse_rate, parse_size
+
+
+def after(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+@pytest.mark.parametrize(("upload", "download", "quota"), [("10Mbit/s", "50Mbit/s", "200GB"), ("0", "1Gbit/s", "0")])
+def test_devices_share_the_caps(tmp_path: Path, upload: str, download: str, quota: str) -> None:
+    """A volunteer's caps are for the machine: each device gets an equal share, and no limit stays no limit."""
+    flags = {"data_dir": tmp_path, "max_upload": upload, "max_download": download, "monthly_quota": quota}
+    settings = load(PeerSettings, flags)
+    command = _child_command("cuda:1", "swarm://link", settings, 2)
+    assert parse_rate(after(command, "--max-upload")) == settings.max_upload // 2
+    assert parse_rate(after(command, "--max-download")) == settings.max_download // 2
+    assert parse_size(after(command, "--monthly-quota")) == settings.monthly_quota // 2
