@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 MBIT = 1_000_000
 BURST_S = 0.02
+BURST_BYTES, SLOWED_BURST_BYTES = 16_000, 2_000
 QUEUE_S = 0.1
 SUBNET = "10.213.0"
 
@@ -33,6 +34,8 @@ class Host:
     name: str
     address: str
     device: str
+    switch: str
+    port: str
 
     @property
     def prefix(self) -> tuple[str, ...]:
@@ -85,13 +88,18 @@ def hosts(links: Sequence[Link]) -> Iterator[list[Host]]:
 
 
 def cut(host: Host) -> None:
-    """Pull the host's cable."""
-    _run("ip", "-n", host.name, "link", "set", host.device, "down")
+    """Pull the host's cable at the switch: it keeps its address, and whoever runs on it still reaches each other."""
+    _run("ip", "-n", host.switch, "link", "set", host.port, "down")
 
 
 def mend(host: Host) -> None:
     """Plug it in again."""
-    _run("ip", "-n", host.name, "link", "set", host.device, "up")
+    _run("ip", "-n", host.switch, "link", "set", host.port, "up")
+
+
+def slow_down(host: Host, up_bit_s: int) -> None:
+    """Change what a host can send from now on."""
+    _run(*_shaping("replace", host.name, host.device, up_bit_s, SLOWED_BURST_BYTES))
 
 
 def _attach(switch: str, name: str, index: int, link: Link) -> Host:
@@ -104,16 +112,19 @@ def _attach(switch: str, name: str, index: int, link: Link) -> Host:
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _shape(name, inside, link.up_bit_s)
     _shape(switch, outside, link.down_bit_s)
-    return Host(name, address, inside)
+    return Host(name, address, inside, switch, outside)
 
 
 def _shape(namespace: str, device: str, bit_s: int) -> None:
     if not bit_s:
         return
-    burst = max(16_000, int(bit_s / 8 * BURST_S))
-    limit = max(64_000, int(bit_s / 8 * QUEUE_S))
+    _run(*_shaping("add", namespace, device, bit_s, max(BURST_BYTES, int(bit_s / 8 * BURST_S))))
+
+
+def _shaping(verb: str, namespace: str, device: str, bit_s: int, burst: int) -> tuple[str, ...]:
+    limit = max(4 * burst, int(bit_s / 8 * QUEUE_S))
     rate = ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
-    _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *rate)
+    return ("tc", "-n", namespace, "qdisc", verb, "dev", device, "root", "tbf", *rate)
 
 
 def _run(*command: str) -> str:
