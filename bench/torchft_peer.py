@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without saying so
 from torchft import Manager, ProcessGroupGloo
 from torchft.coordination import LighthouseServer
 

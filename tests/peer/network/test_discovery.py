@@ -86,8 +86,8 @@ async def swarm_of_three(start_node):
         found.append(await Discovery.start(member.node, member.identity, RUN, on_rejected=note))
     await asyncio.gather(*(one.meet([other.peer for other in members if other.peer != one.node.peer_id]) for one in found))
     yield found, reasons
-    for discovery in found:
-        await discovery.close()
+    for one in found:
+        await one.close()
 
 
 async def test_peers_find_each_other(swarm_of_three) -> None:
