@@ -56,13 +56,20 @@ class Scenario:
         return Identity.load_or_create(self.swarm.directory / name / "identity.key")
 
     async def start(
-        self, count: int, faults: Mapping[str, str] | None = None, options: Mapping[str, tuple[str, ...]] | None = None
+        self,
+        count: int,
+        faults: Mapping[str, str] | None = None,
+        options: Mapping[str, tuple[str, ...]] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Start the coordinator and peers `p0`, `p1`, ..., some with a fault script or options of their own."""
+        """Start the coordinator and peers `p0`, `p1`, ..., some with a fault script or options of their own.
+
+        `prefix` stands before each peer's command.
+        """
         await self.swarm.start_coordinator(self.source / "run.yaml", self.source / "owner.key")
         for index in range(count):
             name = f"p{index}"
-            await self.join(name, *(options or {}).get(name, ()), faults=(faults or {}).get(name, ""))
+            await self.join(name, *(options or {}).get(name, ()), faults=(faults or {}).get(name, ""), prefix=prefix)
 
     async def join(
         self,
