@@ -80,7 +80,7 @@ async def _kill_one(bench: Report, swarm: Scenario, index: int) -> float:
 
 
 async def torchft_stall(bench: Report) -> None:
-    """The same with torchft: a lighthouse and four replica groups over gloo, one killed during its step, its example's timeouts."""
+    """The same with torchft: a lighthouse, four replica groups over gloo, one killed in its step, timeouts of its example."""
     if importlib.util.find_spec("torchft") is None:
         bench.row("torchft", note="torchft is not installed: pip install -e .[bench]")
         return

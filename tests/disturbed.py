@@ -16,8 +16,8 @@ FRAME = bytes(1 << 16)
 
 
 def program(what: str) -> tuple[str, ...]:
-    """What to run instead of `swarm`."""
-    return (sys.executable, str(Path(__file__)), what)
+    """What to run instead of `swarm`; without this folder on the path, which has a `swarm` of its own."""
+    return (sys.executable, "-P", str(Path(__file__)), what)
 
 
 def clock(offset_s: float) -> None:
