@@ -5,6 +5,7 @@ A host's uplink is shaped where it leaves the host, its downlink where the switc
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 MBIT = 1_000_000
-BURST_S = 0.02
-BURST_BYTES, SLOWED_BURST_BYTES = 16_000, 2_000
-QUEUE_S = 0.1
+BURST_S, LEAST_BURST_BYTES = 0.02, 4_000
+QUEUE_S, LEAST_QUEUE_BYTES = 0.1, 16_000
 SUBNET = "10.213.0"
+NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def unavailable() -> str:
 @contextmanager
 def hosts(links: Sequence[Link]) -> Iterator[list[Host]]:
     """So many hosts with these links; they are gone when the block is left."""
-    tag = f"sw{os.getpid()}"
+    tag = f"sw{os.getpid()}n{next(NUMBERS)}"
     switch = f"{tag}s"
     made: list[str] = []
     try:
@@ -99,7 +100,7 @@ def mend(host: Host) -> None:
 
 def slow_down(host: Host, up_bit_s: int) -> None:
     """Change what a host can send from now on."""
-    _run(*_shaping("replace", host.name, host.device, up_bit_s, SLOWED_BURST_BYTES))
+    _run("tc", "-n", host.name, "qdisc", "replace", "dev", host.device, "root", "tbf", *_rate(up_bit_s))
 
 
 def _attach(switch: str, name: str, index: int, link: Link) -> Host:
@@ -116,15 +117,14 @@ def _attach(switch: str, name: str, index: int, link: Link) -> Host:
 
 
 def _shape(namespace: str, device: str, bit_s: int) -> None:
-    if not bit_s:
-        return
-    _run(*_shaping("add", namespace, device, bit_s, max(BURST_BYTES, int(bit_s / 8 * BURST_S))))
+    if bit_s:
+        _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *_rate(bit_s))
 
 
-def _shaping(verb: str, namespace: str, device: str, bit_s: int, burst: int) -> tuple[str, ...]:
-    limit = max(4 * burst, int(bit_s / 8 * QUEUE_S))
-    rate = ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
-    return ("tc", "-n", namespace, "qdisc", verb, "dev", device, "root", "tbf", *rate)
+def _rate(bit_s: int) -> tuple[str, ...]:
+    burst = max(LEAST_BURST_BYTES, int(bit_s / 8 * BURST_S))
+    limit = max(LEAST_QUEUE_BYTES, int(bit_s / 8 * QUEUE_S))
+    return ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
 
 
 def _run(*command: str) -> str:

@@ -98,9 +98,9 @@ class LocalSwarm:
     async def start_coordinator(
         self, run: Path, owner_key: Path, *options: str, listen: str = "127.0.0.1:0", prefix: Sequence[str] = ()
     ) -> str:
-        """Start it and wait for its join link. Raises `SwarmError` with what it said if it ends instead.
+        """Start it and wait for its join link; `prefix` stands before the command, for example to run it on another host.
 
-        `prefix` stands before the command, for example to run it on another host.
+        Raises `SwarmError` with what it said if it ends instead.
         """
         log = self.directory / "coordinator.log"
         command = [*prefix, *swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
