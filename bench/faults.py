@@ -25,7 +25,7 @@ from swarm.scenario import Scenario, growth, last_contribution, last_round, soak
 
 STALL_PEERS, STALL_KILLS, STALL_KILLS_QUICK = 4, 7, 3
 JOIN_PEERS, JOINS, JOINS_QUICK = 4, 3, 1
-JOIN_INNER_STEPS = 8
+JOIN_INNER_STEPS = 3
 YIELDING = ("nice", "-n", "10")
 BLOBS, BLOB_BYTES = 24, 1 << 20
 FAULT_PEERS, FAULT_ROUNDS, FAULT_ROUNDS_QUICK = 5, 500, 100
