@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from swarm.scenario import last_contribution, last_round
+from peer.recipes import demo_manifest
+from swarm.local import LocalSwarm
+from swarm.scenario import Scenario, last_contribution, last_round, write_run
 from tests.disturbed import program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -15,13 +18,22 @@ ATTEMPTS = 4
 
 
 @pytest.mark.parametrize(("lie", "reason"), [("wrong_chunks", "wrong_bytes"), ("endless", "too_large")])
-async def test_a_donor_that_sends_wrong_bytes_is_named(scenario: Any, lie: str, reason: str) -> None:
-    """p2 trains honestly but serves wrong chunks, or an endless one: newcomers get the state from others and name it."""
-    async with scenario(3) as swarm:
-        await swarm.start(2)
-        await swarm.join("p2", program=program(lie))
-        await swarm.until_round(4)
-        liar = swarm.identity("p2").peer_id
+async def test_a_donor_that_sends_wrong_bytes_is_named(tmp_path: Path, lie: str, reason: str) -> None:
+    """p1 trains honestly but serves wrong chunks, or an endless one: newcomers get the state from the others and name it.
+
+    The state has several chunks, so that no honest donor has sent everything before the liar has sent something.
+    """
+    folder = tmp_path / "run"
+    manifest = demo_manifest(
+        folder / "files", sequence_length=32, data_bytes=400_000, peers=2, rounds=10_000, inner_steps=1, hidden_size=256, layers=1
+    )
+    write_run(folder, manifest)
+    async with LocalSwarm(tmp_path / "swarm") as local:
+        swarm = Scenario(local, folder)
+        await swarm.start(1)
+        await swarm.join("p1", program=program(lie))
+        await swarm.until_round(3)
+        liar = swarm.identity("p1").peer_id
         named = False
         for attempt in range(ATTEMPTS):
             newcomer = await swarm.join(f"n{attempt}")
