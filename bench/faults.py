@@ -3,49 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import signal
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain
 from pathlib import Path
 
-import psutil
-
 from bench import hosts, report
-from bench.children import child
+from bench.children import Child, child
 from bench.hosts import MBIT, Link
 from bench.report import Report
 from peer.recipes import demo_manifest, tiny_manifest
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
-from swarm.messages import parse
-from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
-from swarm.rpc.v1.ledger_pb2 import Report as LedgerReport
-from swarm.rpc.v1.signed_pb2 import Commit
-from swarm.scenario import Scenario, last_round, write_run
+from swarm.mishaps import Processes, break_things
+from swarm.scenario import Scenario, growth, last_contribution, last_round, soak, write_run
 
 STALL_PEERS, STALL_KILLS, STALL_KILLS_QUICK = 4, 7, 3
 JOIN_PEERS, JOINS, JOINS_QUICK = 4, 3, 1
-JOIN_INNER_STEPS = 8
+JOIN_INNER_STEPS = 3
+YIELDING = ("nice", "-n", "10")
 BLOBS, BLOB_BYTES = 24, 1 << 20
 FAULT_PEERS, FAULT_ROUNDS, FAULT_ROUNDS_QUICK = 5, 500, 100
-ROUNDS_BETWEEN_FAULTS = 6
-FROZEN_S = 3.0
+TORCHFT_KILLS, TORCHFT_KILLS_QUICK = 3, 1
+TORCHFT_PARAMETERS, TORCHFT_STEP_S = 100_000, 0.2
+TORCHFT_STEPS_BEFORE, TORCHFT_STEPS_AFTER = 10, 3
+SOAK_PEERS, SOAK_ROUNDS, SOAK_ROUNDS_QUICK, SOAK_WARM_UP, SOAK_SAMPLES = 3, 300, 60, 30, 15
 START_S, ROUND_S = 180.0, 120.0
 SEED = 20
 
 
 @asynccontextmanager
-async def running(manifest: Manifest, folder: Path, peers: int) -> AsyncIterator[Scenario]:
-    """A swarm in `folder`, whose `run/files` hold the manifest's files."""
+async def running(manifest: Manifest, folder: Path, peers: int, prefix: Sequence[str] = ()) -> AsyncIterator[Scenario]:
+    """A swarm in `folder`, whose `run/files` hold the manifest's files; `prefix` stands before each peer's command."""
     write_run(folder / "run", manifest)
     async with LocalSwarm(folder / "swarm") as swarm:
         scenario = Scenario(swarm, folder / "run")
-        await scenario.start(peers)
+        await scenario.start(peers, prefix=prefix)
         yield scenario
 
 
@@ -68,8 +66,7 @@ async def _kill_one(bench: Report, swarm: Scenario, index: int) -> float:
     while (await victim.status()).get("state") != "exchanging":
         pass  # every answer comes over the control socket, which lets others run
     killed_in = max(map(last_round, others))
-    victim.signal(signal.SIGKILL)
-    await victim.wait(10)
+    await swarm.kill(name)
     await swarm.until_round(killed_in + 4, others, ROUND_S)
     walls = [line for peer in others for line in peer.history()]
     usual = statistics.median(line["wall_s"] for line in walls if killed_in - 10 < line["round"] < killed_in)
@@ -82,15 +79,73 @@ async def _kill_one(bench: Report, swarm: Scenario, index: int) -> float:
     return float(longest - usual)
 
 
+async def torchft_stall(bench: Report) -> None:
+    """The same with torchft: a lighthouse, four replica groups over gloo, one killed in its step, timeouts of its example."""
+    if importlib.util.find_spec("torchft") is None:
+        bench.row("torchft", note="torchft is not installed: pip install -e .[bench]")
+        return
+    kills = bench.choose(TORCHFT_KILLS, TORCHFT_KILLS_QUICK)
+    stalls = [await _torchft_kill(bench, index) for index in range(kills)]
+    how = f"{kills} kills -9 of one of {STALL_PEERS} torchft replica groups during its step: the others' longest step less median"
+    bench.figure("torchft_stall_after_kill9_p50_s", statistics.median(stalls), how)
+
+
+async def _torchft_kill(bench: Report, index: int) -> float:
+    with tempfile.TemporaryDirectory(prefix="swarm-faults-") as name:
+        log = Path(name) / "log"
+        async with AsyncExitStack() as stack:
+            lighthouse = await stack.enter_async_context(child("torchft_peer", log, min_replicas=STALL_PEERS - 1))
+            address = (await lighthouse.receive(START_S))["address"]
+            groups = [
+                await stack.enter_async_context(
+                    child(
+                        "torchft_peer",
+                        log,
+                        lighthouse_address=address,
+                        name=f"group-{number}",
+                        min_replicas=STALL_PEERS - 1,
+                        parameters=TORCHFT_PARAMETERS,
+                        step_s=TORCHFT_STEP_S,
+                    )
+                )
+                for number in range(STALL_PEERS)
+            ]
+            steps = await asyncio.gather(*(_steps_with_all(group) for group in groups))
+            await asyncio.sleep(TORCHFT_STEP_S / 2)
+            groups[-1].process.kill()
+            after = await asyncio.gather(*(_next_steps(group, TORCHFT_STEPS_AFTER) for group in groups[:-1]))
+    usual, longest = statistics.median(chain.from_iterable(steps)), max(chain.from_iterable(after))
+    bench.row("torchft", kill=index, usual_step_s=usual, longest_step_s=longest, stall_s=longest - usual)
+    return float(longest - usual)
+
+
+async def _steps_with_all(group: Child) -> list[float]:
+    """Seconds of a group's steps in which all groups took part."""
+    seconds: list[float] = []
+    while len(seconds) < TORCHFT_STEPS_BEFORE:
+        said = await group.receive(START_S)
+        if said["replicas"] == STALL_PEERS:
+            seconds.append(said["seconds"])
+    return seconds
+
+
+async def _next_steps(group: Child, count: int) -> list[float]:
+    """Seconds of its next steps."""
+    return [(await group.receive(START_S))["seconds"] for _ in range(count)]
+
+
 async def joining(bench: Report) -> None:
-    """Join four peers with rounds of about 2 s; the time from starting the command to the first counted contribution."""
+    """Join four peers with rounds of about 2 s; the time from starting the command to the first counted contribution.
+
+    Elsewhere a newcomer has a machine of its own; here the four leave it their cores, as far as the scheduler can make them.
+    """
     with tempfile.TemporaryDirectory(prefix="swarm-faults-") as name:
         folder = Path(name)
         manifest = demo_manifest(
             folder / "run" / "files", peers=JOIN_PEERS, inner_steps=JOIN_INNER_STEPS, rounds=10_000, layers=5
         )
         taken = []
-        async with running(manifest, folder, JOIN_PEERS) as swarm:
+        async with running(manifest, folder, JOIN_PEERS, YIELDING) as swarm:
             await swarm.until_round(3, timeout_s=START_S)
             for index in range(bench.choose(JOINS, JOINS_QUICK)):
                 started = time.monotonic()
@@ -101,7 +156,9 @@ async def joining(bench: Report) -> None:
                 bench.row("joins", join=index, seconds=taken[-1], round_s=rounds_s, missing_rounds=len(swarm.missing_rounds()))
                 await newcomer.ask("finish")
                 await newcomer.wait(60)
-    how = f"`swarm join` of a {manifest.model.parameters:,} parameter model, {JOIN_PEERS} peers on the same cores; median"
+    how = (
+        f"`swarm join` of a {manifest.model.parameters:,} parameter model, {JOIN_PEERS} peers on the same cores at lower priority"
+    )
     bench.figure("join_to_first_round_s", statistics.median(taken), how, "<= 12")
 
 
@@ -151,105 +208,63 @@ async def _download(bench: Report, count: int, up: Link, down: Link, source_coun
 async def random_faults(bench: Report) -> None:
     """Several hundred rounds with five peers and a fault every few rounds, drawn by seed; then the invariants."""
     wanted = bench.choose(FAULT_ROUNDS, FAULT_ROUNDS_QUICK)
-    processes: dict[int, psutil.Process] = {}
+    processes = Processes()
     with tempfile.TemporaryDirectory(prefix="swarm-faults-") as name:
         folder = Path(name)
         manifest = tiny_manifest(folder / "run" / "files", FAULT_PEERS)
         async with running(manifest, folder, FAULT_PEERS) as swarm:
             await swarm.until_round(3, timeout_s=START_S)
-            await _break_things(bench, swarm, wanted, processes)
-            await _finish_all(swarm)
-            rounds = swarm.roots()
-            doubled = await _wrong_credits(swarm, manifest)
-            bench.figure("fault_rounds", len(rounds), f"rounds with {FAULT_PEERS} peers and random faults", f">= {wanted}")
+            async for mishap in break_things(swarm, wanted, SEED, processes):
+                bench.row("faults", **vars(mishap))
+            await swarm.finish_all()
+            differing, wrong = swarm.differing_roots(), await swarm.wrong_credits()
+            for round_index in differing:
+                bench.row("differing", round=round_index, roots=sorted(root[:12] for root in swarm.roots()[round_index]))
+            for peer, (credit, earned) in wrong.items():
+                bench.row("credits", peer=peer, credit=credit, earned=earned)
+            bench.figure("fault_rounds", len(swarm.roots()), f"rounds with {FAULT_PEERS} peers and random faults", f">= {wanted}")
             bench.figure("rounds_lost", len(swarm.missing_rounds()), "rounds that no peer finished", "== 0")
-            bench.figure("roots_differing", len(swarm.differing_roots()), "rounds after which two peers' roots differ", "== 0")
-            bench.figure("credits_lost_or_doubled", doubled, "peers whose credit isn't that of their signed reports", "== 0")
-    left = sum(1 for process in processes.values() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    bench.figure("leftover_processes", left, "processes of the swarm, p2pd included, alive after its end", "== 0")
+            bench.figure("roots_differing", len(differing), "rounds after which two peers' roots differ", "== 0")
+            bench.figure("credits_lost_or_doubled", len(wrong), "peers whose credit isn't that of their signed reports", "== 0")
+    how = "processes of the swarm, p2pd included, alive after its end"
+    bench.figure("leftover_processes", len(processes.left()), how, "== 0")
 
 
-async def _break_things(bench: Report, swarm: Scenario, wanted: int, processes: dict[int, psutil.Process]) -> None:
-    """One fault at a time, so that a quorum is always alive; what was killed comes back."""
-    draw = random.Random(SEED)
-    while len(swarm.roots()) < wanted:
-        _note_processes(swarm, processes)
-        victim = swarm.peers[draw.choice(sorted(swarm.peers))]
-        kind = draw.choice(("kill", "kill", "freeze", "network", "coordinator"))
-        await asyncio.sleep(draw.random() * 0.5)
-        started, before = time.monotonic(), max(map(last_round, swarm.live()))
-        others = [peer for peer in swarm.live() if peer is not victim]
-        await _harm(swarm, victim, kind)
-        await swarm.until_round(before + ROUNDS_BETWEEN_FAULTS, others, ROUND_S)
-        seconds = time.monotonic() - started
-        bench.row("faults", kind=kind, victim=victim.name, after_round=before, rounds=ROUNDS_BETWEEN_FAULTS, seconds=seconds)
-        if kind == "kill":
-            await swarm.join(victim.name)
-        returned = swarm.peers[victim.name]
-        newest = max(map(last_round, others))
-        await swarm.until(lambda peer=returned, after=newest: last_round(peer) > after, f"{victim.name} is back", ROUND_S)  # type: ignore[misc]
+async def soaking(bench: Report) -> None:
+    """Several hundred rounds without faults: what a peer takes of its machine must not grow."""
+    rounds = bench.choose(SOAK_ROUNDS, SOAK_ROUNDS_QUICK)
+    with tempfile.TemporaryDirectory(prefix="swarm-faults-") as name:
+        folder = Path(name)
+        async with running(tiny_manifest(folder / "run" / "files", SOAK_PEERS), folder, SOAK_PEERS) as swarm:
+            await swarm.until_round(SOAK_WARM_UP, timeout_s=START_S)
+            seen = await soak(swarm, rounds, SOAK_SAMPLES)
+    for peer, footprints in seen.items():
+        for taken in (footprints[0], footprints[-1]):
+            bench.row("footprint", peer=peer, **vars(taken))
 
+    def worst(field: str) -> float:
+        return max(growth([int(getattr(taken, field)) for taken in footprints]) for footprints in seen.values())
 
-async def _harm(swarm: Scenario, victim: LocalPeer, kind: str) -> None:
-    match kind:
-        case "kill":
-            victim.signal(signal.SIGKILL)
-            await victim.wait(10)
-        case "freeze":
-            victim.signal(signal.SIGSTOP)
-            await asyncio.sleep(FROZEN_S)
-            victim.signal(signal.SIGCONT)
-        case "network":
-            for process in psutil.Process(victim.process.pid).children():
-                process.kill()
-        case "coordinator":
-            await swarm.swarm.stop_coordinator(signal.SIGKILL)
-            await asyncio.sleep(FROZEN_S)
-            await swarm.swarm.start_coordinator(
-                swarm.source / "run.yaml", swarm.source / "owner.key", listen=f"{swarm.link.host}:{swarm.link.port}"
-            )
-
-
-async def _finish_all(swarm: Scenario) -> None:
-    """Everybody completes a round and posts what is left."""
-    for peer in swarm.live():
-        await peer.ask("finish")
-    for peer in swarm.peers.values():
-        await peer.wait(ROUND_S)
-
-
-async def _wrong_credits(swarm: Scenario, manifest: Manifest) -> int:
-    """How many peers' balances differ from the sum of the reports that they have signed."""
-    credit = await swarm.credit()
-    per_sample = manifest.data.sequence_length * manifest.credit.flops_per_token
-    wrong = 0
-    for name, peer in swarm.peers.items():
-        reports = [*peer.directory.glob("posted/*.pb"), *peer.directory.glob("outbox/*.pb"), *peer.directory.glob("refused/*.pb")]
-        earned = sum(_reported_weight(path) for path in reports) * per_sample
-        wrong += credit.get(swarm.identity(name).peer_id, 0) != earned
-    return wrong
-
-
-def _reported_weight(path: Path) -> int:
-    request = parse(SubmitReportRequest, path.read_bytes())
-    claim = parse(LedgerReport, request.report.payload)
-    return parse(Commit, claim.commit.payload).weight
-
-
-def _note_processes(swarm: Scenario, processes: dict[int, psutil.Process]) -> None:
-    for peer in swarm.live():
-        process = psutil.Process(peer.process.pid)
-        for each in (process, *process.children(recursive=True)):
-            processes[each.pid] = each
+    how = f"largest growth of {SOAK_PEERS} peers over {rounds} rounds, last third of the samples less first"
+    bench.figure("soak_memory_growth_mb", worst("memory_bytes") / 1e6, how)
+    bench.figure("soak_descriptors_growth", worst("descriptors"), how)
+    bench.figure("soak_threads_growth", worst("threads"), how)
 
 
 def _contributed(peer: LocalPeer) -> bool:
-    return any(line["weight"] for line in peer.history())
+    return last_contribution(peer) >= 0
 
 
 def main() -> int:
     """Run the sections."""
-    sections = {"stall": stall, "joining": joining, "downloads": downloads, "faults": random_faults}
+    sections = {
+        "stall": stall,
+        "torchft": torchft_stall,
+        "joining": joining,
+        "downloads": downloads,
+        "faults": random_faults,
+        "soak": soaking,
+    }
     return report.run("faults", __doc__ or "", sections)
 
 

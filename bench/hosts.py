@@ -5,6 +5,7 @@ A host's uplink is shaped where it leaves the host, its downlink where the switc
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 MBIT = 1_000_000
-BURST_S = 0.02
-QUEUE_S = 0.1
+BURST_S, LEAST_BURST_BYTES = 0.02, 4_000
+QUEUE_S, LEAST_QUEUE_BYTES = 0.1, 16_000
 SUBNET = "10.213.0"
+NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Host:
     name: str
     address: str
     device: str
+    switch: str
+    port: str
 
     @property
     def prefix(self) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ def unavailable() -> str:
 @contextmanager
 def hosts(links: Sequence[Link]) -> Iterator[list[Host]]:
     """So many hosts with these links; they are gone when the block is left."""
-    tag = f"sw{os.getpid()}"
+    tag = f"sw{os.getpid()}n{next(NUMBERS)}"
     switch = f"{tag}s"
     made: list[str] = []
     try:
@@ -85,13 +89,18 @@ def hosts(links: Sequence[Link]) -> Iterator[list[Host]]:
 
 
 def cut(host: Host) -> None:
-    """Pull the host's cable."""
-    _run("ip", "-n", host.name, "link", "set", host.device, "down")
+    """Pull the host's cable at the switch: it keeps its address, and whoever runs on it still reaches each other."""
+    _run("ip", "-n", host.switch, "link", "set", host.port, "down")
 
 
 def mend(host: Host) -> None:
     """Plug it in again."""
-    _run("ip", "-n", host.name, "link", "set", host.device, "up")
+    _run("ip", "-n", host.switch, "link", "set", host.port, "up")
+
+
+def slow_down(host: Host, up_bit_s: int) -> None:
+    """Change what a host can send from now on."""
+    _run("tc", "-n", host.name, "qdisc", "replace", "dev", host.device, "root", "tbf", *_rate(up_bit_s))
 
 
 def _attach(switch: str, name: str, index: int, link: Link) -> Host:
@@ -104,16 +113,18 @@ def _attach(switch: str, name: str, index: int, link: Link) -> Host:
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _shape(name, inside, link.up_bit_s)
     _shape(switch, outside, link.down_bit_s)
-    return Host(name, address, inside)
+    return Host(name, address, inside, switch, outside)
 
 
 def _shape(namespace: str, device: str, bit_s: int) -> None:
-    if not bit_s:
-        return
-    burst = max(16_000, int(bit_s / 8 * BURST_S))
-    limit = max(64_000, int(bit_s / 8 * QUEUE_S))
-    rate = ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
-    _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *rate)
+    if bit_s:
+        _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *_rate(bit_s))
+
+
+def _rate(bit_s: int) -> tuple[str, ...]:
+    burst = max(LEAST_BURST_BYTES, int(bit_s / 8 * BURST_S))
+    limit = max(LEAST_QUEUE_BYTES, int(bit_s / 8 * QUEUE_S))
+    return ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
 
 
 def _run(*command: str) -> str:

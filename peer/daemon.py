@@ -350,7 +350,7 @@ class Daemon:
         post = Post(
             node,
             on_lost=self._on_lost,
-            on_refused=lambda peer, reason: log.debug("delivery_refused", peer=peer, reason=reason),
+            on_refused=self._on_refused,
             relays=self._relays,
             relay_request=lambda to, call, payload: RelayRequest(
                 run_id=run.run_id, to=to, call=call, payload=payload, admission=token()
@@ -623,6 +623,11 @@ class Daemon:
     def _on_lost(self, peer: str) -> None:
         if self.engine is not None:
             self.engine.lost(peer)
+
+    def _on_refused(self, peer: str, reason: str) -> None:
+        log.debug("delivery_refused", peer=peer, reason=reason)
+        if self.engine is not None:
+            self.engine.refused(reason)
 
     def _standing(self) -> Standing:
         round_index, root = self._parts.checkpoints.standing() if self._parts is not None else (0, b"")

@@ -95,10 +95,15 @@ class LocalSwarm:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
-    async def start_coordinator(self, run: Path, owner_key: Path, *options: str, listen: str = "127.0.0.1:0") -> str:
-        """Start it and wait for its join link. Raises `SwarmError` with what it said if it ends instead."""
+    async def start_coordinator(
+        self, run: Path, owner_key: Path, *options: str, listen: str = "127.0.0.1:0", prefix: Sequence[str] = ()
+    ) -> str:
+        """Start it and wait for its join link; `prefix` stands before the command, for example to run it on another host.
+
+        Raises `SwarmError` with what it said if it ends instead.
+        """
         log = self.directory / "coordinator.log"
-        command = [*swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
+        command = [*prefix, *swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
         command += ["--listen", listen, "--metrics", "127.0.0.1:0", "--state-dir", str(self.directory / "coordinator"), *options]
         with log.open("ab") as sink:
             process = await _spawn(command, self.environment, stdout=asyncio.subprocess.PIPE, stderr=sink)
@@ -119,12 +124,21 @@ class LocalSwarm:
         if process is not None:
             await _end(process, number)
 
-    async def join(self, name: str, *options: str, threads: int = 1, environment: Mapping[str, str] | None = None) -> LocalPeer:
-        """Start a peer in the folder `name`."""
+    async def join(
+        self,
+        name: str,
+        *options: str,
+        threads: int = 1,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        address: str = "127.0.0.1",
+    ) -> LocalPeer:
+        """Start a peer in the folder `name`. `program` is run instead of `swarm`, `prefix` stands before the command."""
         directory = self.directory / name
         directory.mkdir(mode=0o700, exist_ok=True)
-        command = [*swarm_command(), "join", self.link, "--cpu", "--dir", str(directory), "--threads", str(threads)]
-        command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", *options]
+        command = [*prefix, *(program or swarm_command()), "join", self.link, "--cpu", "--dir", str(directory)]
+        command += ["--threads", str(threads), "--listen", f"{address}:0", "--metrics", "127.0.0.1:0", *options]
         with (directory / "log").open("ab") as sink:
             process = await _spawn(command, {**self.environment, **(environment or {})}, stdout=sink, stderr=sink)
         peer = LocalPeer(name, directory, process)

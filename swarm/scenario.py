@@ -7,21 +7,30 @@ ledger wrote, never from what a test assumes.
 from __future__ import annotations
 
 import asyncio
+import signal
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
-from swarm.messages import JoinLink
+from swarm.messages import JoinLink, parse
 from swarm.rpc.client import CoordinatorClient
+from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
+from swarm.rpc.v1.ledger_pb2 import Report
+from swarm.rpc.v1.signed_pb2 import Commit
 
 POLL_S = 0.05
+FINISH_S = 120.0
+REPORT_FOLDERS = ("posted", "outbox", "refused")
 
 
 class Timeout(Exception):
@@ -47,22 +56,59 @@ class Scenario:
         return Identity.load_or_create(self.swarm.directory / name / "identity.key")
 
     async def start(
-        self, count: int, faults: Mapping[str, str] | None = None, options: Mapping[str, tuple[str, ...]] | None = None
+        self,
+        count: int,
+        faults: Mapping[str, str] | None = None,
+        options: Mapping[str, tuple[str, ...]] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Start the coordinator and peers `p0`, `p1`, ..., some with a fault script or options of their own."""
+        """Start the coordinator and peers `p0`, `p1`, ..., some with a fault script or options of their own.
+
+        `prefix` stands before each peer's command.
+        """
         await self.swarm.start_coordinator(self.source / "run.yaml", self.source / "owner.key")
         for index in range(count):
             name = f"p{index}"
-            await self.join(name, *(options or {}).get(name, ()), faults=(faults or {}).get(name, ""))
+            await self.join(name, *(options or {}).get(name, ()), faults=(faults or {}).get(name, ""), prefix=prefix)
 
-    async def join(self, name: str, *options: str, faults: str = "", environment: Mapping[str, str] | None = None) -> LocalPeer:
-        """Start a peer, or start it again in the folder that it had."""
+    async def join(
+        self,
+        name: str,
+        *options: str,
+        faults: str = "",
+        program: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        address: str = "127.0.0.1",
+        with_files: bool = True,
+    ) -> LocalPeer:
+        """Start a peer, or start it again in the folder that it had; without files it fetches the run's data from the others."""
         if name in self.peers:
             self.retired.append(self.peers[name])
-        files = ("--files", str(self.source / "files"))
-        extra = {"SWARM_FAULTS": faults, **(environment or {})}
-        self.peers[name] = await self.swarm.join(name, *files, *options, environment=extra)
+        files = ("--files", str(self.source / "files")) if with_files else ()
+        extra = {"SWARM_FAULTS": faults}
+        self.peers[name] = await self.swarm.join(
+            name, *files, *options, environment=extra, program=program, prefix=prefix, address=address
+        )
         return self.peers[name]
+
+    async def restart_coordinator(self) -> None:
+        """Start it again, at the same address and from what it has on disk."""
+        listen = f"{self.link.host}:{self.link.port}"
+        await self.swarm.start_coordinator(self.source / "run.yaml", self.source / "owner.key", listen=listen)
+
+    async def kill(self, name: str) -> LocalPeer:
+        """End a peer as a power cut would, and see it gone."""
+        peer = self.peers[name]
+        peer.signal(signal.SIGKILL)
+        await peer.wait(FINISH_S)
+        return peer
+
+    async def finish_all(self) -> None:
+        """Everybody completes a round and posts what is left."""
+        for peer in self.live():
+            await peer.ask("finish")
+        for peer in self.peers.values():
+            await peer.wait(FINISH_S)
 
     def live(self) -> list[LocalPeer]:
         """Peers whose process is alive."""
@@ -115,6 +161,26 @@ class Scenario:
             for item in balances
         }
 
+    async def earned(self) -> dict[str, int]:
+        """FLOPs of the reports that each peer has signed, whatever has become of them."""
+        manifest = await self.manifest()
+        per_sample = manifest.data.sequence_length * manifest.credit.flops_per_token
+        return {self.identity(name).peer_id: reported_weight(peer) * per_sample for name, peer in self.peers.items()}
+
+    async def worked(self) -> dict[str, int]:
+        """FLOPs of the rounds that each peer has finished, by its own history."""
+        manifest = await self.manifest()
+        per_sample = manifest.data.sequence_length * manifest.credit.flops_per_token
+        return {
+            self.identity(name).peer_id: sum(int(line["weight"]) for line in peer.history()) * per_sample
+            for name, peer in self.peers.items()
+        }
+
+    async def wrong_credits(self) -> dict[str, tuple[int, int]]:
+        """Peers whose credit isn't what they have earned: both, in FLOPs."""
+        credit, earned = await self.credit(), await self.earned()
+        return {peer: (credit.get(peer, 0), flops) for peer, flops in earned.items() if credit.get(peer, 0) != flops}
+
     async def manifest(self) -> Manifest:
         """The run's manifest, from the coordinator."""
         async with await CoordinatorClient.connect(self.link) as client:
@@ -141,3 +207,51 @@ def last_round(peer: LocalPeer) -> int:
     """The newest round that a peer has finished; -1 before the first."""
     lines: list[dict[str, Any]] = peer.history()
     return int(lines[-1]["round"]) if lines else -1
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a peer's process takes of its machine after a round, its network daemon aside."""
+
+    round_index: int
+    memory_bytes: int
+    descriptors: int
+    threads: int
+
+
+def footprint(peer: LocalPeer) -> Footprint:
+    """What it takes now."""
+    process = psutil.Process(peer.process.pid)
+    return Footprint(last_round(peer), process.memory_info().rss, process.num_fds(), process.num_threads())
+
+
+async def soak(swarm: Scenario, rounds: int, samples: int) -> dict[str, list[Footprint]]:
+    """Let rounds pass and look at every live peer so many times."""
+    seen: dict[str, list[Footprint]] = defaultdict(list)
+    for _ in range(samples):
+        await swarm.until_rounds_more(max(1, rounds // samples))
+        for peer in swarm.live():
+            seen[peer.name].append(footprint(peer))
+    return dict(seen)
+
+
+def growth(values: Sequence[int]) -> float:
+    """What the last third of samples has more than the first: medians, so that a passing peak doesn't count."""
+    third = max(1, len(values) // 3)
+    return statistics.median(values[-third:]) - statistics.median(values[:third])
+
+
+def last_contribution(peer: LocalPeer) -> int:
+    """The newest round in which a peer's update counted; -1 before the first."""
+    return max((int(line["round"]) for line in peer.history() if line["weight"]), default=-1)
+
+
+def reported_weight(peer: LocalPeer) -> int:
+    """Samples behind all reports that a peer has signed."""
+    reports = {path.name: path for folder in REPORT_FOLDERS for path in (peer.directory / folder).glob("*.pb")}
+    return sum(_weight_of(path.read_bytes()) for path in reports.values())
+
+
+def _weight_of(request: bytes) -> int:
+    claim = parse(Report, parse(SubmitReportRequest, request).report.payload)
+    return parse(Commit, claim.commit.payload).weight

@@ -193,9 +193,12 @@ class Outcome:
     err: str
 
 
-async def run_command(*arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = COMMAND_S) -> Outcome:
-    """Run `swarm` as a process of its own."""
+async def run_command(
+    *arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = COMMAND_S, prefix: Sequence[str] = ()
+) -> Outcome:
+    """Run `swarm` as a process of its own; `prefix` stands before the command, for example to run it on another host."""
     process = await asyncio.create_subprocess_exec(
+        *prefix,
         *swarm_command(),
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,

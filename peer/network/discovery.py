@@ -16,6 +16,7 @@ import structlog
 from hivemind.dht import DHTNode
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import MSGPackSerializer, get_dht_time
@@ -33,6 +34,8 @@ LIFETIME_S = 120.0
 CALL_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 1.0
 MAX_PEERS = 256
+MAX_STORED_KEYS = 2048
+MAX_STORED_PRESENCES = 2048
 
 log = structlog.get_logger(__name__)
 
@@ -45,13 +48,20 @@ def run_key(run_id: bytes) -> str:
 class PresenceValidator(RecordValidatorBase):
     """Lets through only records under a peer id that this peer has signed, and that expire soon.
 
-    Records under other keys (of others who share the DHT) pass if they are small.
+    Records under other keys (of others who share the DHT) pass if they are small. Whatever others send, only so much is kept:
+    `is_full(key, subkey)` tells when a record would be one too many.
     """
 
-    def __init__(self, run_id: bytes, on_rejected: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(
+        self,
+        run_id: bytes,
+        on_rejected: Callable[[str], None] = lambda reason: None,
+        is_full: Callable[[bytes, object], bool] = lambda key, subkey: False,
+    ) -> None:
         self._run_id = run_id
         self._key = _stored_key(run_key(run_id))
         self._on_rejected = on_rejected
+        self.is_full = is_full
 
     def validate(self, record: DHTRecord) -> bool:
         """Whether a record may be stored or returned; never raises."""
@@ -66,14 +76,14 @@ class PresenceValidator(RecordValidatorBase):
         if record.expiration_time > get_dht_time() + MAX_LIFETIME_S:
             return "dht_far_expiration"
         if record.key != self._key:
-            return ""
+            return "dht_full" if self.is_full(record.key, None) else ""
         try:
-            read_presence(self._run_id, MSGPackSerializer.loads(record.value), MSGPackSerializer.loads(record.subkey))
+            name, _ = read_presence(self._run_id, MSGPackSerializer.loads(record.value), MSGPackSerializer.loads(record.subkey))
+            return "dht_full" if self.is_full(record.key, name) else ""
         except Rejected as error:
             return f"dht_{error.reason}"
         except Exception:  # noqa: BLE001 - a stranger's bytes make the decoder raise anything; all of it is one rejection
             return "dht_malformed"
-        return ""
 
 
 def read_presence(run_id: bytes, value: object, subkey: object) -> tuple[str, Presence]:
@@ -87,6 +97,15 @@ def read_presence(run_id: bytes, value: object, subkey: object) -> tuple[str, Pr
 
 def _stored_key(key: str) -> bytes:
     return bytes(DHTID.generate(source=key).to_bytes())
+
+
+def _is_full(storage: DHTLocalStorage, key: bytes, subkey: object) -> bool:
+    """Whether one more record has no place: a new key among very many, or a new name under a key that has very many."""
+    kept = storage.get(DHTID.from_bytes(key))
+    if kept is None:
+        return len(storage) >= MAX_STORED_KEYS
+    names = kept.value
+    return isinstance(names, DictionaryDHTValue) and len(names) >= MAX_STORED_PRESENCES and subkey not in names
 
 
 @dataclass
@@ -110,15 +129,18 @@ class Discovery:
         on_rejected: Callable[[str], None] = lambda reason: None,
     ) -> Discovery:
         """Run a DHT node inside our own event loop."""
+        validator = PresenceValidator(run_id, on_rejected)
         dht = await DHTNode.create(
             p2p=node.p2p,
             client_mode=client_only,
-            record_validator=PresenceValidator(run_id, on_rejected),
+            record_validator=validator,
             ensure_bootstrap_success=False,
             strict=False,
             cache_refresh_before_expiry=0,
+            cache_size=MAX_STORED_KEYS,
             num_workers=4,
         )
+        validator.is_full = lambda key, subkey: _is_full(dht.protocol.storage, key, subkey)
         return cls(dht, node, identity, run_id)
 
     async def close(self) -> None:
@@ -127,10 +149,10 @@ class Discovery:
             await asyncio.wait_for(self.dht.shutdown(), CLOSE_TIMEOUT_S)
 
     async def meet(self, peers: Sequence[str]) -> None:
-        """Get to know other DHT nodes, to which a connection is open already."""
+        """Get to know other DHT nodes, to which a connection is open already; what their clocks say doesn't matter."""
 
         async def ping(peer: str) -> None:
-            call = self.dht.protocol.call_ping(PeerID.from_base58(peer), validate=True, strict=False)
+            call = self.dht.protocol.call_ping(PeerID.from_base58(peer), validate=False, strict=False)
             await asyncio.wait_for(call, CALL_TIMEOUT_S)
 
         await asyncio.gather(*(ping(peer) for peer in peers), return_exceptions=True)

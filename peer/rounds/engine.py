@@ -112,6 +112,7 @@ class Engine:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _repair: asyncio.Event = field(default_factory=asyncio.Event)
     _results_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _told_stale: bool = False
 
     def __post_init__(self) -> None:
         rounds = self.services.manifest.rounds
@@ -273,6 +274,10 @@ class Engine:
         if self.current is not None:
             self.current.put(PeerLost(peer))
 
+    def refused(self, reason: str) -> None:
+        """A message of ours wasn't taken: who finds it stale may be past our round."""
+        self._told_stale = self._told_stale or reason == "stale"
+
     def forget(self) -> None:
         """Free the memory that the state takes; it comes back from the checkpoint and from others."""
         self.place = self.state = None
@@ -430,6 +435,9 @@ class Engine:
             if len(ahead) * 2 >= len(run.setup.others) and ahead:
                 raise Behind
             if run.state.waiting_for == "no_quorum" and await self.entry.others_are_past(self, run.round_index):
+                raise Behind
+            told_stale, self._told_stale = self._told_stale, False
+            if told_stale and await self.entry.others_are_past(self, run.round_index + 1):
                 raise Behind
 
     async def _finish_round(self, run: RoundRun, place: Place, proposal: ProposalFacts, started: float) -> None:

@@ -83,7 +83,12 @@ class Entry:
 
     async def others_are_past(self, host: Host, round_index: int) -> bool:
         """Whether peers that discovery knows have finished this round without us."""
-        replies = await self._ask((await self.find()).peers)
+        try:
+            replies = await self._ask((await self.find()).peers)
+        except PeerFailure as error:
+            log.info("nobody_to_ask", error=str(error))
+            return False
+        log.info("asked_others", round=round_index, theirs=sorted(reply.round for reply in replies.values()))
         return any(reply.round > round_index for reply in replies.values())
 
     async def fetch_state(self, root: bytes, holders: Sequence[str], local: Snapshot | None) -> OuterState:

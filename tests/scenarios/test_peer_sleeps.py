@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from swarm.scenario import last_round
+from swarm.scenario import last_contribution, last_round
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -24,8 +24,3 @@ async def test_a_frozen_peer_is_left_behind_and_comes_back(scenario: Any) -> Non
         await swarm.until(lambda: last_contribution(frozen) > 10, "the peer contributes again", 90)
         assert swarm.missing_rounds() == []
         assert swarm.differing_roots() == []
-
-
-def last_contribution(peer: Any) -> int:
-    """The newest round in which the peer's update counted."""
-    return max((line["round"] for line in peer.history() if line["weight"]), default=-1)

@@ -10,6 +10,7 @@ from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.routing import DHTID
 from hivemind.utils import MSGPackSerializer, get_dht_time
 
+from peer.network import discovery
 from peer.network.discovery import LIFETIME_S, MAX_LIFETIME_S, MAX_RECORD_BYTES, Discovery, PresenceValidator, run_key
 from swarm.identity import Identity
 from swarm.messages import seal
@@ -85,8 +86,8 @@ async def swarm_of_three(start_node):
         found.append(await Discovery.start(member.node, member.identity, RUN, on_rejected=note))
     await asyncio.gather(*(one.meet([other.peer for other in members if other.peer != one.node.peer_id]) for one in found))
     yield found, reasons
-    for discovery in found:
-        await discovery.close()
+    for one in found:
+        await one.close()
 
 
 async def test_peers_find_each_other(swarm_of_three) -> None:
@@ -122,6 +123,25 @@ async def test_a_stranger_can_neither_pin_nor_overwrite_a_presence(swarm_of_thre
     peers = await asyncio.wait_for(two.find(), 10)
     assert peers[name].addresses == ["/ip4/127.0.0.1/tcp/1"]
     assert mallory.identity.peer_id not in peers
+
+
+async def test_strangers_can_not_fill_the_memory(swarm_of_three, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many keys and names as may be kept, further ones are refused, and those that are there can still be renewed."""
+    (one, _, _), reasons = swarm_of_three
+    monkeypatch.setattr(discovery, "MAX_STORED_KEYS", 3)
+    monkeypatch.setattr(discovery, "MAX_STORED_PRESENCES", 2)
+    storage, validator = one.dht.protocol.storage, one.dht.protocol.record_validator
+    for name in (ALICE, MALLORY):
+        storage.store_subkey(DHTID.from_bytes(KEY), name.peer_id, presence(name), get_dht_time() + LIFETIME_S)
+    assert validator.validate(HONEST)
+    late = Identity.from_seed(b"l" * 32)
+    assert not validator.validate(record(presence(late), subkey=late.peer_id))
+    others = [bytes([index]) * 20 for index in range(1, 5)]
+    for key in others[: 3 - len(storage)]:
+        storage.store(DHTID.from_bytes(key), b"x", get_dht_time() + LIFETIME_S)
+    assert validator.validate(record(b"x", key=others[0]))
+    assert not validator.validate(record(b"x", key=others[3]))
+    assert reasons.count((0, "dht_full")) >= 2
 
 
 async def test_a_dht_of_one_answers_in_time(start_node) -> None:

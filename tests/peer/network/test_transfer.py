@@ -291,3 +291,26 @@ async def test_sources_are_measured(start_node) -> None:
     assert transfer.speed_of(slow.peer) < 2.5 * MIB
     assert transfer.speed_of(fast.peer) > transfer.speed_of(slow.peer)
     assert transfer.speed_of("stranger") == 0.0
+
+
+async def test_a_source_that_trickles_holds_nobody_up(start_node) -> None:
+    """A source that sends a byte now and then never stalls long enough to be given up; the others do its share."""
+    trickler, honest = await start_node(), await start_node()
+    client = await start_node(knows=(trickler, honest))
+    contents = blobs(20, 64 * KIB)
+
+    async def trickle(peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes([FOUND]) + (64 * KIB).to_bytes(8, "big"))
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    await trickler.node.serve_streams(FETCH_STREAM, trickle)
+    await transfer_of(honest.node, contents).start()
+    received: dict[bytes, bytes] = {}
+    download = transfer_of(client.node).download_all(
+        [trickler.peer, honest.peer], sizes_of(contents), received.__setitem__, batch_bytes=256 * KIB
+    )
+    assert await asyncio.wait_for(download, 60) == {}
+    assert received == {blob_hash(content): content for content in contents}

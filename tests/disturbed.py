@@ -1,0 +1,115 @@
+"""`swarm` with something wrong inside, for scenarios: `python tests/disturbed.py clock:600 join ...`.
+
+What is wrong is put there from outside, so that the product has no code that lies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+FRAME = bytes(1 << 16)
+
+
+def program(what: str) -> tuple[str, ...]:
+    """What to run instead of `swarm`; without this folder on the path, which has a `swarm` of its own."""
+    return (sys.executable, "-P", str(Path(__file__)), what)
+
+
+def clock(offset_s: float) -> None:
+    """This process's wall clock is wrong, for all Python in it: ours and hivemind's.
+
+    gRPC adds a deadline up in Python and looks at it in C, where the machine's own clock is still right.
+    """
+    right, right_ns = time.time, time.time_ns
+    time.time = lambda: right() + offset_s
+    time.time_ns = lambda: right_ns() + int(offset_s * 1e9)
+    import grpc.aio._utils
+
+    grpc.aio._utils.time = SimpleNamespace(time=right)  # type: ignore[attr-defined]
+
+
+def wrong_chunks() -> None:
+    """A donor whose chunks of the state aren't what they are said to be; its rounds are honest."""
+    from peer.rounds.snapshots import Snapshots
+
+    honest = Snapshots.lookup
+    Snapshots.lookup = lambda self, name: bytes(len(chunk)) if (chunk := honest(self, name)) is not None else None  # type: ignore
+
+
+def endless() -> None:
+    """A donor that announces far more than a chunk and sends it for ever."""
+    from peer.network.transfer import FOUND, Transfer
+    from peer.rounds.snapshots import Snapshots
+
+    marker, honest, send_honestly = bytes(FRAME), Snapshots.lookup, Transfer._send_blob
+
+    async def send_for_ever(self: Transfer, peer: str, writer: Any, name: bytes, offset: int) -> None:
+        if self.store.get(name) is not marker:
+            await send_honestly(self, peer, writer, name, offset)
+            return
+        writer.write(bytes([FOUND]) + (1 << 62).to_bytes(8, "big"))
+        while True:
+            writer.write(FRAME)
+            await writer.drain()
+
+    Snapshots.lookup = lambda self, name: None if honest(self, name) is None else marker  # type: ignore
+    Transfer._send_blob = send_for_ever  # type: ignore
+
+
+def wrong_root() -> None:
+    """A peer that signs another state root than it has, and gives that root's name to chunks that it made up."""
+    from peer.rounds import engine
+    from peer.rounds.snapshots import Snapshots
+    from swarm.rpc.v1.signed_pb2 import Result
+
+    seal_honestly, lease = engine.seal, Snapshots.lease
+
+    def seal(identity: Any, message: Any) -> Any:
+        if isinstance(message, Result):
+            message.state.root = bytes(reversed(message.state.root))
+        return seal_honestly(identity, message)
+
+    engine.seal = seal  # type: ignore
+    Snapshots.lease = lambda self, root: tuple(bytes(reversed(name)) for name in lease(self, root))  # type: ignore
+
+
+def die_half_way() -> None:
+    """A peer whose power fails when half of its first download is there."""
+    from peer.network.transfer import Transfer
+
+    download_whole = Transfer.download_all
+
+    async def download(self: Transfer, sources: Any, sizes: Any, keep: Any, *rest: Any) -> Any:
+        kept: list[bytes] = []
+
+        def keep_half(name: bytes, content: bytes) -> None:
+            keep(name, content)
+            kept.append(name)
+            if len(kept) * 2 >= len(sizes):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return await download_whole(self, sources, sizes, keep_half, *rest)
+
+    Transfer.download_all = download  # type: ignore
+
+
+def main() -> None:
+    """Break what the first argument names, then be `swarm` with the others."""
+    what, _, value = sys.argv.pop(1).partition(":")
+    if what == "clock":
+        clock(float(value))
+    else:
+        {"wrong_chunks": wrong_chunks, "endless": endless, "wrong_root": wrong_root, "die_half_way": die_half_way}[what]()
+    from swarm.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Whoever lies to a newcomer about the state is named and avoided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.recipes import demo_manifest
+from swarm.local import LocalSwarm
+from swarm.scenario import Scenario, last_contribution, last_round, write_run
+from tests.disturbed import program
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ATTEMPTS = 4
+
+
+@pytest.mark.parametrize(("lie", "reason"), [("wrong_chunks", "wrong_bytes"), ("endless", "too_large")])
+async def test_a_donor_that_sends_wrong_bytes_is_named(tmp_path: Path, lie: str, reason: str) -> None:
+    """p1 trains honestly but serves wrong chunks, or an endless one: newcomers get the state from the others and name it.
+
+    The state has several chunks, so that no honest donor has sent everything before the liar has sent something.
+    """
+    folder = tmp_path / "run"
+    manifest = demo_manifest(
+        folder / "files", sequence_length=32, data_bytes=400_000, peers=2, rounds=10_000, inner_steps=1, hidden_size=256, layers=1
+    )
+    write_run(folder, manifest)
+    async with LocalSwarm(tmp_path / "swarm") as local:
+        swarm = Scenario(local, folder)
+        await swarm.start(1)
+        await swarm.join("p1", program=program(lie))
+        await swarm.until_round(3)
+        liar = swarm.identity("p1").peer_id
+        named = False
+        for attempt in range(ATTEMPTS):
+            newcomer = await swarm.join(f"n{attempt}")
+            await swarm.until(lambda peer=newcomer: last_contribution(peer) >= 0, "the newcomer contributes", 90)
+            named = any(liar in line and reason in line for line in newcomer.log().splitlines())
+            if named:
+                break
+        assert named
+        assert swarm.differing_roots() == []
+        assert swarm.missing_rounds() == []
+
+
+async def test_a_peer_that_signs_another_root_convinces_nobody(scenario: Any) -> None:
+    """p2 signs a root that isn't its state's: nobody repairs towards it, a newcomer takes the majority's, it earns nothing."""
+    async with scenario(3) as swarm:
+        await swarm.start(2)
+        await swarm.join("p2", program=program("wrong_root"))
+        honest = [swarm.peers["p0"], swarm.peers["p1"]]
+        await swarm.until_round(4, honest)
+        newcomer = await swarm.join("n0")
+        await swarm.until(lambda: last_contribution(newcomer) >= 0, "the newcomer contributes", 90)
+        await swarm.until_round(last_round(newcomer) + 2, [*honest, newcomer])
+        assert [(await peer.status())["repairs"] for peer in [*honest, newcomer]] == [0, 0, 0]
+        assert swarm.missing_rounds() == []
+        assert swarm.differing_roots() == []
+        credit = await swarm.credit()
+        assert credit.get(swarm.identity("p2").peer_id, 0) == 0
+        assert credit[swarm.identity("p0").peer_id] > 0
