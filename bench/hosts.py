@@ -5,6 +5,7 @@ A host's uplink is shaped where it leaves the host, its downlink where the switc
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 MBIT = 1_000_000
-BURST_S = 0.02
-QUEUE_S = 0.1
+BURST_S, LEAST_BURST_BYTES = 0.02, 4_000
+QUEUE_S, LEAST_QUEUE_BYTES = 0.1, 16_000
 SUBNET = "10.213.0"
+NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def unavailable() -> str:
 @contextmanager
 def hosts(links: Sequence[Link]) -> Iterator[list[Host]]:
     """So many hosts with these links; they are gone when the block is left."""
-    tag = f"sw{os.getpid()}"
+    tag = f"sw{os.getpid()}n{next(NUMBERS)}"
     switch = f"{tag}s"
     made: list[str] = []
     try:
@@ -110,8 +112,8 @@ def _attach(switch: str, name: str, index: int, link: Link) -> Host:
 def _shape(namespace: str, device: str, bit_s: int) -> None:
     if not bit_s:
         return
-    burst = max(16_000, int(bit_s / 8 * BURST_S))
-    limit = max(64_000, int(bit_s / 8 * QUEUE_S))
+    burst = max(LEAST_BURST_BYTES, int(bit_s / 8 * BURST_S))
+    limit = max(LEAST_QUEUE_BYTES, int(bit_s / 8 * QUEUE_S))
     rate = ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
     _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *rate)
 

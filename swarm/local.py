@@ -95,10 +95,15 @@ class LocalSwarm:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
-    async def start_coordinator(self, run: Path, owner_key: Path, *options: str, listen: str = "127.0.0.1:0") -> str:
-        """Start it and wait for its join link. Raises `SwarmError` with what it said if it ends instead."""
+    async def start_coordinator(
+        self, run: Path, owner_key: Path, *options: str, listen: str = "127.0.0.1:0", prefix: Sequence[str] = ()
+    ) -> str:
+        """Start it and wait for its join link; `prefix` stands before the command, for example to run it on another host.
+
+        Raises `SwarmError` with what it said if it ends instead.
+        """
         log = self.directory / "coordinator.log"
-        command = [*swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
+        command = [*prefix, *swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
         command += ["--listen", listen, "--metrics", "127.0.0.1:0", "--state-dir", str(self.directory / "coordinator"), *options]
         with log.open("ab") as sink:
             process = await _spawn(command, self.environment, stdout=asyncio.subprocess.PIPE, stderr=sink)
