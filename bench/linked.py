@@ -1,4 +1,4 @@
-"""A swarm over shaped links: a coordinator and peers, each on a host of its own (`bench.hosts`), and what they note of each round."""
+"""A swarm over shaped links: a coordinator and peers, each on a host of its own (`bench.hosts`), and what they note."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Linked:
         return list(await asyncio.gather(*(peer.receive(timeout_s) for peer in self.peers)))
 
     async def first_round(self) -> list[Note]:
-        """What every peer notes of the first round that is trained in. Raises `RuntimeError` where somebody came too late for it."""
+        """What every peer notes of the first round that is trained in. Raises `RuntimeError` where somebody came too late."""
         notes = await self.next_round(START_S)
         if any(note["round"] != 1 or note["roster"] != len(self.peers) for note in notes):
             raise RuntimeError(f"not everybody took part in round 1: {notes}")

@@ -36,6 +36,7 @@ from swarm.messages import JoinLink
 from swarm.rpc.client import RunInfo
 
 LOSS = 2.0
+SHIFT = 1_000_003
 
 
 @dataclass
@@ -73,7 +74,10 @@ class Noting(Daemon):
 
 
 class WaitingTrainer:
-    """Waits `step_s` for every inner step; the update is always the same normally distributed vector."""
+    """Waits `step_s` for every inner step; updates are normally distributed, and others in every round.
+
+    What was sent before would not be fetched again, as blobs are named by their content.
+    """
 
     def __init__(self, manifest: Manifest, step_s: float, seed: int) -> None:
         self._manifest = manifest
@@ -102,7 +106,8 @@ class WaitingTrainer:
         samples = steps * self._manifest.strategy.batch_samples
         tokens = samples * self._manifest.data.sequence_length
         seconds = time.monotonic() - started
-        return TrainedUpdate(self._update.copy(), samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
+        update = np.roll(self._update, round_number * SHIFT)
+        return TrainedUpdate(update, samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
 
     def release(self) -> None:
         """Nothing is held."""
@@ -174,10 +179,8 @@ async def main(given: dict[str, Any]) -> None:
         threads=1,
     )
     torch.set_num_threads(1)
-    if given["waiting"] is None:
-        daemon = Noting.create(options)
-    else:
-        daemon = Waiting.create(options)
+    daemon = cast("Noting", (Waiting if given["waiting"] else Noting).create(options))
+    if isinstance(daemon, Waiting):
         daemon.step_s, daemon.seed = given["waiting"]["step_s"], given["waiting"]["seed"]
     if given["record"]:
         daemon.record = Path(given["record"])
