@@ -94,12 +94,12 @@ async def _torchft_kill(bench: Report, index: int) -> float:
     with tempfile.TemporaryDirectory(prefix="swarm-faults-") as name:
         log = Path(name) / "log"
         async with AsyncExitStack() as stack:
-            lighthouse = await stack.enter_async_context(child("torchft_peer", log, min_replicas=STALL_PEERS - 1))
+            lighthouse = await stack.enter_async_context(child("torchft_replica", log, min_replicas=STALL_PEERS - 1))
             address = (await lighthouse.receive(START_S))["address"]
             groups = [
                 await stack.enter_async_context(
                     child(
-                        "torchft_peer",
+                        "torchft_replica",
                         log,
                         lighthouse_address=address,
                         name=f"group-{number}",

@@ -1,64 +1,100 @@
-"""One replica group of torchft, or its lighthouse, in a process of its own, with the timeouts of torchft's own example."""
+"""One trainer with torchft's DiLoCo over gloo. Trainer 0 runs the lighthouse, where the others find it."""
 
 from __future__ import annotations
 
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without saying so
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # exported under another name
 from torchft import Manager, ProcessGroupGloo
 from torchft.coordination import LighthouseServer
+from torchft.local_sgd import DiLoCo
 
-from bench.children import arguments, end_with_parent, say
+from bench.children import arguments, say, wait_for_go
+from bench.rivals import Notes, accumulate, adamw, batches, set_rate
+from peer.model import build_model
+from swarm.manifest import DiLoCo as DiLoCoStrategy
+from swarm.manifest import Manifest
 
-HOST = "127.0.0.1"
-COLLECTIVE_S, MANAGER_S = 5.0, 30.0  # train_ddp.py of torchft 0.2.0
-
-
-def lighthouse(min_replicas: int) -> None:
-    """Serve quorums until ended from outside; says `address`."""
-    server = LighthouseServer(bind=f"{HOST}:0", min_replicas=min_replicas)
-    say(address=server.address())
-    while True:
-        time.sleep(MANAGER_S)
+LIGHTHOUSE_PORT = 29510
+PATIENCE = timedelta(hours=2)
+HEARTBEAT_MS = 600_000
 
 
-def train(lighthouse_address: str, name: str, min_replicas: int, parameters: int, step_s: float) -> None:
-    """Average a gradient of `parameters` values again and again; says the `step` and its `seconds` after each that committed."""
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    weights = torch.zeros(parameters)
-    manager = Manager(
-        pg=ProcessGroupGloo(timeout=timedelta(seconds=COLLECTIVE_S)),
-        timeout=timedelta(seconds=MANAGER_S),
-        min_replica_size=min_replicas,
-        load_state_dict=weights.copy_,
-        state_dict=weights.clone,
-        replica_id=name,
+def main() -> None:
+    """Train to the end of the steps."""
+    given = arguments()
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = given["device"]
+    manifest = Manifest.read(Path(given["manifest"]))
+    strategy = manifest.strategy
+    if not isinstance(strategy, DiLoCoStrategy):
+        raise TypeError("the comparison is with diloco")
+    network: Any = build_model(manifest.model).train()
+    lighthouse = _lighthouse(given) if given["rank"] == 0 else None
+    say(ready=True)
+    wait_for_go()
+    manager = _manager(given, network)
+    inner = adamw(manifest, network.parameters())
+    outer = torch.optim.SGD(
+        network.parameters(), lr=strategy.outer.lr, momentum=strategy.outer.momentum, nesterov=strategy.outer.momentum > 0
+    )
+    notes = Notes(network, given["record"])
+    samples = batches(manifest, Path(given["files"]), str(given["rank"]))
+    step_tokens = given["peers"] * strategy.batch_samples * manifest.data.sequence_length
+    say(started=True, at_s=time.time())
+    computed_s = 0.0
+    with DiLoCo(manager, [network], inner, outer, sync_every=strategy.inner_steps, pin_memory=False, use_bucketization=True):
+        for step in range(given["steps"]):
+            begun = time.monotonic()
+            set_rate(manifest, inner, step * step_tokens)
+            inner.zero_grad()
+            loss = accumulate(network, next(samples), strategy.clip_norm)
+            computed_s += time.monotonic() - begun
+            inner.step()
+            if (step + 1) % strategy.inner_steps == 0:
+                notes.take((step + 1) // strategy.inner_steps, step + 1, computed_s, loss)
+    manager.shutdown(wait=False)
+    if lighthouse is not None:
+        lighthouse.shutdown()
+    say(ended=True)
+
+
+def _lighthouse(given: dict[str, Any]) -> Any:
+    return LighthouseServer(
+        bind=f"0.0.0.0:{LIGHTHOUSE_PORT}",
+        min_replicas=given["peers"],
+        join_timeout_ms=HEARTBEAT_MS,
+        heartbeat_timeout_ms=HEARTBEAT_MS,
+    )
+
+
+def _manager(given: dict[str, Any], network: Any) -> Any:
+    """A replica group of one process; all start from the same weights."""
+    store = TCPStore(given["address"], 0, is_master=True, wait_for_workers=False)
+    return Manager(
+        pg=ProcessGroupGloo(timeout=PATIENCE),
+        load_state_dict=network.load_state_dict,
+        state_dict=network.state_dict,
+        min_replica_size=given["peers"],
+        use_async_quorum=False,
+        timeout=PATIENCE,
+        quorum_timeout=PATIENCE,
+        connect_timeout=PATIENCE,
         rank=0,
         world_size=1,
-        store_addr=HOST,
+        store_addr=given["address"],
         store_port=store.port,
-        lighthouse_addr=lighthouse_address,
-        hostname=HOST,
+        lighthouse_addr=f"http://{given['meeting']}:{LIGHTHOUSE_PORT}",
+        replica_id=f"trainer_{given['rank']}",
+        hostname=given["address"],
+        init_sync=False,
     )
-    started = time.monotonic()
-    while True:
-        manager.start_quorum()
-        time.sleep(step_s)
-        gradient = torch.ones(parameters)
-        manager.allreduce(gradient).wait()
-        if not manager.should_commit():
-            continue
-        weights -= gradient
-        now = time.monotonic()
-        say(step=manager.current_step(), seconds=now - started, replicas=manager.num_participants())
-        started = now
 
 
 if __name__ == "__main__":
-    end_with_parent()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    given = arguments()
-    lighthouse(**given) if "lighthouse_address" not in given else train(**given)
+    main()

@@ -1,0 +1,196 @@
+"""A peer of ours in a process of its own, for hosts with slow links: the daemon as it is, saying what every round took.
+
+With `waiting` training is replaced by waiting, so that a round of any size can be played with little processor; everything
+else is what `swarm join` runs. With `record` the weights after every round are kept for later evaluation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+
+from bench.children import arguments, end_with_parent, say
+from bench.swarms import peak_rss_bytes
+from peer.checkpoints import Checkpoints
+from peer.coordination import Coordination
+from peer.daemon import Daemon, DaemonOptions, Parts
+from peer.materials import Materials
+from peer.network.node import Node
+from peer.outer import initial_state
+from peer.rounds.engine import RoundReport
+from peer.rounds.training import TrainingThread
+from peer.state import Snapshot
+from peer.trainer import Progress, ShouldStop, TrainedUpdate, Trainer, Vector, ignore_progress, never_stop
+from swarm.cli.output import configure_logging
+from swarm.manifest import Manifest
+from swarm.messages import JoinLink
+from swarm.rpc.client import RunInfo
+
+LOSS = 2.0
+SHIFT = 1_000_003
+
+
+@dataclass
+class Noting(Daemon):
+    """The daemon, noting each round; weights go into the folder `record`, `round-N.npy`."""
+
+    record: Path | None = None
+
+    async def _on_round(self, report: RoundReport) -> None:
+        await super()._on_round(report)
+        if report.round_index == 0:
+            return  # it has no training: it only waits until all are there
+        snapshot = self.parts.snapshots.newest
+        if self.record is not None and snapshot is not None:
+            await asyncio.to_thread(np.save, self.record / f"round-{report.round_index}.npy", snapshot.state.theta)
+        say(
+            at_s=time.time(),
+            round=report.round_index,
+            root=report.root.hex(),
+            roster=report.roster_size,
+            weight=report.weight,
+            tokens=report.tokens_total,
+            wall_s=report.wall_s,
+            overhead_s=report.overhead_s,
+            computed_s=self.computed_s,
+            processor_s=_processor_s(),
+            peak_rss_bytes=peak_rss_bytes(os.getpid()),
+            rss_bytes=psutil.Process().memory_info().rss,
+        )
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds of emulated training so far; 0 where training is real."""
+        return 0.0
+
+
+class WaitingTrainer:
+    """Waits `step_s` for every inner step; updates are normally distributed, and others in every round.
+
+    What was sent before would not be fetched again, as blobs are named by their content.
+    """
+
+    def __init__(self, manifest: Manifest, step_s: float, seed: int) -> None:
+        self._manifest = manifest
+        self._step_s = step_s
+        draw = np.random.default_rng(seed)
+        self._update = draw.standard_normal(manifest.model.parameters, dtype=np.float32)
+        self._update *= np.float32(1e-3)
+        self.computed_s = 0.0
+
+    def train_round(
+        self,
+        theta: Vector,
+        round_number: int,
+        peer_id: str,
+        quota: int,
+        tokens_so_far: int,
+        should_stop: ShouldStop = never_stop,
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> TrainedUpdate:
+        """Let the time of `quota` inner steps pass."""
+        started, steps, stopped = time.monotonic(), 0, None
+        while steps < quota and (stopped := should_stop()) is None:
+            time.sleep(self._step_s)
+            steps += 1
+            self.computed_s += self._step_s
+        samples = steps * self._manifest.strategy.batch_samples
+        tokens = samples * self._manifest.data.sequence_length
+        seconds = time.monotonic() - started
+        update = np.roll(self._update, round_number * SHIFT)
+        return TrainedUpdate(update, samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class BlankStart(Checkpoints):
+    """Every peer begins with the same zeros, so that nobody has to fetch them, and nothing is saved."""
+
+    manifest: Manifest | None = None
+
+    def newest(self) -> Snapshot | None:
+        """The state in memory, or zeros."""
+        if self.snapshots.newest is not None or self.manifest is None:
+            return self.snapshots.newest
+        return Snapshot.from_state(
+            initial_state(self.manifest.strategy, np.zeros(self.manifest.model.parameters, dtype=np.float32))
+        )
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    async def save(self) -> None:
+        """The disk is left out of it."""
+
+
+@dataclass
+class Waiting(Noting):
+    """Instead of training it waits."""
+
+    step_s: float = 1.0
+    seed: int = 0
+    trainer: WaitingTrainer | None = field(default=None)
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds of emulated training so far."""
+        return self.trainer.computed_s if self.trainer is not None else 0.0
+
+    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
+        parts = super()._wire(run, node, coordination)
+        plain = parts.checkpoints
+        blank = BlankStart(plain.directory, plain.run_id, plain.layout, plain.snapshots, manifest=run.manifest)
+        return replace(parts, checkpoints=blank)
+
+    def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
+        self.trainer = WaitingTrainer(manifest, self.step_s, self.seed)
+        return TrainingThread(cast("Trainer", self.trainer))
+
+
+def _processor_s() -> float:
+    """Processor time of this process and of its p2pd so far."""
+    me = psutil.Process()
+    used = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return float(sum(times.user + times.system for times in used))
+
+
+async def main(given: dict[str, Any]) -> None:
+    """Take part until the run is over."""
+    directory = Path(given["directory"])
+    options = DaemonOptions(
+        link=JoinLink.parse(given["link"]),
+        directory=directory,
+        identity_path=directory / "identity.key",
+        device=torch.device("cpu"),
+        listen=f"{given['address']}:0",
+        files=Path(given["files"]),
+        threads=1,
+    )
+    torch.set_num_threads(1)
+    daemon = cast("Noting", (Waiting if given["waiting"] else Noting).create(options))
+    if isinstance(daemon, Waiting):
+        daemon.step_s, daemon.seed = given["waiting"]["step_s"], given["waiting"]["seed"]
+    if given["record"]:
+        daemon.record = Path(given["record"])
+        daemon.record.mkdir(parents=True, exist_ok=True)
+    await daemon.serve()
+    say(ended=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+    configure_logging("info")
+    end_with_parent()
+    asyncio.run(main(arguments()))
