@@ -417,6 +417,7 @@ class Daemon:
         parts.coordination.remember_admission(parts.admissions)
         parts.coordination.on_answer = self._on_answer
         parts.post.spawn(parts.metering.watch())
+        self._stack.callback(parts.metering.measure)
         await parts.node.serve_calls(PING, _pong)
         await parts.node.serve_calls(SYNC, self._answer_sync)
         await parts.node.serve_calls(DELIVER, self._answer_delivery)
