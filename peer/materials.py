@@ -107,6 +107,7 @@ class Materials:
         for index, name in enumerate(hashes):
             positions.setdefault(name, []).append(index)
         done = len(have)
+        log.info("file_fetch", file=tree.root[:12], chunks=len(hashes), here=done, sources=len(holders))
         with _full_disk(self.directory), partial.open("r+b" if partial.exists() else "w+b") as file:
             file.truncate(tree.size_bytes)
 

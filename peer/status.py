@@ -13,6 +13,7 @@ from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
 from peer.rounds.engine import RoundReport
 from swarm import __version__
+from swarm.clock import Clock, SystemClock
 
 REASONS = {
     "starting": "loading libraries and the model",
@@ -37,6 +38,7 @@ REASONS = {
 }
 
 EXPECTED = frozenset({"stale", "too_early", "starting"})
+TELL_EVERY_S, MAX_TOLD = 10.0, 1024
 
 NOTHING = Volume()
 
@@ -63,6 +65,8 @@ class Status:
     root: str = ""
     tokens_total: int = 0
     history: Path | None = None
+    clock: Clock = SystemClock()
+    _told_s: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.metrics.build.labels(version=__version__).set(1)
@@ -85,8 +89,18 @@ class Status:
     def refused(self, sender: str, reason: str) -> None:
         """Count a message that broke a rule and name who sent it."""
         self.metrics.rejected.labels(reason=reason).inc()
-        if reason not in EXPECTED:
+        if reason not in EXPECTED and self._is_news(sender, reason):
             log.warning("message_rejected", sender=sender, reason=reason)
+
+    def _is_news(self, sender: str, reason: str) -> bool:
+        """Whether this wasn't logged a moment ago: nobody fills our disk with complaints about him."""
+        now_s = self.clock.monotonic_s()
+        if now_s < self._told_s.get((sender, reason), -TELL_EVERY_S) + TELL_EVERY_S:
+            return False
+        if len(self._told_s) >= MAX_TOLD:
+            self._told_s.clear()
+        self._told_s[sender, reason] = now_s
+        return True
 
     def phase(self, name: str, seconds: float) -> None:
         """A part of the round took this long."""

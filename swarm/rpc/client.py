@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -104,6 +104,7 @@ class CoordinatorClient:
         self._stub: PeerServiceAsyncStub = PeerServiceStub(channel)
         self._timeout_s = timeout_s
         self._run: RunInfo | None = None
+        self._closed = False
 
     @classmethod
     async def connect(cls, link: JoinLink, timeout_s: float = TIMEOUT_S) -> CoordinatorClient:
@@ -123,7 +124,8 @@ class CoordinatorClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel."""
+        """Close the channel; calls under way end with `CoordinatorUnreachable`."""
+        self._closed = True
         await self._channel.close(None)
 
     async def get_run(self) -> RunInfo:
@@ -133,7 +135,7 @@ class CoordinatorClient:
         """
         if self._run is None:
             request = GetRunRequest(run_id=self.link.run_id)
-            answer = await self._call(self._stub.GetRun(request, timeout=self._timeout_s))
+            answer = await self._call(self._stub.GetRun, request)
             self._run = _check_run(answer, self.link.run_id)
         return self._run
 
@@ -141,7 +143,7 @@ class CoordinatorClient:
         """Ask for admission or renew it. Raises `NotAdmitted`, `VersionTooOld` or `Rejected`."""
         run = await self.get_run()
         request = AnnounceRequest(announcement=announcement)
-        answer = await self._call(self._stub.Announce(request, timeout=self._timeout_s))
+        answer = await self._call(self._stub.Announce, request)
         if answer.HasField("admission"):
             _promise(AdmissionToken, answer.admission, run)
         return answer
@@ -150,7 +152,7 @@ class CoordinatorClient:
         """Hand in a report; returns the checked receipt. Raises `Rejected`, or `LedgerInvalid` for a bad receipt."""
         run = await self.get_run()
         request = SubmitReportRequest(report=report, proposal=proposal)
-        answer = await self._call(self._stub.SubmitReport(request, timeout=self._timeout_s))
+        answer = await self._call(self._stub.SubmitReport, request)
         receipt = verify_receipt(answer.receipt, run.coordinator)
         if receipt.report_hash != payload_hash(report) or receipt.peer_id != report.signer:
             raise LedgerInvalid("the coordinator sent the receipt of another report")
@@ -160,7 +162,7 @@ class CoordinatorClient:
         """Ask to go on without a quorum; the answer holds a checked grant, or when to ask again and why."""
         run = await self.get_run()
         message = RequestGrantRequest(request=request)
-        answer = await self._call(self._stub.RequestGrant(message, timeout=self._timeout_s))
+        answer = await self._call(self._stub.RequestGrant, message)
         if answer.HasField("grant"):
             _promise(Grant, answer.grant, run)
         return answer
@@ -168,12 +170,12 @@ class CoordinatorClient:
     async def credits(self, peer_id: str = "", limit: int = 20) -> GetCreditsResponse:
         """One peer's balance, or the leaderboard."""
         request = GetCreditsRequest(run_id=self.link.run_id, peer_id=peer_id, limit=limit)
-        return await self._call(self._stub.GetCredits(request, timeout=self._timeout_s))
+        return await self._call(self._stub.GetCredits, request)
 
     async def progress(self) -> GetProgressResponse:
         """Where the run stands."""
         request = GetProgressRequest(run_id=self.link.run_id)
-        return await self._call(self._stub.GetProgress(request, timeout=self._timeout_s))
+        return await self._call(self._stub.GetProgress, request)
 
     async def entries(self, first: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """The ledger's raw entries from `first` on, up to `end` or the present end."""
@@ -190,7 +192,7 @@ class CoordinatorClient:
     async def _entries_once(self, first: int, limit: int) -> AsyncIterator[list[bytes]]:
         call = self._stub.ListEntries(ListEntriesRequest(first=first, limit=limit))
         answers, expected = aiter(call), first
-        while (answer := await self._call(asyncio.wait_for(anext(answers, None), self._timeout_s))) is not None:
+        while (answer := await self._settled(asyncio.wait_for(anext(answers, None), self._timeout_s))) is not None:
             if answer.first != expected or not answer.entries:
                 raise LedgerInvalid(f"the coordinator sent entry {answer.first} instead of {expected}")
             expected += len(answer.entries)
@@ -200,17 +202,30 @@ class CoordinatorClient:
         """The newest checkpoint (checked), its signed note, and the consistency proof from `old_size`."""
         run = await self.get_run()
         request = GetCheckpointRequest(old_size=old_size)
-        answer = await self._call(self._stub.GetCheckpoint(request, timeout=self._timeout_s))
+        answer = await self._call(self._stub.GetCheckpoint, request)
         checkpoint = verify_checkpoint(answer.note, origin_of(run.run_id), run.coordinator)
         return checkpoint, answer.note, list(answer.consistency_proof)
 
-    async def _call(self, call: Awaitable[T]) -> T:
+    async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
+        try:
+            call = method(request, timeout=self._timeout_s)
+        except grpc.aio.UsageError as error:
+            raise CoordinatorUnreachable("the connection was given up by another call", RETRY_HINT) from error
+        return await self._settled(call)
+
+    async def _settled(self, call: Awaitable[T]) -> T:
+        """The answer. A channel that is closed meanwhile cancels its calls, which must not look as if we were cancelled."""
         try:
             return await call
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.link.address) from error
         except TimeoutError as error:
             raise CoordinatorUnreachable(f"{self.link.address} doesn't answer in time", RETRY_HINT) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise CoordinatorUnreachable("the connection was given up by another call", RETRY_HINT) from error
 
 
 RETRY_HINT = "training goes on meanwhile; reports are kept and sent later"

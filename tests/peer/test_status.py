@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
 from peer.rounds.engine import RoundReport
 from peer.rounds.values import BallotNumber, IncludedCommit, ProposalFacts
-from peer.status import REASONS, Status
+from peer.status import REASONS, TELL_EVERY_S, Status
+from swarm.clock import ManualClock
 from swarm.control import history
 from tests.world import World, identity
 
@@ -100,3 +102,19 @@ def test_rejections_are_counted_by_reason(status: Status, registry: CollectorReg
         status.refused(PEER.peer_id, reason)
     assert registry.get_sample_value("swarm_peer_rejected_messages_total", {"reason": "stale"}) == 2
     assert registry.get_sample_value("swarm_peer_rejected_messages_total", {"reason": "bad_signature"}) == 1
+
+
+def test_nobody_fills_the_log_with_refusals(registry: CollectorRegistry) -> None:
+    """The same sender and reason are logged again only after a while, others at once; all of them are counted."""
+    clock = ManualClock()
+    status = Status(PeerMetrics(registry), clock=clock)
+    with capture_logs() as logs:
+        for _ in range(3):
+            status.refused("mallory", "malformed")
+        status.refused("mallory", "bad_signature")
+        status.refused("trudy", "malformed")
+        clock.advance(TELL_EVERY_S)
+        status.refused("mallory", "malformed")
+    told = [(line["sender"], line["reason"]) for line in logs]
+    assert told == [("mallory", "malformed"), ("mallory", "bad_signature"), ("trudy", "malformed"), ("mallory", "malformed")]
+    assert registry.get_sample_value("swarm_peer_rejected_messages_total", {"reason": "malformed"}) == 5

@@ -59,6 +59,10 @@ async def test_a_peer_that_signs_another_root_convinces_nobody(scenario: Any) ->
         assert [(await peer.status())["repairs"] for peer in [*honest, newcomer]] == [0, 0, 0]
         assert swarm.missing_rounds() == []
         assert swarm.differing_roots() == []
+        await swarm.finish_all()
         credit = await swarm.credit()
         assert credit.get(swarm.identity("p2").peer_id, 0) == 0
-        assert credit[swarm.identity("p0").peer_id] > 0
+        worked = await swarm.worked()
+        for name in ("p0", "p1", "n0"):
+            peer = swarm.identity(name).peer_id
+            assert credit[peer] == worked[peer] > 0

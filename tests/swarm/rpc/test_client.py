@@ -158,3 +158,26 @@ async def test_slow_and_broken_calls() -> None:
             await client.credits()
         with pytest.raises(CoordinatorUnreachable):
             await client.progress()
+
+
+async def test_a_connection_that_is_given_up_by_another_call() -> None:
+    """A call under way and one made later end with the error for a coordinator that is away, not cancelled or with gRPC's own."""
+    async with lying(Liar()) as link:
+        client = await CoordinatorClient.connect(link)
+        waiting = asyncio.create_task(client.credits())
+        await client.get_run()
+        await client.close()
+        with pytest.raises(CoordinatorUnreachable):
+            await waiting
+        with pytest.raises(CoordinatorUnreachable):
+            await client.progress()
+
+
+async def test_a_cancelled_call_is_cancelled() -> None:
+    """Cancelling the caller is no failure of the coordinator."""
+    async with lying(Liar()) as link, await CoordinatorClient.connect(link) as client:
+        waiting = asyncio.create_task(client.credits())
+        await client.get_run()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
