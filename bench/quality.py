@@ -2,7 +2,8 @@
 
 Four peers take 300 inner steps of 8 x 128 bytes each, a byte-level Llama of 0.87 M parameters on the Python standard library.
 Peers are real processes, which send over loopback; other systems' trainers are on hosts of their own, without limits. The rows
-that figures need come first; their other seeds are taken while there is time. Longer budgets: `bench.simulate`.
+that figures need come first; their other seeds are taken while there is time. The references have the manifest's default learning
+rates, as have the rows of hivemind and torchft; with those of `auto` they are in the table too. Longer budgets: `bench.simulate`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from bench import hosts, report, swarms
 from bench.children import Child, child
 from bench.report import Report
-from bench.settings import AUTO, FP16, INT8, MUON, PEERS, SYNC, Setting, made, settings
+from bench.settings import AUTO, FP16, INT8, MUON, PEERS, SYNC, TUNED_MUON, Setting, made, settings
 from bench.single import held_out_loss
 from peer.outcome import newest_weights
 from swarm.manifest import AdamW, DiLoCo, Manifest, Outer
@@ -33,6 +34,7 @@ VALIDATION_SAMPLES = 1024
 RUN_S, START_S, EPOCH_S = 1200.0, 240.0, 300.0
 WITHIN_S = 30 * 60.0
 GOAL_ROWS = (SYNC, MUON, AUTO, FP16, INT8)
+FIRST_ROWS = (*GOAL_ROWS, TUNED_MUON)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ class Quality:
 
     async def goals(self, out: Report) -> None:
         """One run of each row that a figure needs."""
-        for name in GOAL_ROWS:
+        for name in FIRST_ROWS:
             await self._train(out, name, SEEDS[0])
 
     async def codecs(self, out: Report) -> None:
         """The other codecs and intervals, one seed each."""
-        names = [name for name in settings() if name not in GOAL_ROWS]
+        names = [name for name in settings() if name not in FIRST_ROWS]
         for name in names[: out.choose(len(names), 1)]:
             await self._train(out, name, SEEDS[0])
 
@@ -186,6 +188,7 @@ class Quality:
     def _figures(self, out: Report) -> None:
         self._ratio(out, "auto_over_sync_validation_loss", AUTO, SYNC, "<= 1.0")
         self._ratio(out, "auto_over_muon_sync_validation_loss", AUTO, MUON, "<= 1.06")
+        self._ratio(out, "auto_over_tuned_muon_sync_validation_loss", AUTO, TUNED_MUON, "")
         self._ratio(out, "int8_over_fp16_validation_loss", INT8, FP16, "<= 1.005")
         self._share(out)
         for system in ("hivemind", "torchft"):

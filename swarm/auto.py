@@ -323,6 +323,7 @@ def _segments(draft: Draft, rung: Rung) -> tuple[Segment, ...]:
     Where the interval was given, all rounds have it but for the last.
     """
     codec, interval, steps = _codec(rung), rung.inner_steps, draft.steps
+    parts: tuple[tuple[int, int], ...]
     if draft.inner_steps is not None:
         whole, rest = divmod(steps, interval)
         parts = ((whole, interval), (min(rest, 1), rest))
