@@ -54,7 +54,7 @@ def settings() -> dict[str, Setting]:
         INT8: Setting("int8", 10),
         TUNED_MUON: Setting(),
     }
-    for codec, interval in (("int4", 5), ("int4", 10), ("int4", 30), ("int2", 5), ("int2", 10), ("sparse", 10)):
+    for codec, interval in (("sparse", 10), ("int2", 5), ("int4", 30), ("int4", 5), ("int2", 10), ("int4", 10)):
         found[f"{interval} steps, {codec}"] = Setting(codec, interval)
     found["10 steps, Muon 4e-3, int4"] = Setting("int4", 10, untuned=True)
     found["10 steps, AdamW 2e-3, int4"] = Setting("int4", 10, "adamw", untuned=True)
