@@ -13,8 +13,8 @@ from swarm.manifest import Manifest
 PEERS, BATCH_SAMPLES, SEQUENCE_LENGTH = 4, 8, 128
 DATA_BYTES = DEMO_DATA_BYTES
 
-SYNC, MUON, AUTO = "sync, AdamW, fp16", "Muon, every step, fp16", "auto"
-FP16, INT8 = "Muon, 10 steps, fp16", "Muon, 10 steps, int8"
+SYNC, MUON, AUTO = "sync, AdamW 2e-3, fp16", "every step, Muon 4e-3, fp16", "auto"
+FP16, INT8, TUNED_MUON = "10 steps, fp16", "10 steps, int8", "every step, fp16"
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,25 @@ def longer() -> dict[str, Setting]:
     found = {
         f"Muon, {steps} steps, {codec}": Setting(codec, steps) for codec, steps in (("int4", 10), ("int4", 30), ("int2", 30))
     }
-    found |= {f"Muon, {steps} steps, sparse": Setting("sparse", steps) for steps in (10, 30)}
-    found["Muon, 30 steps, int4, Nesterov 0.5"] = Setting("int4", 30, momentum=0.5)
-    return {AUTO: Setting(kind="auto"), **found, MUON: Setting(), SYNC: Setting(kind="sync")}
+    found |= {f"{steps} steps, sparse": Setting("sparse", steps) for steps in (10, 30)}
+    found["30 steps, int4, Nesterov 0.5"] = Setting("int4", 30, momentum=0.5)
+    return {AUTO: Setting(kind="auto"), **found, TUNED_MUON: Setting(), SYNC: Setting(kind="sync")}
 
 
 def settings() -> dict[str, Setting]:
-    """By name; the ones that figures are made of come first."""
+    """By name; the ones that figures are made of come first. Without a name of an optimizer: Muon, as in `auto`."""
     found = {
         SYNC: Setting(kind="sync"),
-        MUON: Setting(),
+        MUON: Setting(untuned=True),
         AUTO: Setting(kind="auto"),
         FP16: Setting("fp16", 10),
         INT8: Setting("int8", 10),
+        TUNED_MUON: Setting(),
     }
-    for codec, interval in (("int4", 5), ("int4", 10), ("int4", 30), ("int2", 5), ("int2", 10), ("sparse", 10)):
-        found[f"Muon, {interval} steps, {codec}"] = Setting(codec, interval)
-    found["Muon 4e-3, 10 steps, int4"] = Setting("int4", 10, untuned=True)
-    found["AdamW 2e-3, 10 steps, int4"] = Setting("int4", 10, "adamw", untuned=True)
+    for codec, interval in (("sparse", 10), ("int2", 5), ("int4", 30), ("int4", 5), ("int2", 10), ("int4", 10)):
+        found[f"{interval} steps, {codec}"] = Setting(codec, interval)
+    found["10 steps, Muon 4e-3, int4"] = Setting("int4", 10, untuned=True)
+    found["10 steps, AdamW 2e-3, int4"] = Setting("int4", 10, "adamw", untuned=True)
     found["sync, AdamW 5e-3, fp16"] = Setting(kind="sync", lr=5e-3)
     return found
 

@@ -36,7 +36,7 @@ SPARSE_BITS_PER_VALUE = 10.5  # two bits of value and an entropy-coded place, fo
 BITS = {"fp16": 16.0, "int8": 8.0625, "int4": 4.25, "int2": 2.1}
 FP16_BITS = BITS["fp16"]
 
-TRAFFIC_SHARE = 0.027  # int4 every 10 steps: another halving of the interval gains less than 3 % of the loss
+TRAFFIC_SHARE = 0.025  # int4 about every 11 steps: half the interval gains less than 3 % of the loss
 ROUND_S = 0.5  # what a round takes besides its payload: signatures, proposal, results
 LATE_SHARE = 0.2  # an exchange of up to this share of a round can overlap with it at hardly any cost
 QUIET_SHARE = 0.05  # below this share waiting costs less than a late result
@@ -50,7 +50,8 @@ REFERENCE_LR = 1e-2
 MOST_LR = 1.2e-2
 FINAL_FRACTION = 0.0
 WARM_UP_FROM_STEPS, WARM_UP_SHARE = 1000, 0.02
-SHAPE: tuple[tuple[float, float], ...] = ()  # (share of the steps, factor on the interval) before the plain rest
+EARLY_SHARE, EARLY_FACTOR = 0.07, 0.45  # the first steps, while weights change fast, have rounds of about half the length
+SHAPED_FROM = 4
 
 
 class Draft(Frozen):
@@ -100,7 +101,7 @@ class Rung:
 
 DENSE = (
     *(Rung("fp16", 1), Rung("int8", 1), Rung("int4", 1), Rung("int4", 2), Rung("int4", 5)),
-    *(Rung("int4", 10), Rung("int4", 15), Rung("int4", 20), Rung("int2", 15), Rung("int2", 20), Rung("int2", 30)),
+    *(Rung("int4", 11), Rung("int4", 15), Rung("int4", 20), Rung("int2", 15), Rung("int2", 20), Rung("int2", 30)),
 )
 SLOW_SHORT = tuple(Rung("int2", steps) for steps in (50, 100, 200, 500))
 INTERVALS = (1, 2, 5, 10, 15, 20, 30, 50, 100, 200, 500)
@@ -144,7 +145,7 @@ def plan(draft: Draft) -> Plan:
     rung, reason = _choose(draft)
     if draft.inner_steps is None:
         rung = Rung(rung.kind, min(rung.inner_steps, max(1, draft.steps // LEAST_ROUNDS)))
-    segments = _segments(draft.steps, rung)
+    segments = _segments(draft, rung)
     share = _wait_share(draft, rung, draft.peers)
     inner, inner_reason = _inner(draft)
     first, *later = _phases(segments)
@@ -316,19 +317,23 @@ def _codec(rung: Rung) -> Codec:
     return Codec.model_validate({"kind": rung.kind})
 
 
-def _segments(steps: int, rung: Rung) -> tuple[Segment, ...]:
-    """Rounds that use up `steps` exactly: shorter ones first, longer ones later, on average those of the rung."""
-    codec, left = _codec(rung), steps
-    made: list[Segment] = []
-    for share, factor in SHAPE:
-        length = max(1, round(rung.inner_steps * factor))
-        rounds = min(round(share * steps / length), left // length)
-        if rounds and rung.inner_steps > 1:
-            made.append(Segment(rounds, length, codec))
-            left -= rounds * length
-    rounds, rest = divmod(left, rung.inner_steps)
-    made += [Segment(rounds, rung.inner_steps, codec)] * bool(rounds) + [Segment(1, rest, codec)] * bool(rest)
-    return tuple(made)
+def _segments(draft: Draft, rung: Rung) -> tuple[Segment, ...]:
+    """As many rounds as the rung allows for exactly the budget: short ones while weights change fast, the others evenly longer.
+
+    Where the interval was given, all rounds have it but for the last.
+    """
+    codec, interval, steps = _codec(rung), rung.inner_steps, draft.steps
+    parts: tuple[tuple[int, int], ...]
+    if draft.inner_steps is not None:
+        whole, rest = divmod(steps, interval)
+        parts = ((whole, interval), (min(rest, 1), rest))
+    else:
+        short = max(1, round(interval * EARLY_FACTOR))
+        total = -(-steps // interval)
+        early = min(round(EARLY_SHARE * steps / short), total // 2) if interval >= SHAPED_FROM else 0
+        base, longer = divmod(steps - early * short, total - early)
+        parts = ((early, short), (total - early - longer, base), (longer, base + 1))
+    return tuple(Segment(rounds, length, codec) for rounds, length in parts if rounds)
 
 
 def _phases(segments: Sequence[Segment]) -> list[Phase]:

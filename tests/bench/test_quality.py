@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import settings
-from bench.settings import AUTO, MUON, PEERS, SYNC, made
+from bench.settings import AUTO, PEERS, SYNC, TUNED_MUON, made
 from bench.simulate import simulate
 from swarm.manifest import DiLoCo, Manifest, Sync
 
@@ -41,8 +41,8 @@ def test_all_settings_spend_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_muon_rows_differ_from_auto_in_traffic_only(tmp_path: Path) -> None:
-    """The reference with Muon has the inner optimizer and the learning rates of `auto`."""
-    ours, reference = (made(settings.settings()[name], tmp_path, 0, STEPS).strategy for name in (AUTO, MUON))
+    """The tuned reference with Muon has the inner optimizer and the learning rates of `auto`."""
+    ours, reference = (made(settings.settings()[name], tmp_path, 0, STEPS).strategy for name in (AUTO, TUNED_MUON))
     assert isinstance(ours, DiLoCo)
     assert isinstance(reference, DiLoCo)
     assert ours.inner == reference.inner
