@@ -105,7 +105,8 @@ class Coordination:
             interval_s = self.last.interval_s if self.last is not None else FIRST_INTERVAL_S
             self._nudged.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nudged.wait(), min(60.0, max(0.2, interval_s)))
+                async with asyncio.timeout(min(60.0, max(0.2, interval_s))):
+                    await self._nudged.wait()
             try:
                 await self.announce(node, standing())
             except NotAdmitted as error:

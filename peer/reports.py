@@ -145,7 +145,8 @@ class Reporter:
             self._wake.clear()
             emptied = await self.post_all()
             try:
-                await asyncio.wait_for(self._wake.wait(), None if emptied else RETRY_S)
+                async with asyncio.timeout(None if emptied else RETRY_S):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 

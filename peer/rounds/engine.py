@@ -260,7 +260,8 @@ class Engine:
                 return
             self._results_changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._results_changed.wait(), 0.25)
+                async with asyncio.timeout(0.25):
+                    await self._results_changed.wait()
 
     def ask(self, wish: Wish) -> None:
         """Change what the peer wants: finish, pause or stop."""
@@ -585,7 +586,8 @@ class Engine:
                 return found.root
             self._results_changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._results_changed.wait(), 0.5)
+                async with asyncio.timeout(0.5):
+                    await self._results_changed.wait()
         raise Behind
 
     async def _repair_state(self, place: Place) -> None:

@@ -189,7 +189,8 @@ class RoundRun:
         while True:
             event: Event
             try:
-                event = await asyncio.wait_for(self._events.get(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    event = await self._events.get()
             except TimeoutError:
                 event = Tick()
             done = self._step(event)

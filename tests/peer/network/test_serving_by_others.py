@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from peer.codec import make_codec
 from peer.network.blobs import BlobStore
 from peer.network.transfer import Transfer
 from peer.rounds.exchange import Exchange
+from peer.rounds.residuals import Residuals
 from peer.rounds.values import BallotNumber, CommitFacts, IncludedCommit, ProposalFacts
 from swarm import manifest
 from swarm.identity import Identity
@@ -51,7 +53,7 @@ Meet = Callable[[Sequence[int]], Awaitable[list[Seat]]]
 
 
 @pytest.fixture
-async def meet(start_node: Any) -> AsyncIterator[Meet]:
+async def meet(start_node: Any, tmp_path: Path) -> AsyncIterator[Meet]:
     """Peers with these uplinks, held to them, that know each other and have published an update each."""
     with ExitStack() as stack:
 
@@ -65,7 +67,7 @@ async def meet(start_node: Any) -> AsyncIterator[Meet]:
                 transfer = Transfer(member.node, BlobStore(1 << 28), RUN, lambda peer, token: True, lambda: None, stall_s=20)
                 transfer.limit(upload, 0)
                 await transfer.start()
-                exchange = Exchange(ROUND, member.peer, CODEC, transfer, pool, 0.0)
+                exchange = Exchange(ROUND, member.peer, CODEC, transfer, pool, 0.0, Residuals(tmp_path / str(number), RUN.hex()))
                 update = np.random.default_rng(number).standard_normal(VALUES).astype(np.float32)
                 hashes = await exchange.publish(update)
                 commit = CommitFacts(member.peer, bytes(32), 1, hashes, upload_bytes_per_s=int(transfer.upload_meter.bytes_per_s))

@@ -19,7 +19,19 @@ from swarm.identity import Identity
 from swarm.merkle import HASH_BYTES
 from swarm.messages import parse, seal
 from swarm.rpc.v1.peer_pb2 import Delivery
-from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Commit, Complaint, MergedSpan, Proposal, Result, Seal, SealReply, Signed
+from swarm.rpc.v1.signed_pb2 import (
+    Adoption,
+    AnnouncedCommit,
+    Commit,
+    Complaint,
+    MergedSpan,
+    Proposal,
+    Ready,
+    Result,
+    Seal,
+    SealReply,
+    Signed,
+)
 from tests.peer.codec.codec_cases import allocating_at_most
 
 HOSTILE = Identity.from_seed(b"h" * 32)
@@ -34,6 +46,8 @@ BODIES: dict[str, type[Message]] = {
     "seal": Seal,
     "seal_reply": SealReply,
     "complaint": Complaint,
+    "ready": Ready,
+    "adoption": Adoption,
 }
 NUMBERS = {
     FieldDescriptor.CPPTYPE_INT32: st.integers(-(1 << 31), (1 << 31) - 1),
@@ -91,7 +105,7 @@ def signed(kind: type[Message], depth: int = 0) -> st.SearchStrategy[Signed]:
 
 @pytest.fixture(scope="module")
 def checker(small_run: Callable[..., Any]) -> Checker:
-    return Checker(small_run().manifest, RUN, COORDINATOR.peer_id, 3, {HOSTILE.peer_id}.__contains__)
+    return Checker(small_run().manifest, RUN, COORDINATOR.peer_id, {HOSTILE.peer_id}.__contains__)
 
 
 def read(checker: Checker, delivery: Delivery) -> None:
