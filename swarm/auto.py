@@ -330,7 +330,7 @@ def _segments(draft: Draft, rung: Rung) -> tuple[Segment, ...]:
         parts = ((whole, interval), (min(rest, 1), rest))
     else:
         short = max(1, round(interval * EARLY_FACTOR))
-        total = -(-steps // interval)
+        total = max(1, steps // interval)
         early = min(round(EARLY_SHARE * steps / short), total // 2) if interval >= SHAPED_FROM else 0
         base, longer = divmod(steps - early * short, total - early)
         parts = ((early, short), (total - early - longer, base), (longer, base + 1))
