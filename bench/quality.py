@@ -23,7 +23,7 @@ import numpy as np
 from bench import hosts, report, swarms
 from bench.children import Child, child
 from bench.report import Report
-from bench.settings import AUTO, FP16, INT8, MUON, PEERS, SYNC, TUNED_MUON, Setting, made, settings
+from bench.settings import AUTO, FP16, INT8, MUON, PEERS, SYNC, TUNED_MUON, TUNED_SYNC, Setting, made, settings
 from bench.single import held_out_loss
 from peer.outcome import newest_weights
 from swarm.manifest import AdamW, DiLoCo, Manifest, Outer
@@ -191,6 +191,7 @@ class Quality:
     def _figures(self, out: Report) -> None:
         self._ratio(out, "auto_over_sync_validation_loss", AUTO, SYNC, "<= 1.0")
         self._ratio(out, "auto_over_muon_sync_validation_loss", AUTO, MUON, "<= 1.06")
+        self._ratio(out, "auto_over_tuned_sync_validation_loss", AUTO, TUNED_SYNC, "")
         self._ratio(out, "auto_over_tuned_muon_sync_validation_loss", AUTO, TUNED_MUON, "")
         self._ratio(out, "int8_over_fp16_validation_loss", INT8, FP16, "<= 1.005")
         self._share(out)

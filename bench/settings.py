@@ -14,7 +14,8 @@ PEERS, BATCH_SAMPLES, SEQUENCE_LENGTH = 4, 8, 128
 DATA_BYTES = DEMO_DATA_BYTES
 
 SYNC, MUON, AUTO = "sync, AdamW 2e-3, fp16", "every step, Muon 4e-3, fp16", "auto"
-FP16, INT8, TUNED_MUON = "10 steps, fp16", "10 steps, int8", "every step, fp16"
+FP16, INT8 = "10 steps, fp16", "10 steps, int8"
+TUNED_MUON, TUNED_SYNC = "every step, fp16", "sync, AdamW 6e-3, fp16"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Setting:
 def longer() -> dict[str, Setting]:
     """What is compared over longer budgets."""
     found = {
-        f"Muon, {steps} steps, {codec}": Setting(codec, steps) for codec, steps in (("int4", 10), ("int4", 30), ("int2", 30))
+        f"{steps} steps, {codec}": Setting(codec, steps) for codec, steps in (("int4", 10), ("int4", 30), ("int2", 30))
     }
     found |= {f"{steps} steps, sparse": Setting("sparse", steps) for steps in (10, 30)}
     found["30 steps, int4, Nesterov 0.5"] = Setting("int4", 30, momentum=0.5)
@@ -54,11 +55,11 @@ def settings() -> dict[str, Setting]:
         INT8: Setting("int8", 10),
         TUNED_MUON: Setting(),
     }
+    found[TUNED_SYNC] = Setting(kind="sync", lr=6e-3)
     for codec, interval in (("sparse", 10), ("int2", 5), ("int4", 30), ("int4", 5), ("int2", 10), ("int4", 10)):
         found[f"{interval} steps, {codec}"] = Setting(codec, interval)
     found["10 steps, Muon 4e-3, int4"] = Setting("int4", 10, untuned=True)
     found["10 steps, AdamW 2e-3, int4"] = Setting("int4", 10, "adamw", untuned=True)
-    found["sync, AdamW 5e-3, fp16"] = Setting(kind="sync", lr=5e-3)
     return found
 
 

@@ -104,6 +104,7 @@ DENSE = (
     *(Rung("int4", 11), Rung("int4", 15), Rung("int4", 20), Rung("int2", 15), Rung("int2", 20), Rung("int2", 30)),
 )
 SLOW_SHORT = tuple(Rung("int2", steps) for steps in (50, 100, 200, 500))
+LAVISH = ("fp16", "int8")  # more bits than int4 gain next to nothing
 INTERVALS = (1, 2, 5, 10, 15, 20, 30, 50, 100, 200, 500)
 SLOW_LONG = tuple(Rung("sparse", steps) for steps in (30, 50, 100, 200, 500))
 
@@ -277,16 +278,16 @@ def _inside(values: Mapping[str, Any], section: str, name: str) -> object:
 def ladder(draft: Draft) -> tuple[Rung, ...]:
     """From the best outcome to the least traffic, of what is not decided already."""
     rungs = DENSE + (SLOW_LONG if draft.steps >= LONG_RUN_STEPS else SLOW_SHORT)
-    kinds = list(dict.fromkeys(rung.kind for rung in rungs)) if draft.codec is None else [draft.codec]
     if draft.inner_steps is not None:
-        return tuple(Rung(kind, draft.inner_steps) for kind in kinds)
+        kinds = dict.fromkeys(rung.kind for rung in rungs if rung.kind not in LAVISH)
+        return tuple(Rung(kind, draft.inner_steps) for kind in ([draft.codec] if draft.codec else kinds))
     return rungs if draft.codec is None else tuple(Rung(draft.codec, steps) for steps in INTERVALS)
 
 
 def _choose(draft: Draft) -> tuple[Rung, str]:
     """The first rung that the budget of traffic and the slowest link allow."""
     thrifty = [rung for rung in ladder(draft) if traffic_share(draft, rung) <= draft.traffic_share]
-    rungs = thrifty or [ladder(draft)[-1]]
+    rungs = thrifty or list(ladder(draft)[-1:] if draft.inner_steps is None else ladder(draft))
     fitting = [rung for rung in rungs if _wait_share(draft, rung, draft.peers) <= LATE_SHARE]
     chosen = fitting[0] if fitting else rungs[-1]
     wait = _wait_share(draft, chosen, draft.peers)
@@ -329,7 +330,7 @@ def _segments(draft: Draft, rung: Rung) -> tuple[Segment, ...]:
         parts = ((whole, interval), (min(rest, 1), rest))
     else:
         short = max(1, round(interval * EARLY_FACTOR))
-        total = -(-steps // interval)
+        total = max(1, steps // interval)
         early = min(round(EARLY_SHARE * steps / short), total // 2) if interval >= SHAPED_FROM else 0
         base, longer = divmod(steps - early * short, total - early)
         parts = ((early, short), (total - early - longer, base), (longer, base + 1))

@@ -130,6 +130,8 @@ def test_what_is_given_is_kept() -> None:
     assert [item.inner_steps for item in made.segments] == [7, made.draft.steps % 7]
     assert {item.codec.kind for item in made.segments} == {"int8"}
     assert "as given" in made.why[1]
+    short = plan(Draft(parameters=10**6, sequence_length=128, tokens=10**7, inner_steps=2, upload_mbit=100))
+    assert {(item.inner_steps, item.codec.kind) for item in short.segments[:1]} == {(2, "int4")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
