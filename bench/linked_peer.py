@@ -29,7 +29,7 @@ from peer.outer import initial_state
 from peer.rounds.engine import RoundReport
 from peer.rounds.training import TrainingThread
 from peer.state import Snapshot
-from peer.trainer import Progress, ShouldStop, TrainedUpdate, Trainer, Vector, ignore_progress, never_stop
+from peer.trainer import Early, Progress, ShouldStop, TrainedUpdate, Trainer, Vector, ignore_progress, never_stop
 from swarm.cli.output import configure_logging
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink
@@ -100,12 +100,40 @@ class WaitingTrainer:
         """Let the time of `quota` inner steps pass."""
         started, steps, stopped = time.monotonic(), 0, None
         while steps < quota and (stopped := should_stop()) is None:
-            time.sleep(self._step_s)
-            steps += 1
-            self.computed_s += self._step_s
+            steps += self._wait()
+        return self._report(round_number, steps, time.monotonic() - started, stopped)
+
+    def train_ahead(
+        self,
+        early: Early,
+        round_number: int,
+        peer_id: str,
+        quota: int,
+        tokens_so_far: int,
+        should_stop: ShouldStop = never_stop,
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> TrainedUpdate:
+        """The same while the round before is still being exchanged; at the end of the quota its outcome is waited for."""
+        started, steps, stopped, joined = time.monotonic(), 0, None, None
+        while (stopped := should_stop()) is None:
+            joined = joined or early.look()
+            if steps < (joined.quota if joined is not None else quota):
+                steps += self._wait()
+            elif joined is not None or early.wait(should_stop) is None:
+                break
+        if joined is None:
+            steps = 0
+        return self._report(round_number, steps, time.monotonic() - started - early.waited_s, stopped)
+
+    def _wait(self) -> int:
+        """One inner step."""
+        time.sleep(self._step_s)
+        self.computed_s += self._step_s
+        return 1
+
+    def _report(self, round_number: int, steps: int, seconds: float, stopped: str | None) -> TrainedUpdate:
         samples = steps * self._manifest.strategy.batch_samples
         tokens = samples * self._manifest.data.sequence_length
-        seconds = time.monotonic() - started
         update = np.roll(self._update, round_number * SHIFT)
         return TrainedUpdate(update, samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
 
