@@ -24,8 +24,9 @@ from peer.checkpoints import Checkpoints
 from peer.coordination import Coordination
 from peer.daemon import Daemon, DaemonOptions, Parts
 from peer.materials import Materials
+from peer.model import initial_theta
 from peer.network.node import Node
-from peer.outer import initial_state
+from peer.outer import OuterState, initial_state
 from peer.rounds.engine import RoundReport
 from peer.rounds.training import TrainingThread
 from peer.state import Snapshot
@@ -37,6 +38,28 @@ from swarm.rpc.client import RunInfo
 
 LOSS = 2.0
 SHIFT = 1_000_003
+
+
+@dataclass
+class Prepared(Checkpoints):
+    """Every peer has the state before the first round already, so that the start isn't spent on fetching it from one of them."""
+
+    initial: Callable[[], OuterState] | None = None
+    saves: bool = True
+
+    def newest(self) -> Snapshot | None:
+        """The newest state, or the one before the first round."""
+        found = super().newest()
+        return found if found is not None or self.initial is None else Snapshot.from_state(self.initial())
+
+    def due(self) -> bool:
+        """Never where nothing shall be saved."""
+        return self.saves and super().due()
+
+    async def save(self) -> None:
+        """Save, or leave the disk out of it."""
+        if self.saves:
+            await super().save()
 
 
 @dataclass
@@ -66,6 +89,22 @@ class Noting(Daemon):
             peak_rss_bytes=peak_rss_bytes(os.getpid()),
             rss_bytes=psutil.Process().memory_info().rss,
         )
+
+    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
+        parts, manifest = super()._wire(run, node, coordination), run.manifest
+        plain = parts.checkpoints
+        prepared = Prepared(plain.directory, plain.run_id, plain.layout, plain.snapshots, saves=self.saves)
+        prepared.initial = lambda: initial_state(manifest.strategy, self.initial_weights(manifest))
+        return replace(parts, checkpoints=prepared)
+
+    @property
+    def saves(self) -> bool:
+        """Whether checkpoints are written."""
+        return True
+
+    def initial_weights(self, manifest: Manifest) -> Vector:
+        """The weights before the first round, [parameters]."""
+        return initial_theta(manifest.model)
 
     @property
     def computed_s(self) -> float:
@@ -142,28 +181,6 @@ class WaitingTrainer:
 
 
 @dataclass
-class BlankStart(Checkpoints):
-    """Every peer begins with the same zeros, so that nobody has to fetch them, and nothing is saved."""
-
-    manifest: Manifest | None = None
-
-    def newest(self) -> Snapshot | None:
-        """The state in memory, or zeros."""
-        if self.snapshots.newest is not None or self.manifest is None:
-            return self.snapshots.newest
-        return Snapshot.from_state(
-            initial_state(self.manifest.strategy, np.zeros(self.manifest.model.parameters, dtype=np.float32))
-        )
-
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-    async def save(self) -> None:
-        """The disk is left out of it."""
-
-
-@dataclass
 class Waiting(Noting):
     """Instead of training it waits."""
 
@@ -176,11 +193,14 @@ class Waiting(Noting):
         """Seconds of emulated training so far."""
         return self.trainer.computed_s if self.trainer is not None else 0.0
 
-    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
-        parts = super()._wire(run, node, coordination)
-        plain = parts.checkpoints
-        blank = BlankStart(plain.directory, plain.run_id, plain.layout, plain.snapshots, manifest=run.manifest)
-        return replace(parts, checkpoints=blank)
+    @property
+    def saves(self) -> bool:
+        """The state is of no use afterwards."""
+        return False
+
+    def initial_weights(self, manifest: Manifest) -> Vector:
+        """Zeros: there is no model."""
+        return np.zeros(manifest.model.parameters, dtype=np.float32)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
         self.trainer = WaitingTrainer(manifest, self.step_s, self.seed)
