@@ -37,7 +37,7 @@ from swarm.messages import JoinLink
 from swarm.rpc.client import RunInfo
 
 LOSS = 2.0
-SHIFT = 1_000_003
+ROUND_SHIFT, RANK_SHIFT = 1_000_003, 7_919
 
 
 @dataclass
@@ -113,17 +113,17 @@ class Noting(Daemon):
 
 
 class WaitingTrainer:
-    """Waits `step_s` for every inner step; updates are normally distributed, and others in every round.
+    """Waits `step_s` for every inner step; updates are those of the file `updates`, rotated by round and peer.
 
-    What was sent before would not be fetched again, as blobs are named by their content.
+    So they differ: what was sent before would not be fetched again, as blobs are named by their content. The file is mapped
+    and takes its memory once for all peers.
     """
 
-    def __init__(self, manifest: Manifest, step_s: float, seed: int) -> None:
+    def __init__(self, manifest: Manifest, step_s: float, updates: Path, rank: int) -> None:
         self._manifest = manifest
         self._step_s = step_s
-        draw = np.random.default_rng(seed)
-        self._update = draw.standard_normal(manifest.model.parameters, dtype=np.float32)
-        self._update *= np.float32(1e-3)
+        self._updates = np.load(updates, mmap_mode="r")
+        self._rank = rank
         self.computed_s = 0.0
 
     def train_round(
@@ -139,7 +139,7 @@ class WaitingTrainer:
         """Let the time of `quota` inner steps pass."""
         started, steps, stopped = time.monotonic(), 0, None
         while steps < quota and (stopped := should_stop()) is None:
-            steps += self._wait()
+            steps += self._wait(started, steps)
         return self._report(round_number, steps, time.monotonic() - started, stopped)
 
     def train_ahead(
@@ -157,23 +157,23 @@ class WaitingTrainer:
         while (stopped := should_stop()) is None:
             joined = joined or early.look()
             if steps < (joined.quota if joined is not None else quota):
-                steps += self._wait()
+                steps += self._wait(started, steps)
             elif joined is not None or early.wait(should_stop) is None:
                 break
         if joined is None:
             steps = 0
         return self._report(round_number, steps, time.monotonic() - started - early.waited_s, stopped)
 
-    def _wait(self) -> int:
-        """One inner step."""
-        time.sleep(self._step_s)
+    def _wait(self, started_s: float, steps: int) -> int:
+        """One inner step: a late awakening of this machine doesn't delay the steps after it."""
+        time.sleep(max(0.0, started_s + (steps + 1) * self._step_s - time.monotonic()))
         self.computed_s += self._step_s
         return 1
 
     def _report(self, round_number: int, steps: int, seconds: float, stopped: str | None) -> TrainedUpdate:
         samples = steps * self._manifest.strategy.batch_samples
         tokens = samples * self._manifest.data.sequence_length
-        update = np.roll(self._update, round_number * SHIFT)
+        update = np.roll(self._updates, round_number * ROUND_SHIFT + self._rank * RANK_SHIFT)
         return TrainedUpdate(update, samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
 
     def release(self) -> None:
@@ -185,7 +185,8 @@ class Waiting(Noting):
     """Instead of training it waits."""
 
     step_s: float = 1.0
-    seed: int = 0
+    updates: Path = field(default_factory=Path)
+    rank: int = 0
     trainer: WaitingTrainer | None = field(default=None)
 
     @property
@@ -203,7 +204,7 @@ class Waiting(Noting):
         return np.zeros(manifest.model.parameters, dtype=np.float32)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
-        self.trainer = WaitingTrainer(manifest, self.step_s, self.seed)
+        self.trainer = WaitingTrainer(manifest, self.step_s, self.updates, self.rank)
         return TrainingThread(cast("Trainer", self.trainer))
 
 
@@ -229,7 +230,8 @@ async def main(given: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     daemon = cast("Noting", (Waiting if given["waiting"] else Noting).create(options))
     if isinstance(daemon, Waiting):
-        daemon.step_s, daemon.seed = given["waiting"]["step_s"], given["waiting"]["seed"]
+        waiting = given["waiting"]
+        daemon.step_s, daemon.updates, daemon.rank = waiting["step_s"], Path(waiting["updates"]), waiting["rank"]
     if given["record"]:
         daemon.record = Path(given["record"])
         daemon.record.mkdir(parents=True, exist_ok=True)
