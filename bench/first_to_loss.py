@@ -24,10 +24,11 @@ import numpy as np
 
 from bench import hosts, linked
 from bench.children import Child, child
-from bench.hosts import Host, Link
+from bench.hosts import MBIT, Host, Link
 from bench.report import Report
 from bench.single import held_out_loss
 from peer.recipes import demo_manifest
+from swarm import auto
 from swarm.manifest import AdamW, Manifest, Muon
 
 REAL_PARAMETERS, REAL_STEP_S = 124_000_000, 2.0
@@ -102,6 +103,7 @@ class Race:
     real: Link
     steps: int = STEPS
     target: float = 0.0
+    step_s: float = 0.0
     link: Link = field(default_factory=Link)
 
     @property
@@ -118,7 +120,7 @@ class Race:
         self.folder.mkdir(parents=True, exist_ok=True)
         await self._alone(out)
         found: dict[str, tuple[Row, Reached]] = {}
-        for row in self._busy_rows():
+        for row in self._busy_rows(out):
             out.say(f"  {row.name}")
             found[row.name] = (row, await self._judge(out, row, await self._race(row, NOTE_S)))
         bound_s = BOUND_OVER_OURS * min(reached.time_s for _, reached in found.values())
@@ -155,7 +157,7 @@ class Race:
                 started.append(await stack.enter_async_context(process))
             await _ready(started)
             curves = await asyncio.gather(*(_follow(each, self.folder / f"alone-{index}") for index, each in enumerate(started)))
-        step_s = statistics.mean(curve.computed_s / curve.points[-1].steps for curve in curves)
+        step_s = self.step_s = statistics.mean(curve.computed_s / curve.points[-1].steps for curve in curves)
         losses = [await self._loss(curve.points[-1].weights) for curve in curves]
         self.target = min(losses) - BELOW_ALONE
         parameters = manifest.model.parameters
@@ -170,12 +172,13 @@ class Race:
 
     # --- who takes part -------------------------------------------------------------------------------------------------
 
-    def _busy_rows(self) -> list[Row]:
+    def _busy_rows(self, out: Report) -> list[Row]:
         """Ours that spend much of their time computing: they have the machine for themselves."""
         return [
+            self._auto(out),
             self._ours("int4", "off"),
             self._ours("int4", "on"),
-            self._ours("int2", "off"),
+            self._ours("int2", "on"),
             self._ours("sparse", "off"),
         ]
 
@@ -206,6 +209,26 @@ class Race:
             return rows
         plain = "outer SGD with rate 1: plain averaging, which does better at this budget than its textbook values"
         return [*rows, Row("torchft DiLoCo", False, f"AdamW, fp32 every {INNER_STEPS} steps, {plain}", "torchft_peer", often)]
+
+    def _auto(self, out: Report) -> Row:
+        """What `auto` makes of the model, the budget and these links."""
+        base = self._base
+        draft = auto.Draft(
+            parameters=base.model.parameters,
+            sequence_length=base.data.sequence_length,
+            tokens=self._step_tokens * self.steps,
+            batch_samples=BATCH_SAMPLES,
+            peers=self.peers,
+            upload_mbit=self.link.up_bit_s / MBIT,
+            download_mbit=self.link.down_bit_s / MBIT,
+            step_s=self.step_s,
+        )
+        plan = auto.plan(draft)
+        for reason in plan.why:
+            out.say(f"    {reason}")
+        values = plan.applied(base.model_dump(mode="json"))
+        values["rounds"] |= {"scale_to_speed": False, "grace_floor_s": GRACE_S}
+        return Row(AUTO, True, "; ".join(plan.why), manifest=Manifest.model_validate(values))
 
     def _ours(self, codec: str, overlap: str) -> Row:
         manifest = self._changed(Muon(), self.steps, codec={"kind": codec}, overlap=overlap)

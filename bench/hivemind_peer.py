@@ -76,6 +76,7 @@ def _optimizer(dht: Any, manifest: Manifest, network: torch.nn.Module, given: di
         scheduler=schedule if given.get("scheduled") else None,
         matchmaking_time=DOCUMENTED_MATCHMAKING_S,
         averaging_timeout=given.get("averaging_timeout_s", AVERAGING_TIMEOUT_S),
+        next_chunk_timeout=given.get("averaging_timeout_s"),
         grad_compression=hivemind.compression.Float16Compression(),
         state_averaging_compression=hivemind.compression.Float16Compression(),
         use_local_updates=local,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import hosts
 from bench.children import Child, child
 from bench.hosts import Host, Link
@@ -17,6 +19,7 @@ from swarm.manifest import Manifest
 from swarm.scenario import write_run
 
 START_S = 240.0
+UPDATE_SIZE = 1e-3
 
 Note = dict[str, Any]
 
@@ -48,6 +51,12 @@ class Linked:
         return [host.counters()[1] for host in self.hosts]
 
 
+def _write_updates(path: Path, parameters: int) -> None:
+    """Normally distributed values, [parameters]."""
+    values = np.random.default_rng(0).standard_normal(parameters, dtype=np.float32)
+    np.save(path, np.multiply(values, np.float32(UPDATE_SIZE), out=values))
+
+
 @asynccontextmanager
 async def running(
     folder: Path, manifest: Manifest, files: Path, links: Sequence[Link], *, step_s: float | None = None, record: bool = False
@@ -61,6 +70,9 @@ async def running(
     if problem:
         raise RuntimeError(problem)
     run, key = write_run(folder, manifest)
+    updates = folder / "updates.npy"
+    if step_s is not None:
+        await asyncio.to_thread(_write_updates, updates, manifest.model.parameters)
     async with AsyncExitStack() as stack:
         made = stack.enter_context(hosts.hosts([*links, Link()]))
         swarm = await stack.enter_async_context(LocalSwarm(folder / "swarm"))
@@ -77,7 +89,7 @@ async def running(
                 directory=str(directory),
                 files=str(files),
                 address=host.address,
-                waiting=None if step_s is None else {"step_s": step_s, "seed": index},
+                waiting=None if step_s is None else {"step_s": step_s, "updates": str(updates), "rank": index},
                 record=str(folder / "weights") if record and index == 0 else None,
             )
             peers.append(await stack.enter_async_context(process))

@@ -24,19 +24,42 @@ from peer.checkpoints import Checkpoints
 from peer.coordination import Coordination
 from peer.daemon import Daemon, DaemonOptions, Parts
 from peer.materials import Materials
+from peer.model import initial_theta
 from peer.network.node import Node
-from peer.outer import initial_state
+from peer.outer import OuterState, initial_state
 from peer.rounds.engine import RoundReport
 from peer.rounds.training import TrainingThread
 from peer.state import Snapshot
-from peer.trainer import Progress, ShouldStop, TrainedUpdate, Trainer, Vector, ignore_progress, never_stop
+from peer.trainer import Early, Progress, ShouldStop, TrainedUpdate, Trainer, Vector, ignore_progress, never_stop
 from swarm.cli.output import configure_logging
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink
 from swarm.rpc.client import RunInfo
 
 LOSS = 2.0
-SHIFT = 1_000_003
+ROUND_SHIFT, RANK_SHIFT = 1_000_003, 7_919
+
+
+@dataclass
+class Prepared(Checkpoints):
+    """Every peer has the state before the first round already, so that the start isn't spent on fetching it from one of them."""
+
+    initial: Callable[[], OuterState] | None = None
+    saves: bool = True
+
+    def newest(self) -> Snapshot | None:
+        """The newest state, or the one before the first round."""
+        found = super().newest()
+        return found if found is not None or self.initial is None else Snapshot.from_state(self.initial())
+
+    def due(self) -> bool:
+        """Never where nothing shall be saved."""
+        return self.saves and super().due()
+
+    async def save(self) -> None:
+        """Save, or leave the disk out of it."""
+        if self.saves:
+            await super().save()
 
 
 @dataclass
@@ -67,6 +90,22 @@ class Noting(Daemon):
             rss_bytes=psutil.Process().memory_info().rss,
         )
 
+    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
+        parts, manifest = super()._wire(run, node, coordination), run.manifest
+        plain = parts.checkpoints
+        prepared = Prepared(plain.directory, plain.run_id, plain.layout, plain.snapshots, saves=self.saves)
+        prepared.initial = lambda: initial_state(manifest.strategy, self.initial_weights(manifest))
+        return replace(parts, checkpoints=prepared)
+
+    @property
+    def saves(self) -> bool:
+        """Whether checkpoints are written."""
+        return True
+
+    def initial_weights(self, manifest: Manifest) -> Vector:
+        """The weights before the first round, [parameters]."""
+        return initial_theta(manifest.model)
+
     @property
     def computed_s(self) -> float:
         """Seconds of emulated training so far; 0 where training is real."""
@@ -74,17 +113,17 @@ class Noting(Daemon):
 
 
 class WaitingTrainer:
-    """Waits `step_s` for every inner step; updates are normally distributed, and others in every round.
+    """Waits `step_s` for every inner step; updates are those of the file `updates`, rotated by round and peer.
 
-    What was sent before would not be fetched again, as blobs are named by their content.
+    So they differ: what was sent before would not be fetched again, as blobs are named by their content. The file is mapped
+    and takes its memory once for all peers.
     """
 
-    def __init__(self, manifest: Manifest, step_s: float, seed: int) -> None:
+    def __init__(self, manifest: Manifest, step_s: float, updates: Path, rank: int) -> None:
         self._manifest = manifest
         self._step_s = step_s
-        draw = np.random.default_rng(seed)
-        self._update = draw.standard_normal(manifest.model.parameters, dtype=np.float32)
-        self._update *= np.float32(1e-3)
+        self._updates = np.load(updates, mmap_mode="r")
+        self._rank = rank
         self.computed_s = 0.0
 
     def train_round(
@@ -100,13 +139,41 @@ class WaitingTrainer:
         """Let the time of `quota` inner steps pass."""
         started, steps, stopped = time.monotonic(), 0, None
         while steps < quota and (stopped := should_stop()) is None:
-            time.sleep(self._step_s)
-            steps += 1
-            self.computed_s += self._step_s
+            steps += self._wait(started, steps)
+        return self._report(round_number, steps, time.monotonic() - started, stopped)
+
+    def train_ahead(
+        self,
+        early: Early,
+        round_number: int,
+        peer_id: str,
+        quota: int,
+        tokens_so_far: int,
+        should_stop: ShouldStop = never_stop,
+        progress: Callable[[Progress], None] = ignore_progress,
+    ) -> TrainedUpdate:
+        """The same while the round before is still being exchanged; at the end of the quota its outcome is waited for."""
+        started, steps, stopped, joined = time.monotonic(), 0, None, None
+        while (stopped := should_stop()) is None:
+            joined = joined or early.look()
+            if steps < (joined.quota if joined is not None else quota):
+                steps += self._wait(started, steps)
+            elif joined is not None or early.wait(should_stop) is None:
+                break
+        if joined is None:
+            steps = 0
+        return self._report(round_number, steps, time.monotonic() - started - early.waited_s, stopped)
+
+    def _wait(self, started_s: float, steps: int) -> int:
+        """One inner step: a late awakening of this machine doesn't delay the steps after it."""
+        time.sleep(max(0.0, started_s + (steps + 1) * self._step_s - time.monotonic()))
+        self.computed_s += self._step_s
+        return 1
+
+    def _report(self, round_number: int, steps: int, seconds: float, stopped: str | None) -> TrainedUpdate:
         samples = steps * self._manifest.strategy.batch_samples
         tokens = samples * self._manifest.data.sequence_length
-        seconds = time.monotonic() - started
-        update = np.roll(self._update, round_number * SHIFT)
+        update = np.roll(self._updates, round_number * ROUND_SHIFT + self._rank * RANK_SHIFT)
         return TrainedUpdate(update, samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
 
     def release(self) -> None:
@@ -114,33 +181,12 @@ class WaitingTrainer:
 
 
 @dataclass
-class BlankStart(Checkpoints):
-    """Every peer begins with the same zeros, so that nobody has to fetch them, and nothing is saved."""
-
-    manifest: Manifest | None = None
-
-    def newest(self) -> Snapshot | None:
-        """The state in memory, or zeros."""
-        if self.snapshots.newest is not None or self.manifest is None:
-            return self.snapshots.newest
-        return Snapshot.from_state(
-            initial_state(self.manifest.strategy, np.zeros(self.manifest.model.parameters, dtype=np.float32))
-        )
-
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-    async def save(self) -> None:
-        """The disk is left out of it."""
-
-
-@dataclass
 class Waiting(Noting):
     """Instead of training it waits."""
 
     step_s: float = 1.0
-    seed: int = 0
+    updates: Path = field(default_factory=Path)
+    rank: int = 0
     trainer: WaitingTrainer | None = field(default=None)
 
     @property
@@ -148,14 +194,17 @@ class Waiting(Noting):
         """Seconds of emulated training so far."""
         return self.trainer.computed_s if self.trainer is not None else 0.0
 
-    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
-        parts = super()._wire(run, node, coordination)
-        plain = parts.checkpoints
-        blank = BlankStart(plain.directory, plain.run_id, plain.layout, plain.snapshots, manifest=run.manifest)
-        return replace(parts, checkpoints=blank)
+    @property
+    def saves(self) -> bool:
+        """The state is of no use afterwards."""
+        return False
+
+    def initial_weights(self, manifest: Manifest) -> Vector:
+        """Zeros: there is no model."""
+        return np.zeros(manifest.model.parameters, dtype=np.float32)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
-        self.trainer = WaitingTrainer(manifest, self.step_s, self.seed)
+        self.trainer = WaitingTrainer(manifest, self.step_s, self.updates, self.rank)
         return TrainingThread(cast("Trainer", self.trainer))
 
 
@@ -181,7 +230,8 @@ async def main(given: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     daemon = cast("Noting", (Waiting if given["waiting"] else Noting).create(options))
     if isinstance(daemon, Waiting):
-        daemon.step_s, daemon.seed = given["waiting"]["step_s"], given["waiting"]["seed"]
+        waiting = given["waiting"]
+        daemon.step_s, daemon.updates, daemon.rank = waiting["step_s"], Path(waiting["updates"]), waiting["rank"]
     if given["record"]:
         daemon.record = Path(given["record"])
         daemon.record.mkdir(parents=True, exist_ok=True)

@@ -52,9 +52,10 @@ async def utilisation(out: Report, folder: Path) -> None:
 async def _utilisation(out: Report, folder: Path, codec: str, overlap: str, figure: str, goal: str) -> None:
     values = {"kind": codec, "density_top_k": SPARSE_TOP_K}
     rounds = 1 if out.quick else MEASURED_ROUNDS
-    manifest = _emulated(folder / "files", PARAMETERS, values, STEPS, rounds + 2, overlap)
+    manifest = _emulated(folder / "files", PARAMETERS, values, STEPS, rounds + 3, overlap)
     async with linked.running(folder, manifest, folder / "files", [UPLINK] * PEERS, step_s=STEP_S) as swarm:
-        before = await swarm.first_round()
+        await swarm.first_round()
+        before = await swarm.next_round(ROUND_S)  # until now not everybody has had work and could begin the next round early
         sent = swarm.sent_bytes()
         for _ in range(rounds):
             after = await swarm.next_round(ROUND_S)
@@ -76,7 +77,7 @@ async def _utilisation(out: Report, folder: Path, codec: str, overlap: str, figu
     density = f", top {SPARSE_TOP_K} of 4096" if codec == "sparse" else ""
     how = (
         f"{codec}{density}, overlap {overlap}: {LINK}, {PARAMETERS // 1_000_000} M parameters, {STEPS} inner steps a round "
-        f"emulated by waiting {STEP_S:g} s each; emulated computing over wall time of {rounds} whole rounds after the first. "
+        f"emulated by waiting {STEP_S:g} s each; emulated computing over wall time of {rounds} whole rounds after the second. "
         f"All peers encode and merge on the same {out.machine['cores']} cores at once, see processor_s (per peer and round)"
     )
     out.figure(figure, share, how, goal)

@@ -38,7 +38,8 @@ def main() -> None:
     lighthouse = _lighthouse(given) if given["rank"] == 0 else None
     say(ready=True)
     wait_for_go()
-    manager = _manager(given, network)
+    store = TCPStore(given["address"], 0, is_master=True, wait_for_workers=False)  # serves as long as it is held
+    manager = _manager(given, network, store.port)
     inner = adamw(manifest, network.parameters())
     outer = torch.optim.SGD(
         network.parameters(), lr=strategy.outer.lr, momentum=strategy.outer.momentum, nesterov=strategy.outer.momentum > 0
@@ -73,9 +74,8 @@ def _lighthouse(given: dict[str, Any]) -> Any:
     )
 
 
-def _manager(given: dict[str, Any], network: Any) -> Any:
+def _manager(given: dict[str, Any], network: Any, store_port: int) -> Any:
     """A replica group of one process; all start from the same weights."""
-    store = TCPStore(given["address"], 0, is_master=True, wait_for_workers=False)
     return Manager(
         pg=ProcessGroupGloo(timeout=PATIENCE),
         load_state_dict=network.load_state_dict,
@@ -88,7 +88,7 @@ def _manager(given: dict[str, Any], network: Any) -> Any:
         rank=0,
         world_size=1,
         store_addr=given["address"],
-        store_port=store.port,
+        store_port=store_port,
         lighthouse_addr=f"http://{given['meeting']}:{LIGHTHOUSE_PORT}",
         replica_id=f"trainer_{given['rank']}",
         hostname=given["address"],
