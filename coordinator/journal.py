@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -195,17 +195,20 @@ class Journal:
         if pending.done.done() or decision is None:
             return
         try:
-            answer = await self._signed_answer(pending) if decision.accepted else None
+            answer = await self._signed_answer(pending, decision) if decision.accepted else None
         except Rejected as error:
             pending.done.set_exception(error)
             return
         if not pending.done.done():
             pending.done.set_result(Outcome(decision, answer))
 
-    async def _signed_answer(self, pending: _Pending) -> Signed | None:
+    async def _signed_answer(self, pending: _Pending, decision: Decision) -> Signed | None:
         match pending.event:
             case Reported() as event:
-                return self._receipt(event, *await self._found(report_key(event.claim), pending.rows))
+                if not decision.append:
+                    return self._receipt(event, *await self._found_report(event))
+                position, _, entry, _ = pending.rows[_place(decision.append)]
+                return self._receipt(event, position, entry)
             case GrantAsked() as event:
                 key = grant_key(self.run_id, event.request.round)
                 _, entry = await self._found(key, pending.rows)
@@ -215,8 +218,7 @@ class Journal:
     def _receipt(self, event: Reported, position: int, entry: bytes) -> Signed:
         """The receipt of a report: always for the tree that ends with its entry, so that asking again gives the same."""
         claim = event.claim
-        if LedgerEntry.FromString(entry).reported.payload != event.report.payload:
-            raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
+        proof, root = self.tree.last_proof(position + 1)
         return seal(
             self._identity,
             Receipt(
@@ -226,11 +228,18 @@ class Journal:
                 report_hash=payload_hash(event.report),
                 ledger_index=position,
                 ledger_size=position + 1,
-                ledger_root=self.tree.root(position + 1),
-                inclusion_proof=self.tree.inclusion_proof(position, position + 1),
+                ledger_root=root,
+                inclusion_proof=proof,
                 entry=entry,
             ),
         )
+
+    async def _found_report(self, event: Reported) -> Found:
+        """The entry of a report that came before. Raises `Rejected` if that was another one."""
+        found = await self._found(report_key(event.claim), [])
+        if LedgerEntry.FromString(found.entry).reported.payload != event.report.payload:
+            raise Rejected("already_reported", f"round {event.claim.round}", event.claim.peer_id)
+        return found
 
     async def _found(self, key: bytes, rows: list[Row]) -> Found:
         """The entry under `key`: among those just committed, or else in the store."""
@@ -304,6 +313,11 @@ def _key(append: Append) -> bytes | None:
         case Permission():
             return grant_key(append.run_id, append.round)
     return None
+
+
+def _place(append: Sequence[Append]) -> int:
+    """Where among an event's entries the claim is."""
+    return next(place for place, item in enumerate(append) if isinstance(item, Claim))
 
 
 def _name(*parts: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from swarm.errors import Rejected
@@ -18,7 +18,7 @@ NOT_PLAYING = frozenset({"starting", "connecting", "fetching_data", "joining", "
 Rosters = Callable[[int], Collection[frozenset[str]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sighting:
     """The newest announcement of one peer."""
 
@@ -96,7 +96,7 @@ class Presence:
         """A signed message other than an announcement also shows that an announced peer is alive."""
         sighting = self._alive.get(peer_id)
         if sighting is not None:
-            self._alive[peer_id] = replace(sighting, heard_s=now_s)
+            sighting.heard_s = now_s
             self._alive.move_to_end(peer_id)
 
     def expire(self, now_s: float) -> None:

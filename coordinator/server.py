@@ -20,11 +20,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from prometheus_client import CollectorRegistry
 
-from coordinator.guard import Guard
+from coordinator.guard import ADDRESS_BURST_S, KEY_BURST_S, Guard
 from coordinator.journal import Journal
-from coordinator.limits import MAX_MESSAGE_BYTES
+from coordinator.limits import MAX_MESSAGE_BYTES, Rate
 from coordinator.metrics import Metrics
 from coordinator.service import PeerService
+from coordinator.signatures import SignatureChecker
 from coordinator.store.interface import Store
 from coordinator.store.memory import MemoryStore
 from coordinator.tls import Certificate
@@ -102,8 +103,9 @@ class Coordinator:
             metrics = Metrics(CollectorRegistry())
             journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s)
             await asyncio.to_thread(journal.load)
-            service, guard = _service(journal, store, identity, manifest, clock, metrics)
-            stack.callback(service.close)
+            checker = await stack.enter_async_context(SignatureChecker())
+            guard = _guard(settings, journal, clock, metrics)
+            service = PeerService(journal, store, identity, manifest, clock, metrics, guard, checker)
             await stack.enter_async_context(_background(journal.run()))
             await stack.enter_async_context(_background(_ticks(journal, metrics, clock)))
             listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings.listen))
@@ -144,11 +146,15 @@ def _store(settings: CoordinatorSettings, folder: Path) -> Iterator[Store]:
         store.close()
 
 
-def _service(
-    journal: Journal, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics
-) -> tuple[PeerService, Guard]:
-    guard = Guard(clock, metrics, lambda peer_id: journal.credits.is_admitted(journal.run_id, peer_id))
-    return PeerService(journal, store, identity, manifest, clock, metrics, guard), guard
+def _guard(settings: CoordinatorSettings, journal: Journal, clock: Clock, metrics: Metrics) -> Guard:
+    per_address, per_key = settings.calls_per_address_per_s, settings.calls_per_key_per_s
+    return Guard(
+        clock,
+        metrics,
+        lambda peer_id: journal.credits.is_admitted(journal.run_id, peer_id),
+        Rate(per_address, per_address * ADDRESS_BURST_S),
+        Rate(per_key, per_key * KEY_BURST_S),
+    )
 
 
 @asynccontextmanager

@@ -85,6 +85,8 @@ class CoordinatorSettings(Settings):
     metrics: str = Field("", description="address for the web page, /metrics and /healthz; empty = none")
     db: str = Field("", description="database URL; empty = SQLite in the state folder")
     state_dir: Path | None = Field(None, description="keys and database; empty = per run in the user's data folder")
+    calls_per_address_per_s: float = Field(2000.0, gt=0, description="calls that one address may make, on average")
+    calls_per_key_per_s: float = Field(50.0, gt=0, description="signed messages that one key may send, on average")
     presence_ttl_s: float = Field(45.0, ge=1, le=3600, description="a peer that is silent this long is gone")
     log_level: str = Field("info", description="debug, info, warning or error")
 

@@ -91,6 +91,20 @@ class MerkleTree:
                 start = middle
         return path[::-1]
 
+    def last_proof(self, size: int) -> tuple[list[bytes], bytes]:
+        """The inclusion proof of the last of the first `size` leaves, and the root over them: one pass over the left edge."""
+        if not 0 < size <= len(self):
+            raise IndexError(size)
+        position, path = size - 1, []
+        value = self.leaf(position)
+        for level, hashes in enumerate(self._levels):
+            if position >> level & 1:
+                start = ((position >> level) - 1) * HASH_BYTES
+                sibling = bytes(hashes[start : start + HASH_BYTES])
+                path.append(sibling)
+                value = node_hash(sibling, value)
+        return path, value
+
     def consistency_proof(self, old_size: int, size: int | None = None) -> list[bytes]:
         """`PROOF(old_size, D[size])` of RFC 6962, 2.1.2."""
         size = len(self) if size is None else size

@@ -33,6 +33,9 @@ class SqlStore:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._writer = engine.execution_options(**{WRITES: True})
+        self._insert = str(sa.insert(entries).compile(engine, column_keys=Row._fields))
+        self._positional = engine.dialect.positional
+        self._size: int | None = None
 
     @classmethod
     def open(cls, url: str) -> SqlStore:
@@ -58,14 +61,19 @@ class SqlStore:
             upgrade(connection)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Commit all rows in one transaction, or none. Raises `StoreFailed`."""
+        """Commit all rows in one transaction, or none. Raises `StoreFailed`.
+
+        The size is asked for once: from then on a second writer shows itself by taking a position that we take.
+        """
         if not rows:
             return
+        first, self._size = self._size, None
         with _writing(), self._writer.begin() as connection:
-            size = _size(connection)
-            if [row.position for row in rows] != list(range(size, size + len(rows))):
+            size = _size(connection) if first is None else first
+            if any(row.position != expected for expected, row in enumerate(rows, size)):
                 raise StoreFailed("the entries don't follow on: does another coordinator use this database?")
-            connection.execute(sa.insert(entries), [row._asdict() for row in rows])
+            connection.exec_driver_sql(self._insert, list(rows) if self._positional else [row._asdict() for row in rows])
+        self._size = size + len(rows)
 
     def size(self) -> int:
         """Number of entries. Raises `DatabaseCorrupt`."""

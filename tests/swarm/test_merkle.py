@@ -72,3 +72,13 @@ def test_consistency(entries: list[bytes], data: st.DataObject) -> None:
     if old_size < size:
         assert not verify_consistency(old_size, leaf_hash(b"forged"), size, tree.root(size), proof)
         assert not verify_consistency(old_size, tree.root(old_size), size, leaf_hash(b"forged"), proof)
+
+
+@given(LEAVES)
+def test_the_last_leaf_in_one_pass(entries: list[bytes]) -> None:
+    """Proof and root of the last leaf, taken along the left edge, are those that the general functions give."""
+    tree = tree_of(entries)
+    for size in range(1, len(entries) + 1):
+        assert tree.last_proof(size) == (tree.inclusion_proof(size - 1, size), tree.root(size))
+    with pytest.raises(IndexError):
+        tree.last_proof(len(entries) + 1)
