@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
-from bench import report
+from bench import big_ledger, report
 from bench.children import Child, child
 from bench.echo_server import METHOD as ECHO_METHOD
 from bench.load_generator import read_answers, write_lines
 from bench.report import Report, quantile
 from bench.signed_rounds import announcement, identity, round_of, sealer, sign_manifest, tiny_manifest
+from coordinator.snapshot import EVERY_ENTRIES as SNAPSHOT_EVERY
+from coordinator.snapshot import SNAPSHOT_FILE, Source, make
+from coordinator.store.sql import SqlStore
 from coordinator.tls import CERTIFICATE_FILE, KEY_FILE
 from swarm.identity import Identity
 from swarm.ledger import verify_receipt
 from swarm.local import LocalSwarm
 from swarm.messages import JoinLink, payload_hash
 from swarm.rpc.client import CoordinatorClient
-from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest, SubmitReportResponse
+from swarm.rpc.v1.coordinator_pb2 import AnnounceRequest, SubmitReportRequest, SubmitReportResponse
 
+OWNER = 10**9
+ACCOUNTS, ENTRIES = (100_000, 2_000), (1_000_000, 20_000)
+RESTARTS, PAGE_VIEWS = 3, 50
+ANNOUNCE_METHOD = "/swarm.v1.PeerService/Announce"
 REPORT_METHOD = "/swarm.v1.PeerService/SubmitReport"
 PEERS, GENERATORS = 64, 2
 IN_FLIGHT_PER_PEER = 4
@@ -77,7 +87,7 @@ class Site:
 @asynccontextmanager
 async def coordinator(folder: Path) -> AsyncIterator[Site]:
     """A coordinator that takes any number of calls from one address."""
-    owner = identity(10**9)
+    owner = identity(OWNER)
     signed = sign_manifest(tiny_manifest(), owner)
     run = folder / "run.signed"
     run.write_bytes(signed.SerializeToString())
@@ -230,9 +240,104 @@ def _processor_s(process: psutil.Process) -> float:
     return sum(sum(each.cpu_times()[:2]) for each in (process, *process.children(recursive=True)))
 
 
+async def scale(bench: Report) -> None:
+    """Many accounts and a long ledger: restart after a kill, pages, and memory once everybody has announced itself."""
+    accounts, length = bench.choose(*ACCOUNTS), bench.choose(*ENTRIES)
+    tail = min(SNAPSHOT_EVERY, length // 10)
+    with report.workspace() as folder:
+        peers = await asyncio.to_thread(lambda: [identity(number) for number in range(accounts)])
+        names = [peer.peer_id for peer in peers]
+        owner = identity(OWNER)
+        signed = sign_manifest(tiny_manifest(), owner)
+        state = folder / "swarm" / "coordinator"
+        state.mkdir(parents=True)
+        key = Identity.generate()
+        key.save(state / "coordinator.key")
+        source = big_ledger.entries(payload_hash(signed), signed, key, names)
+        url = f"sqlite:///{state / 'coordinator.db'}"
+        started = time.perf_counter()
+        await asyncio.to_thread(_grow, url, source, length - tail)
+        grown_s = time.perf_counter() - started
+        started = time.perf_counter()
+        await asyncio.to_thread(make, Source(url, key.peer_id, state / SNAPSHOT_FILE))
+        bench.row("ledger", entries=length - tail, written_s=grown_s, folded_s=time.perf_counter() - started)
+        await asyncio.to_thread(_grow, url, source, tail)
+        await _restart(bench, folder, accounts, length, tail)
+        async with coordinator(folder) as site:
+            await _pages(bench, site, accounts, length)
+            await _everybody(bench, site, peers)
+
+
+def _grow(url: str, source: Iterator[big_ledger.Keyed], count: int) -> None:
+    store = SqlStore.open(url)
+    try:
+        big_ledger.append(store, source, count)
+    finally:
+        store.close()
+
+
+async def _restart(bench: Report, folder: Path, accounts: int, length: int, tail: int) -> None:
+    """From starting the command to the first answer, after the process before was killed."""
+    seconds = []
+    for attempt in range(RESTARTS):
+        started = time.perf_counter()
+        async with coordinator(folder) as site, await CoordinatorClient.connect(site.link) as client:
+            progress = await client.progress()
+            seconds.append(time.perf_counter() - started)
+            if progress.ledger_size != length:
+                raise RuntimeError(f"{progress.ledger_size} entries after the restart, not {length}")
+            bench.row("restarts", attempt=attempt, entries=length, seconds=seconds[-1], rss_bytes=site.process.memory_info().rss)
+            await site.swarm.stop_coordinator(signal.SIGKILL)
+    how = (
+        f"`swarm coordinator` to its first answer after kill -9; {accounts} accounts, newest snapshot {tail} entries old; median"
+    )
+    bench.figure("restart_1m_entries_s", quantile(seconds, 0.5), how, "<= 3")
+
+
+async def _pages(bench: Report, site: Site, accounts: int, length: int) -> None:
+    """The web page with progress and leaderboard, and both calls, one after the other."""
+    taken: dict[str, list[float]] = {"page": [], "leaderboard": [], "progress": []}
+    async with await CoordinatorClient.connect(site.link) as client, httpx.AsyncClient() as browser:
+        for _ in range(PAGE_VIEWS):
+            for name, ask in (
+                ("page", lambda: browser.get(f"http://{site.swarm.metrics}/")),
+                ("leaderboard", lambda: client.credits(limit=100)),
+                ("progress", client.progress),
+            ):
+                started = time.perf_counter()
+                answer = await ask()
+                taken[name].append(time.perf_counter() - started)
+                if isinstance(answer, httpx.Response):
+                    answer.raise_for_status()
+    for name, each in taken.items():
+        bench.row("pages", what=name, p50_s=quantile(each, 0.5), p95_s=quantile(each, 0.95), worst_s=max(each))
+    how = f"the slowest of page, leaderboard and progress, each the median of {PAGE_VIEWS}; {accounts} accounts, {length} entries"
+    bench.figure("leaderboard_100k_accounts_s", max(quantile(each, 0.5) for each in taken.values()), how, "<= 0.05")
+
+
+async def _everybody(bench: Report, site: Site, peers: Sequence[Identity]) -> None:
+    """Every registered peer announces itself over gRPC; the memory of all the coordinator's processes afterwards."""
+    now_s = time.time()
+    lines: list[list[bytes]] = [[] for _ in range(GENERATORS * 4)]
+    for number, peer in enumerate(peers):
+        request = AnnounceRequest(announcement=announcement(site.run_id, peer, now_s))
+        lines[number % len(lines)].append(request.SerializeToString())
+    before = _memory(site.process)
+    loaded = await _load(site.link.address, site.certificate, ANNOUNCE_METHOD, lines, site.folder)
+    _note_load(bench, "announcements", loaded, 0.0)
+    if loaded.failures:
+        raise RuntimeError(f"announcements failed: {loaded.failures}")
+    how = f"resident memory after {len(peers)} registered peers announced themselves ({before:,} before), with a full ledger"
+    bench.figure("rss_bytes_100k_peers", _memory(site.process), how, "<= 1e9")
+
+
+def _memory(process: psutil.Process) -> int:
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
+
+
 def main() -> int:
     """Run the sections."""
-    return report.run("coordinator", __doc__, {"reports": reports})
+    return report.run("coordinator", __doc__, {"reports": reports, "scale": scale})
 
 
 if __name__ == "__main__":

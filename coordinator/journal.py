@@ -11,20 +11,21 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 
 from coordinator.errors import StoreFailed
 from coordinator.metrics import Metrics
 from coordinator.presence import Presence
+from coordinator.snapshot import restore
 from coordinator.state import Admit, Append, Decision, Event, GrantAsked, Now, Reported, State, decide
 from coordinator.store.interface import Found, Row, Store
 from swarm.clock import Clock
-from swarm.credits import CreditState, apply_entry
+from swarm.credits import CreditState
 from swarm.entries import Admission, Claim, Confirmation, Nomination, Opening, Permission
-from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
+from swarm.errors import DatabaseCorrupt, Rejected
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.merkle import MerkleTree, leaf_hash
@@ -61,13 +62,23 @@ class _Pending:
 class Journal:
     """Owns the ledger's state, tree and store. Everything but `run` and the store's commits happens on the event loop."""
 
-    def __init__(self, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics, ttl_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        manifest: Signed,
+        clock: Clock,
+        metrics: Metrics,
+        ttl_s: float,
+        snapshot: Path | None = None,
+    ) -> None:
         self._store = store
         self._identity = identity
         self._clock = clock
         self._metrics = metrics
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue(QUEUE_EVENTS)
         self._signed_manifest = manifest
+        self._snapshot = snapshot
         self._size = 0
         self._behind = False
         self.run_id = payload_hash(manifest)
@@ -89,17 +100,10 @@ class Journal:
         return not self._behind
 
     def load(self) -> None:
-        """Read the store back; open the run if it is new. Raises `DatabaseCorrupt`."""
+        """Read the store back, from the snapshot on where there is one; open the run if it is new. Raises `DatabaseCorrupt`."""
         self._check_owner()
-        tree, state = MerkleTree(), CreditState(self._identity.peer_id)
-        try:
-            with closing(self._store.rows()) as rows:
-                for row in rows:
-                    apply_entry(state, row.position, row.entry, check_signatures=False)
-                    tree.append(row.leaf_hash)
-        except LedgerInvalid as error:
-            raise DatabaseCorrupt(f"the database holds an invalid ledger: {error.message}", error.hint) from error
-        self.tree, self.credits, self._size = tree, state, len(tree)
+        self.tree, self.credits = tree, state = restore(self._store, self._identity.peer_id, self._snapshot)
+        self._size = len(tree)
         if self.run_id not in state.run_ids:
             self._open_run()
         self._gauge()

@@ -26,6 +26,7 @@ from coordinator.limits import MAX_MESSAGE_BYTES, Rate
 from coordinator.metrics import Metrics
 from coordinator.service import PeerService
 from coordinator.signatures import SignatureChecker
+from coordinator.snapshot import SNAPSHOT_FILE, Source, keep_fresh
 from coordinator.store.interface import Store
 from coordinator.store.memory import MemoryStore
 from coordinator.tls import Certificate
@@ -101,8 +102,12 @@ class Coordinator:
             certificate = Certificate.load_or_create(folder, now)
             store = stack.enter_context(_store(settings, folder))
             metrics = Metrics(CollectorRegistry())
-            journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s)
+            snapshot = None if settings.db == MEMORY_URL else folder / SNAPSHOT_FILE
+            journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s, snapshot)
             await asyncio.to_thread(journal.load)
+            if snapshot is not None:
+                source = Source(database_url(settings, folder), identity.peer_id, snapshot)
+                await stack.enter_async_context(_background(keep_fresh(source, lambda: len(journal.tree))))
             checker = await stack.enter_async_context(SignatureChecker())
             guard = _guard(settings, journal, clock, metrics)
             service = PeerService(journal, store, identity, manifest, clock, metrics, guard, checker)
@@ -119,6 +124,11 @@ class Coordinator:
 def state_folder(settings: CoordinatorSettings, run_id: bytes) -> Path:
     """Where the run's keys and database are."""
     return settings.state_dir or data_path() / "coordinator" / base32(run_id)[:16]
+
+
+def database_url(settings: CoordinatorSettings, folder: Path) -> str:
+    """The database's URL."""
+    return settings.db or f"sqlite:///{folder / DATABASE_FILE}"
 
 
 @contextmanager
@@ -139,7 +149,7 @@ def _store(settings: CoordinatorSettings, folder: Path) -> Iterator[Store]:
         return
     from coordinator.store.sql import SqlStore  # noqa: PLC0415 - a third of the start-up time
 
-    store = SqlStore.open(settings.db or f"sqlite:///{folder / DATABASE_FILE}")
+    store = SqlStore.open(database_url(settings, folder))
     try:
         yield store
     finally:

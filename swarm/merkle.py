@@ -40,6 +40,22 @@ class MerkleTree:
     def __init__(self) -> None:
         self._levels: list[bytearray] = [bytearray()]
 
+    @classmethod
+    def of_levels(cls, levels: Sequence[bytes]) -> MerkleTree:
+        """The tree that has these `levels`. Raises `ValueError` if their sizes don't fit; the hashes are believed."""
+        tree = cls()
+        tree._levels = [bytearray(level) for level in levels] or [bytearray()]
+        size = len(tree)
+        expected = [(size >> level) * HASH_BYTES for level in range(max(1, size.bit_length()))]
+        if [len(level) for level in tree._levels] != expected:
+            raise ValueError("the levels of the tree don't fit together")
+        return tree
+
+    @property
+    def levels(self) -> Sequence[bytes | bytearray]:
+        """The hashes of complete subtrees by height, each level joined."""
+        return self._levels
+
     def __len__(self) -> int:
         return len(self._levels[0]) // HASH_BYTES
 

@@ -35,8 +35,11 @@ class Store(Protocol):
     def size(self) -> int:
         """Number of entries."""
 
-    def rows(self) -> Generator[Row, None, None]:
-        """Every row in order; close it if it isn't exhausted. Raises `DatabaseCorrupt` if one is missing or unreadable."""
+    def rows(self, first: int = 0) -> Generator[Row, None, None]:
+        """Every row from index `first` on, in order; close it if it isn't exhausted.
+
+        Raises `DatabaseCorrupt` if one is missing or unreadable.
+        """
 
     def entries(self, first: int, limit: int) -> list[bytes]:
         """Up to `limit` entries from index `first` on."""

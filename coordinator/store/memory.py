@@ -30,9 +30,9 @@ class MemoryStore:
         """Number of entries."""
         return len(self._rows)
 
-    def rows(self) -> Generator[Row, None, None]:
-        """Every row in order."""
-        yield from self._rows
+    def rows(self, first: int = 0) -> Generator[Row, None, None]:
+        """Every row from index `first` on, in order."""
+        yield from self._rows[first:]
 
     def entries(self, first: int, limit: int) -> list[bytes]:
         """Up to `limit` entries from index `first` on."""

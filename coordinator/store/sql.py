@@ -80,11 +80,15 @@ class SqlStore:
         with _reading(), self._engine.connect() as connection:
             return _size(connection)
 
-    def rows(self) -> Generator[Row, None, None]:
-        """Every row in order. Raises `DatabaseCorrupt` if one is missing, unreadable or not what its hash says."""
-        query = sa.select(entries).order_by(entries.c.position).execution_options(yield_per=READ_AHEAD_ROWS)
+    def rows(self, first: int = 0) -> Generator[Row, None, None]:
+        """Every row from index `first` on, in order.
+
+        Raises `DatabaseCorrupt` if one is missing, unreadable or not what its hash says.
+        """
+        query = sa.select(entries).where(entries.c.position >= first).order_by(entries.c.position)
+        query = query.execution_options(yield_per=READ_AHEAD_ROWS)
         with _reading(), self._engine.connect() as connection, connection.execute(query) as result:
-            for expected, found in enumerate(result):
+            for expected, found in enumerate(result, first):
                 row = Row(found.position, bytes(found.leaf_hash), bytes(found.entry), found.key)
                 if row.position != expected:
                     raise DatabaseCorrupt(f"entry {expected} is missing from the database", CORRUPT_HINT)

@@ -82,3 +82,14 @@ def test_the_last_leaf_in_one_pass(entries: list[bytes]) -> None:
         assert tree.last_proof(size) == (tree.inclusion_proof(size - 1, size), tree.root(size))
     with pytest.raises(IndexError):
         tree.last_proof(len(entries) + 1)
+
+
+@given(st.lists(st.binary(max_size=8), max_size=40), st.lists(st.binary(max_size=8), max_size=9))
+def test_levels_are_enough(entries: list[bytes], more: list[bytes]) -> None:
+    """A tree made from another's levels goes on like it; levels that don't fit together are refused."""
+    tree, again = tree_of(entries), MerkleTree.of_levels([bytes(level) for level in tree_of(entries).levels])
+    for each in (tree, again):
+        each.extend(leaf_hash(entry) for entry in more)
+    assert (again.root(), again.levels) == (tree.root(), tree.levels)
+    with pytest.raises(ValueError, match="don't fit"):
+        MerkleTree.of_levels([*map(bytes, tree.levels), bytes(32)])

@@ -33,6 +33,8 @@ def test_rows_come_back_in_order(store: Store) -> None:
     store.append(rows[3:])
     assert store.size() == 7
     assert list(store.rows()) == rows
+    assert list(store.rows(4)) == rows[4:]
+    assert list(store.rows(7)) == []
     assert store.entries(2, 3) == [item.entry for item in rows[2:5]]
     assert store.entries(5, 100) == [item.entry for item in rows[5:]]
     assert store.entries(7, 1) == []
