@@ -35,6 +35,7 @@ from swarm.rpc.v1.coordinator_pb2 import AnnounceRequest, SubmitReportRequest, S
 OWNER = 10**9
 ACCOUNTS, ENTRIES = (100_000, 2_000), (1_000_000, 20_000)
 RESTARTS, PAGE_VIEWS = 3, 50
+CUTS, CUT_LIMIT_S, SEED = (2_000, 50), 3.0, 20
 ANNOUNCE_METHOD = "/swarm.v1.PeerService/Announce"
 REPORT_METHOD = "/swarm.v1.PeerService/SubmitReport"
 PEERS, GENERATORS = 64, 2
@@ -331,13 +332,25 @@ async def _everybody(bench: Report, site: Site, peers: Sequence[Identity]) -> No
     bench.figure("rss_bytes_100k_peers", _memory(site.process), how, "<= 1e9")
 
 
+async def power_cuts(bench: Report) -> None:
+    """Kill the writer at random moments and look for receipts without an entry."""
+    cuts = bench.choose(*CUTS)
+    with report.workspace() as folder:
+        async with child("power_cut", folder / "log", cuts=cuts, seed=SEED) as helper:
+            found = await helper.receive(cuts * CUT_LIMIT_S)
+    bench.row("power cuts", **found)
+    how = f"of {found['receipts']} receipts that left a writer before it was killed, {cuts} kills at random moments"
+    bench.figure("receipts_without_entry", found["lost"], how, "== 0")
+    bench.figure("databases_broken", found["broken"], "databases that couldn't be read back after a kill", "== 0")
+
+
 def _memory(process: psutil.Process) -> int:
     return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
 
 
 def main() -> int:
     """Run the sections."""
-    return report.run("coordinator", __doc__, {"reports": reports, "scale": scale})
+    return report.run("coordinator", __doc__, {"reports": reports, "scale": scale, "power_cuts": power_cuts})
 
 
 if __name__ == "__main__":
