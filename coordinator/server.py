@@ -96,7 +96,7 @@ class Coordinator:
         open_manifest(manifest)
         folder = state_folder(settings, payload_hash(manifest))
         async with AsyncExitStack() as stack:
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
             identity = Identity.load_or_create(folder / KEY_FILE)
             now = datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC)
             certificate = Certificate.load_or_create(folder, now)
@@ -132,7 +132,8 @@ def database_url(settings: CoordinatorSettings, folder: Path) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other coordinators out of the folder. Raises `AlreadyRunning`."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / LOCK_FILE).open("wb") as file:
         try:

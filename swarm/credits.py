@@ -47,7 +47,18 @@ from swarm.entries import (
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
 from swarm.manifest import Manifest
 
-__all__ = ["FLOPS_PER_CREDIT", "Balance", "CreditState", "Progress", "RoundSet", "Terms", "apply_entry", "fold", "verify_ledger"]
+__all__ = [
+    "FLOPS_PER_CREDIT",
+    "Balance",
+    "CreditState",
+    "Progress",
+    "RoundSet",
+    "Terms",
+    "apply_entry",
+    "first_fault",
+    "fold",
+    "verify_ledger",
+]
 
 PARALLEL_FROM = 4096  # entries; below it a process pool costs more than it saves
 CHUNK_ENTRIES = 2048
@@ -318,7 +329,7 @@ def verify_ledger(entries: Sequence[bytes], coordinator: str, workers: int = 0) 
     if workers == 1 or len(entries) < PARALLEL_FROM:
         return fold(entries, coordinator)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        faults = pool.map(_first_fault, *zip(*_chunks(entries, coordinator), strict=True))
+        faults = pool.map(first_fault, *zip(*_chunks(entries, coordinator), strict=True))
         state = CreditState(coordinator)
         for index, entry in enumerate(entries):
             if index % CHUNK_ENTRIES == 0:
@@ -334,7 +345,8 @@ def _chunks(entries: Sequence[bytes], coordinator: str) -> Iterator[tuple[int, l
         yield first, list(islice(entries, first, first + CHUNK_ENTRIES)), coordinator
 
 
-def _first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int, str] | None:
+def first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int, str] | None:
+    """The first of some entries that is not valid by itself, and why; their indices start at `first`."""
     for index, entry in enumerate(entries, first):
         try:
             open_entry(entry, coordinator)
