@@ -39,12 +39,14 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         is_admitted: Callable[[str], bool],
         per_address: Rate = PER_ADDRESS,
         per_key: Rate = PER_KEY,
+        is_ours: Callable[[Context], bool] = lambda context: False,
     ) -> None:
         self._clock = clock
         self._metrics = metrics
         self._is_admitted = is_admitted
         self._addresses = RateLimiter(per_address)
         self._keys = RateLimiter(per_key)
+        self._is_ours = is_ours
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
@@ -113,7 +115,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         return name, self._metrics.request_duration_seconds.labels(name)
 
     def _admit(self, rule: Rule, request: Any, context: Context) -> None:
-        self._addresses.take(_address(context.peer()), self._clock.monotonic_s())
+        if not self._is_ours(context):
+            self._addresses.take(_address(context.peer()), self._clock.monotonic_s())
         if rule.policy is not Policy.PUBLIC:
             signed_part(rule, request, self._is_admitted)
 

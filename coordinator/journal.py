@@ -11,7 +11,9 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -23,9 +25,9 @@ from coordinator.snapshot import restore
 from coordinator.state import Admit, Append, Decision, Event, GrantAsked, Now, Reported, State, decide
 from coordinator.store.interface import Found, Row, Store
 from swarm.clock import Clock
-from swarm.credits import CreditState
+from swarm.credits import CreditState, apply_entry
 from swarm.entries import Admission, Claim, Confirmation, Nomination, Opening, Permission
-from swarm.errors import DatabaseCorrupt, Rejected
+from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.merkle import MerkleTree, leaf_hash
@@ -35,6 +37,7 @@ from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 
 QUEUE_EVENTS = 4096
 GROUP_EVENTS = 256
+FOLLOW_ROWS = 500
 GENESIS = "genesis"
 COORDINATOR = "coordinator"
 
@@ -81,6 +84,8 @@ class Journal:
         self._snapshot = snapshot
         self._size = 0
         self._behind = False
+        self._busy = asyncio.Lock()
+        self.is_writer = True
         self.run_id = payload_hash(manifest)
         self.manifest = open_manifest(manifest)
         self.tree = MerkleTree()
@@ -102,11 +107,51 @@ class Journal:
     def load(self) -> None:
         """Read the store back, from the snapshot on where there is one; open the run if it is new. Raises `DatabaseCorrupt`."""
         self._check_owner()
-        self.tree, self.credits = tree, state = restore(self._store, self._identity.peer_id, self._snapshot)
-        self._size = len(tree)
-        if self.run_id not in state.run_ids:
+        self.read()
+        if self.run_id not in self.credits.run_ids:
             self._open_run()
+
+    def read(self) -> None:
+        """Read the store back and change nothing in it. Raises `DatabaseCorrupt`."""
+        self.tree, self.credits = restore(self._store, self._identity.peer_id, self._snapshot)
+        self._size = len(self.tree)
         self._gauge()
+
+    async def follow(self) -> None:
+        """Take in what another replica has appended. Raises `DatabaseCorrupt`."""
+        async with self._busy:
+            if self._behind:
+                await asyncio.to_thread(self.read)
+                self._behind = False
+            while rows := await asyncio.to_thread(self._store_rows, len(self.tree)):
+                for row in rows:
+                    self._apply_row(row)
+                self._size = len(self.tree)
+                self._gauge()
+
+    async def take_over(self) -> None:
+        """Write from now on: after everything that is in the store, and with nobody presumed dead. Raises `DatabaseCorrupt`."""
+        async with self._busy:
+            genesis = (await asyncio.to_thread(self._store.value, GENESIS) or b"").decode()
+            self.presence = Presence(self.presence.ttl_s, self._clock.monotonic_s(), genesis)
+            self._genesis_saved = genesis
+            await asyncio.to_thread(self.load)
+            self._behind = False
+
+    def reload(self) -> None:
+        """Trust nothing that isn't in the store: read it back before the next use."""
+        self._behind = True
+
+    def _store_rows(self, first: int) -> list[Row]:
+        with closing(self._store.rows(first)) as rows:
+            return list(islice(rows, FOLLOW_ROWS))
+
+    def _apply_row(self, row: Row) -> None:
+        try:
+            apply_entry(self.credits, row.position, row.entry, check_signatures=False)
+        except LedgerInvalid as error:
+            raise DatabaseCorrupt(f"the database holds an invalid ledger: {error.message}", error.hint) from error
+        self.tree.append(row.leaf_hash)
 
     async def submit(self, event: Event) -> Outcome:
         """Decide on `event` after all earlier ones, and return once it is durable. Raises `Rejected` or `StoreFailed`."""
@@ -124,7 +169,8 @@ class Journal:
             while len(group) < GROUP_EVENTS and not self._queue.empty():
                 group.append(self._queue.get_nowait())
             try:
-                await self._write(group)
+                async with self._busy:
+                    await self._write(group)
             except Exception as error:  # noqa: BLE001 - the task's outermost boundary; counted, logged, and read back
                 self._abandon(group, error)
 

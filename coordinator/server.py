@@ -24,6 +24,7 @@ from coordinator.guard import ADDRESS_BURST_S, KEY_BURST_S, Guard
 from coordinator.journal import Journal
 from coordinator.limits import MAX_MESSAGE_BYTES, Rate
 from coordinator.metrics import Metrics
+from coordinator.replicas import ReplicaService, channels, is_passed_on, replica_secret
 from coordinator.service import PeerService
 from coordinator.signatures import SignatureChecker
 from coordinator.snapshot import SNAPSHOT_FILE, Source, keep_fresh
@@ -43,7 +44,9 @@ KEY_FILE = "coordinator.key"
 DATABASE_FILE = "coordinator.db"
 LOCK_FILE = "lock"
 MEMORY_URL = "memory://"
+SHARED = "postgresql"  # databases that several coordinators may use at a time
 GRACE_S = 5.0
+READY_S = 60.0
 TICK_S = 1.0
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - recognised, not chosen here
 ELSEWHERE = ("192.0.2.1", 9)  # TEST-NET-1 (RFC 5737): no packet is sent, the route to it tells our own address
@@ -104,16 +107,20 @@ class Coordinator:
             metrics = Metrics(CollectorRegistry())
             snapshot = None if settings.db == MEMORY_URL else folder / SNAPSHOT_FILE
             journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s, snapshot)
-            await asyncio.to_thread(journal.load)
+            shared = settings.db.startswith(SHARED)
+            await asyncio.to_thread(journal.read if shared else journal.load)
             if snapshot is not None:
                 source = Source(database_url(settings, folder), identity.peer_id, snapshot)
                 await stack.enter_async_context(_background(keep_fresh(source, lambda: len(journal.tree))))
             checker = await stack.enter_async_context(SignatureChecker())
-            guard = _guard(settings, journal, clock, metrics)
-            service = PeerService(journal, store, identity, manifest, clock, metrics, guard, checker)
+            guard = _guard(settings, journal, identity, clock, metrics)
+            kind = ReplicaService if shared else PeerService
+            service = kind(journal, store, identity, manifest, clock, metrics, guard, checker)
             await stack.enter_async_context(_background(journal.run()))
             await stack.enter_async_context(_background(_ticks(journal, metrics, clock)))
             listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings.listen))
+            if isinstance(service, ReplicaService):
+                await stack.enter_async_context(_among_replicas(service, settings, listen, certificate))
             link = _link(settings, listen, journal.run_id, certificate)
             page = await stack.enter_async_context(_web(settings, journal, identity, metrics, link))
             log.info("coordinator_started", listen=str(listen), entries=len(journal.tree), run=journal.run_id.hex())
@@ -157,14 +164,35 @@ def _store(settings: CoordinatorSettings, folder: Path) -> Iterator[Store]:
         store.close()
 
 
-def _guard(settings: CoordinatorSettings, journal: Journal, clock: Clock, metrics: Metrics) -> Guard:
+@asynccontextmanager
+async def _among_replicas(
+    service: ReplicaService, settings: CoordinatorSettings, listen: Address, certificate: Certificate
+) -> AsyncIterator[None]:
+    """Take part in the election of the writer, and pass on to it what it alone can do."""
+    from coordinator.store.sql import PostgresSeat  # noqa: PLC0415 - a third of the start-up time
+
+    address = settings.replica_address or str(_reachable(listen))
+    replica = service.join(PostgresSeat(settings.db), address)
+    async with channels(certificate.certificate) as service.channels, _background(replica.run()):
+        async with asyncio.timeout(READY_S):
+            await replica.ready.wait()
+        yield
+
+
+def _reachable(listen: Address) -> Address:
+    return Address(_own_address() if listen.host in WILDCARDS else listen.host, listen.port)
+
+
+def _guard(settings: CoordinatorSettings, journal: Journal, identity: Identity, clock: Clock, metrics: Metrics) -> Guard:
+    secret = replica_secret(identity) if settings.db.startswith(SHARED) else ""
     per_address, per_key = settings.calls_per_address_per_s, settings.calls_per_key_per_s
     return Guard(
         clock,
         metrics,
-        lambda peer_id: journal.credits.is_admitted(journal.run_id, peer_id),
+        lambda peer_id: not journal.is_writer or journal.credits.is_admitted(journal.run_id, peer_id),
         Rate(per_address, per_address * ADDRESS_BURST_S),
         Rate(per_key, per_key * KEY_BURST_S),
+        lambda context: bool(secret) and is_passed_on(context, secret),
     )
 
 
@@ -235,10 +263,7 @@ def _busy(wanted: Address) -> PortBusy:
 
 
 def _link(settings: CoordinatorSettings, listen: Address, run_id: bytes, certificate: Certificate) -> JoinLink:
-    if settings.advertise:
-        advertised = Address.parse(settings.advertise)
-    else:
-        advertised = Address(_own_address() if listen.host in WILDCARDS else listen.host, listen.port)
+    advertised = Address.parse(settings.advertise) if settings.advertise else _reachable(listen)
     host = f"[{advertised.host}]" if ":" in advertised.host else advertised.host
     return JoinLink(host, advertised.port, run_id, certificate.fingerprint)
 
@@ -273,4 +298,6 @@ async def _web(
 
 def _listener(wanted: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in wanted.host else socket.AF_INET
-    return socket.create_server((wanted.host, wanted.port), family=family)
+    listener = socket.create_server((wanted.host, wanted.port), family=family)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited: else a page's body waits 40 ms for an ACK
+    return listener

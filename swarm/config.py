@@ -84,6 +84,7 @@ class CoordinatorSettings(Settings):
     advertise: str = Field("", description="host:port in the join link; empty = this machine's address")
     metrics: str = Field("", description="address for the web page, /metrics and /healthz; empty = none")
     db: str = Field("", description="database URL; empty = SQLite in the state folder")
+    replica_address: str = Field("", description="host:port at which other replicas reach this one; empty = as it listens")
     state_dir: Path | None = Field(None, description="keys and database; empty = per run in the user's data folder")
     calls_per_address_per_s: float = Field(2000.0, gt=0, description="calls that one address may make, on average")
     calls_per_key_per_s: float = Field(50.0, gt=0, description="signed messages that one key may send, on average")

@@ -21,6 +21,7 @@ from swarm.merkle import leaf_hash
 
 READ_AHEAD_ROWS = 1000
 WRITES = "swarm_writes"
+SEAT = int.from_bytes(b"swarm", "big")
 POSTGRES_DRIVER = "postgresql+psycopg"
 SQLITE_BROKEN = ("malformed", "not a database", "disk image", "file is encrypted")
 CORRUPT_HINT = "restore the database from a backup; peers' receipts prove what it must contain"
@@ -124,6 +125,37 @@ class SqlStore:
 
     def close(self) -> None:
         """Close the pool's connections."""
+        self._engine.dispose()
+
+
+class PostgresSeat:
+    """The writer's seat: a session's advisory lock, freed by the server when the session ends, however it does."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        self._connection: sa.Connection | None = None
+        self._mine = False
+
+    def try_take(self) -> bool:
+        """Take the seat if it is free, or say whether it is still ours. A database that is away has no free seat."""
+        try:
+            if self._connection is None:
+                self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            if self._mine:
+                self._connection.execute(sa.text("SELECT 1"))
+            else:
+                self._mine = bool(self._connection.scalar(sa.text(f"SELECT pg_try_advisory_lock({SEAT})")))
+        except SQLAlchemyError:
+            self.leave()
+            return False
+        return self._mine
+
+    def leave(self) -> None:
+        """Close the session."""
+        connection, self._connection, self._mine = self._connection, None, False
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
         self._engine.dispose()
 
 
