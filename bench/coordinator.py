@@ -43,7 +43,9 @@ IN_FLIGHT_PER_PEER = 4
 PHASES = {"warm": (60, 20), "full": (600, 120), "half": (300, 60)}  # rounds of 32 reports, and as many in a quick measurement
 LIMIT_S = 300.0
 RECEIPTS_CHECKED = 400
-FREE_ADDRESS = {"SWARM_COORDINATOR_CALLS_PER_ADDRESS_PER_S": "1000000", "SWARM_COORDINATOR_CALLS_PER_KEY_PER_S": "1000000"}
+FREE_ADDRESS = {
+    f"SWARM_COORDINATOR_{name}": "1000000" for name in ("CALLS_PER_ADDRESS_PER_S", "CALLS_PER_KEY_PER_S", "MAX_CALLS_PER_ADDRESS")
+}
 
 
 @dataclass

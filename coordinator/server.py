@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.guard import ADDRESS_BURST_S, KEY_BURST_S, Guard
 from coordinator.journal import Journal
-from coordinator.limits import MAX_MESSAGE_BYTES, Rate
+from coordinator.limits import MAX_MESSAGE_BYTES, Ceilings, Rate
 from coordinator.metrics import Metrics
 from coordinator.replicas import ReplicaService, channels, is_passed_on, replica_secret
 from coordinator.service import PeerService
@@ -30,7 +30,7 @@ from coordinator.signatures import SignatureChecker
 from coordinator.snapshot import SNAPSHOT_FILE, Source, keep_fresh
 from coordinator.store.interface import Store
 from coordinator.store.memory import MemoryStore
-from coordinator.tls import Certificate
+from coordinator.tls import Certificate, require_tls_1_3
 from swarm.clock import Clock, SystemClock
 from swarm.config import CoordinatorSettings, data_path
 from swarm.errors import AlreadyRunning, PortBusy, UsageError
@@ -50,6 +50,19 @@ READY_S = 60.0
 TICK_S = 1.0
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - recognised, not chosen here
 ELSEWHERE = ("192.0.2.1", 9)  # TEST-NET-1 (RFC 5737): no packet is sent, the route to it tells our own address
+
+CLOSING_MS = 60_000  # for calls in progress when their connection gets too old
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.max_concurrent_streams", 128),  # of one connection
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 900_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+)
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +110,7 @@ class Coordinator:
         """
         clock = clock or SystemClock()
         open_manifest(manifest)
+        require_tls_1_3()
         folder = state_folder(settings, payload_hash(manifest))
         async with AsyncExitStack() as stack:
             stack.enter_context(locked(folder))
@@ -118,7 +132,7 @@ class Coordinator:
             service = kind(journal, store, identity, manifest, clock, metrics, guard, checker)
             await stack.enter_async_context(_background(journal.run()))
             await stack.enter_async_context(_background(_ticks(journal, metrics, clock)))
-            listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings.listen))
+            listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings))
             if isinstance(service, ReplicaService):
                 await stack.enter_async_context(_among_replicas(service, settings, listen, certificate))
             link = _link(settings, listen, journal.run_id, certificate)
@@ -193,6 +207,7 @@ def _guard(settings: CoordinatorSettings, journal: Journal, identity: Identity, 
         Rate(per_address, per_address * ADDRESS_BURST_S),
         Rate(per_key, per_key * KEY_BURST_S),
         lambda context: bool(secret) and is_passed_on(context, secret),
+        Ceilings(settings.max_calls, settings.max_calls_per_address, settings.slow_call_s),
     )
 
 
@@ -224,11 +239,14 @@ async def _ticks(journal: Journal, metrics: Metrics, clock: Clock) -> None:
 
 
 @asynccontextmanager
-async def _grpc(service: PeerService, guard: Guard, certificate: Certificate, listen: str) -> AsyncIterator[Address]:
-    wanted = Address.parse(listen)
+async def _grpc(
+    service: PeerService, guard: Guard, certificate: Certificate, settings: CoordinatorSettings
+) -> AsyncIterator[Address]:
+    wanted = Address.parse(settings.listen)
     _check_free(wanted)
-    options = (("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES))
-    server = grpc.aio.server(interceptors=(guard,), options=options)
+    age_ms = int(settings.connection_age_s * 1000)
+    ages = (("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", min(age_ms, CLOSING_MS)))
+    server = grpc.aio.server(interceptors=(guard,), options=(*SERVER_OPTIONS, *ages))
     health = HealthServicer()
     add_PeerServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

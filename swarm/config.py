@@ -88,6 +88,10 @@ class CoordinatorSettings(Settings):
     state_dir: Path | None = Field(None, description="keys and database; empty = per run in the user's data folder")
     calls_per_address_per_s: float = Field(2000.0, gt=0, description="calls that one address may make, on average")
     calls_per_key_per_s: float = Field(50.0, gt=0, description="signed messages that one key may send, on average")
+    max_calls: int = Field(2048, ge=1, description="calls that are answered at a time; more are sent away")
+    max_calls_per_address: int = Field(256, ge=1, description="of these, calls of one address")
+    slow_call_s: float = Field(30.0, gt=0, description="a peer that takes longer to send a request or take an answer is cut off")
+    connection_age_s: float = Field(600.0, ge=1, description="a connection is replaced by a new one after this long")
     presence_ttl_s: float = Field(45.0, ge=1, le=3600, description="a peer that is silent this long is gone")
     log_level: str = Field("info", description="debug, info, warning or error")
 
