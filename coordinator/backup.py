@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coordinator.errors import StoreFailed
-from coordinator.journal import COORDINATOR, GENESIS
+from coordinator.journal import COORDINATOR, GENESIS, ORDERS
 from coordinator.store.interface import Row, Store
 from coordinator.store.sql import SqlStore
 from coordinator.tls import CERTIFICATE_FILE
@@ -32,7 +32,7 @@ MANIFEST_FILE = "backup.json"
 FORMAT = "swarm-coordinator-backup-1"
 ORIGIN = "swarm/backup"
 KEY_FILES = (KEY_FILE, TLS_KEY_FILE, CERTIFICATE_FILE)
-VALUES = (COORDINATOR, GENESIS)
+VALUES = (COORDINATOR, GENESIS, ORDERS)
 GROUP_ROWS = 2000
 HINT = "take the newest backup that is whole; receipts prove what it has to contain"
 

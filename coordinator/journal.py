@@ -18,12 +18,14 @@ from pathlib import Path
 
 import structlog
 
+from coordinator import orders
 from coordinator.errors import StoreFailed
 from coordinator.metrics import Metrics
+from coordinator.orders import NO_ORDERS, Orders
 from coordinator.presence import Presence
 from coordinator.snapshot import restore
 from coordinator.state import Admit, Append, Decision, Event, GrantAsked, Now, Reported, State, decide
-from coordinator.store.interface import Found, Row, Store
+from coordinator.store.interface import Found, Note, Row, Store
 from swarm.clock import Clock
 from swarm.credits import CreditState, apply_entry
 from swarm.entries import Admission, Claim, Confirmation, Nomination, Opening, Permission
@@ -38,6 +40,7 @@ from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 QUEUE_EVENTS = 4096
 GROUP_EVENTS = 256
 FOLLOW_ROWS = 500
+ORDERS = "orders"
 GENESIS = "genesis"
 COORDINATOR = "coordinator"
 
@@ -86,6 +89,7 @@ class Journal:
         self._behind = False
         self._busy = asyncio.Lock()
         self.is_writer = True
+        self.orders = NO_ORDERS
         self.run_id = payload_hash(manifest)
         self.manifest = open_manifest(manifest)
         self.tree = MerkleTree()
@@ -97,7 +101,7 @@ class Journal:
     @property
     def state(self) -> State:
         """What decisions go by."""
-        return State(self.run_id, self.manifest, self.credits, self.presence)
+        return State(self.run_id, self.manifest, self.credits, self.presence, self.orders)
 
     @property
     def is_healthy(self) -> bool:
@@ -113,6 +117,7 @@ class Journal:
 
     def read(self) -> None:
         """Read the store back and change nothing in it. Raises `DatabaseCorrupt`."""
+        self.orders = orders.load(self._store.value(ORDERS))
         self.tree, self.credits = restore(self._store, self._identity.peer_id, self._snapshot)
         self._size = len(self.tree)
         self._gauge()
@@ -179,6 +184,12 @@ class Journal:
         if self.presence.genesis != self._genesis_saved:
             self._genesis_saved = self.presence.genesis
             await asyncio.to_thread(self._store.set_value, GENESIS, self._genesis_saved.encode())
+
+    async def order(self, changed: Orders, note: Note) -> None:
+        """Make a command durable, then go by the orders that it led to. Raises `StoreFailed`."""
+        value = None if changed == self.orders else (ORDERS, orders.dump(changed))
+        await asyncio.to_thread(self._store.note, note, value)
+        self.orders = changed
 
     def _check_owner(self) -> None:
         owner = self._store.value(COORDINATOR)

@@ -92,6 +92,16 @@ class Presence:
         if self.genesis == peer_id:
             self.genesis = ""
 
+    def forget(self, peer_id: str) -> None:
+        """Name a peer to nobody any more."""
+        self._alive.pop(peer_id, None)
+        if self.genesis == peer_id:
+            self.genesis = ""
+
+    def sighting(self, peer_id: str) -> Sighting | None:
+        """The newest announcement of a peer that is alive."""
+        return self._alive.get(peer_id)
+
     def heard(self, peer_id: str, now_s: float) -> None:
         """A signed message other than an announcement also shows that an announced peer is alive."""
         sighting = self._alive.get(peer_id)

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from prometheus_client import CollectorRegistry
 
+from coordinator.admin import AdminService
 from coordinator.guard import ADDRESS_BURST_S, KEY_BURST_S, Guard
 from coordinator.journal import Journal
 from coordinator.limits import MAX_MESSAGE_BYTES, Ceilings, Rate
@@ -33,16 +34,18 @@ from coordinator.store.memory import MemoryStore
 from coordinator.tls import Certificate, require_tls_1_3
 from swarm.clock import Clock, SystemClock
 from swarm.config import CoordinatorSettings, data_path
-from swarm.errors import AlreadyRunning, PortBusy, UsageError
-from swarm.identity import Identity
+from swarm.errors import AlreadyRunning, DatabaseCorrupt, PortBusy, Rejected, UsageError
+from swarm.identity import Identity, public_key_of
 from swarm.ledger import open_manifest
 from swarm.messages import JoinLink, base32, payload_hash
-from swarm.rpc.v1.coordinator_pb2_grpc import add_PeerServiceServicer_to_server
+from swarm.rpc.v1.coordinator_pb2_grpc import add_AdminServiceServicer_to_server, add_PeerServiceServicer_to_server
 from swarm.rpc.v1.signed_pb2 import Signed
 
 KEY_FILE = "coordinator.key"
 DATABASE_FILE = "coordinator.db"
 LOCK_FILE = "lock"
+ADMIN_FOLDER = "admin"
+ADMIN_CALLS = 16
 MEMORY_URL = "memory://"
 SHARED = "postgresql"  # databases that several coordinators may use at a time
 GRACE_S = 5.0
@@ -98,6 +101,7 @@ class Coordinator:
     journal: Journal
     metrics: Metrics
     guard: Guard
+    admin_link: JoinLink | None = None
 
     @classmethod
     @asynccontextmanager
@@ -136,9 +140,10 @@ class Coordinator:
             if isinstance(service, ReplicaService):
                 await stack.enter_async_context(_among_replicas(service, settings, listen, certificate))
             link = _link(settings, listen, journal.run_id, certificate)
+            admin_link = await stack.enter_async_context(_admin(settings, journal, store, clock, metrics, folder))
             page = await stack.enter_async_context(_web(settings, journal, identity, metrics, link))
             log.info("coordinator_started", listen=str(listen), entries=len(journal.tree), run=journal.run_id.hex())
-            yield cls(link, listen, page, identity, folder, journal, metrics, guard)
+            yield cls(link, listen, page, identity, folder, journal, metrics, guard, admin_link)
         log.info("coordinator_stopped")
 
 
@@ -188,8 +193,11 @@ async def _among_replicas(
     address = settings.replica_address or str(_reachable(listen))
     replica = service.join(PostgresSeat(settings.db), address)
     async with channels(certificate.certificate) as service.channels, _background(replica.run()):
-        async with asyncio.timeout(READY_S):
-            await replica.ready.wait()
+        try:
+            await asyncio.wait_for(replica.ready.wait(), READY_S)
+        except TimeoutError as error:
+            hint = "another coordinator may hold the writer's lock without writing: look at its log, or at pg_locks"
+            raise DatabaseCorrupt(f"no replica has opened the run in {READY_S:.0f} s", hint) from error
         yield
 
 
@@ -242,22 +250,61 @@ async def _ticks(journal: Journal, metrics: Metrics, clock: Clock) -> None:
 async def _grpc(
     service: PeerService, guard: Guard, certificate: Certificate, settings: CoordinatorSettings
 ) -> AsyncIterator[Address]:
-    wanted = Address.parse(settings.listen)
-    _check_free(wanted)
     age_ms = int(settings.connection_age_s * 1000)
     ages = (("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", min(age_ms, CLOSING_MS)))
     server = grpc.aio.server(interceptors=(guard,), options=(*SERVER_OPTIONS, *ages))
     health = HealthServicer()
     add_PeerServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    async with _started(server, certificate, Address.parse(settings.listen)) as address:
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        try:
+            yield address
+        finally:
+            await health.enter_graceful_shutdown()
+
+
+@asynccontextmanager
+async def _started(server: grpc.aio.Server, certificate: Certificate, wanted: Address) -> AsyncIterator[Address]:
+    _check_free(wanted)
     try:
         port = _bind(server, certificate, wanted)
         await server.start()
-        await health.set("", health_pb2.HealthCheckResponse.SERVING)
         yield Address(wanted.host, port)
     finally:
-        await health.enter_graceful_shutdown()
         await server.stop(GRACE_S)
+
+
+@asynccontextmanager
+async def _admin(
+    settings: CoordinatorSettings, journal: Journal, store: Store, clock: Clock, metrics: Metrics, folder: Path
+) -> AsyncIterator[JoinLink | None]:
+    """The operator's service: an address, a TLS key and a list of admins of its own."""
+    if not settings.admin_listen:
+        yield None
+        return
+    admins = frozenset(filter(None, (key.strip() for key in settings.admin_keys.split(","))))
+    _check_admins(admins)
+    (folder / ADMIN_FOLDER).mkdir(mode=0o700, exist_ok=True)
+    certificate = Certificate.load_or_create(folder / ADMIN_FOLDER, datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC))
+    guard = Guard(clock, metrics, admins.__contains__, ceilings=Ceilings(ADMIN_CALLS, ADMIN_CALLS, settings.slow_call_s))
+    server = grpc.aio.server(interceptors=(guard,), options=SERVER_OPTIONS)
+    add_AdminServiceServicer_to_server(AdminService(journal, store, clock, guard), server)
+    async with _started(server, certificate, Address.parse(settings.admin_listen)) as listen:
+        address = _reachable(listen)
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        yield JoinLink(host, address.port, journal.run_id, certificate.fingerprint)
+
+
+def _check_admins(admins: frozenset[str]) -> None:
+    hint = "name the peer ids that `swarm admin key` prints in SWARM_COORDINATOR_ADMIN_KEYS"
+    if not admins:
+        raise UsageError("an admin address without an admin's key", hint)
+    for key in sorted(admins):
+        try:
+            public_key_of(key)
+        except Rejected as error:
+            raise UsageError(f"not an admin's key: {key!r}", hint) from error
 
 
 def _bind(server: grpc.aio.Server, certificate: Certificate, wanted: Address) -> int:

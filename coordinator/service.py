@@ -240,6 +240,7 @@ class PeerService(PeerServiceServicer):
             confirmed_root=progress.state_root,
             interval_s=presence.interval_s,
             coordinator_time_s=self._clock.wall_s(),
+            run_state=self._journal.orders.state,
         )
 
 

@@ -5,6 +5,7 @@ Migrations run at opening. Nothing here knows what an entry means.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,8 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, SQLA
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from coordinator.errors import StoreFailed
-from coordinator.store.interface import Found, Row
-from coordinator.store.schema import HEAD, entries, values
+from coordinator.store.interface import Found, Note, Row
+from coordinator.store.schema import HEAD, entries, notes, values
 from swarm.errors import DatabaseCorrupt
 from swarm.merkle import leaf_hash
 
@@ -120,8 +121,22 @@ class SqlStore:
     def set_value(self, name: str, value: bytes) -> None:
         """Commit a named value, in place of an older one. Raises `StoreFailed`."""
         with _writing(), self._writer.begin() as connection:
-            connection.execute(sa.delete(values).where(values.c.name == name))
-            connection.execute(sa.insert(values).values(name=name, value=value))
+            _set_value(connection, name, value)
+
+    def note(self, note: Note, changed: tuple[str, bytes] | None = None) -> None:
+        """Commit a note together with the named value that the command changed. Raises `StoreFailed`."""
+        with _writing(), self._writer.begin() as connection:
+            connection.execute(sa.insert(notes).values(note._asdict()))
+            if changed is not None:
+                _set_value(connection, *changed)
+
+    def notes(self, limit: int) -> list[Note]:
+        """The newest notes, newest first."""
+        query = sa.select(notes).order_by(notes.c.at_us.desc()).limit(limit)
+        with _reading(), self._engine.connect() as connection:
+            return [
+                Note(bytes(row.command_hash), row.at_us, bytes(row.command), row.outcome) for row in connection.execute(query)
+            ]
 
     def close(self) -> None:
         """Close the pool's connections."""
@@ -133,30 +148,42 @@ class PostgresSeat:
 
     def __init__(self, url: str) -> None:
         self._engine = _engine(url)
+        self._one_at_a_time = threading.Lock()
         self._connection: sa.Connection | None = None
         self._mine = False
+        self._left = False
 
     def try_take(self) -> bool:
         """Take the seat if it is free, or say whether it is still ours. A database that is away has no free seat."""
-        try:
-            if self._connection is None:
-                self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            if self._mine:
-                self._connection.execute(sa.text("SELECT 1"))
-            else:
-                self._mine = bool(self._connection.scalar(sa.text(f"SELECT pg_try_advisory_lock({SEAT})")))
-        except SQLAlchemyError:
-            self.leave()
-            return False
-        return self._mine
+        with self._one_at_a_time:
+            if self._left:
+                return False
+            try:
+                self._mine = self._asked()
+            except SQLAlchemyError:
+                self._end_session()
+            return self._mine
 
     def leave(self) -> None:
-        """Close the session."""
+        """Give the seat back, for good; a call of `try_take` that is on its way doesn't take it again."""
+        with self._one_at_a_time:
+            self._left = True
+            self._end_session()
+            self._engine.dispose()
+
+    def _asked(self) -> bool:
+        if self._connection is None:
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if self._mine:
+            self._connection.execute(sa.text("SELECT 1"))
+            return True
+        return bool(self._connection.scalar(sa.text(f"SELECT pg_try_advisory_lock({SEAT})")))
+
+    def _end_session(self) -> None:
         connection, self._connection, self._mine = self._connection, None, False
         if connection is not None:
             connection.invalidate()
             connection.close()
-        self._engine.dispose()
 
 
 def _engine(url: str) -> sa.Engine:
@@ -183,6 +210,11 @@ def _begin(connection: sa.Connection) -> None:
     """A writer takes its lock at once and waits for it: a lock taken after a read fails instead of waiting."""
     writes = connection.get_execution_options().get(WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _set_value(connection: sa.Connection, name: str, value: bytes) -> None:
+    connection.execute(sa.delete(values).where(values.c.name == name))
+    connection.execute(sa.insert(values).values(name=name, value=value))
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -100,11 +100,14 @@ def _announce(coordinator: Coordinator, as_json: bool) -> None:
     page = coordinator.metrics_address
     if as_json:
         listen, metrics = str(coordinator.listen), None if page is None else str(page)
-        print_json({"link": str(coordinator.link), "listen": listen, "metrics": metrics})
+        admin = None if coordinator.admin_link is None else str(coordinator.admin_link)
+        print_json({"link": str(coordinator.link), "listen": listen, "metrics": metrics, "admin": admin})
         return
     fields: dict[str, object] = {"listening on": coordinator.listen}
     if page is not None:
         fields["page and metrics"] = f"http://{page}/"
+    if coordinator.admin_link is not None:
+        fields["admin link"] = coordinator.admin_link
     print_fields({**fields, "peers join with": f"swarm join {coordinator.link}"})
 
 

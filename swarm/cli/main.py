@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
     "run": Command("swarm.cli.run:app", "Describe a training run: init, validate, show, sign."),
     "coordinator": Command("swarm.cli.coordinator:app", "Run the coordinator of a training run, back it up, check it."),
+    "admin": Command("swarm.cli.admin:app", "Watch and steer a run that you operate."),
     "config": Command("swarm.cli.config_show:app", "The configuration, and where each value comes from."),
 }
 
