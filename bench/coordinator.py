@@ -42,6 +42,7 @@ PEERS, GENERATORS = 64, 2
 IN_FLIGHT_PER_PEER = 4
 PHASES = {"warm": (60, 20), "full": (600, 120), "half": (300, 60)}  # rounds of 32 reports, and as many in a quick measurement
 LIMIT_S = 300.0
+SETTLE_S, IDLE_S = 1.0, 0.05
 RECEIPTS_CHECKED = 400
 FREE_ADDRESS = {
     f"SWARM_COORDINATOR_{name}": "1000000" for name in ("CALLS_PER_ADDRESS_PER_S", "CALLS_PER_KEY_PER_S", "MAX_CALLS_PER_ADDRESS")
@@ -111,6 +112,7 @@ async def reports(bench: Report) -> None:
             warm, full, half = _prepared(site.run_id, peers, rounds)
             await _announce(site, peers)
             await _load(site.link.address, site.certificate, REPORT_METHOD, warm, folder)
+            await _settled(site.process)
             before = _processor_s(site.process)
             loaded = await _load(site.link.address, site.certificate, REPORT_METHOD, full, folder)
             _note_load(bench, "reports", loaded, _processor_s(site.process) - before)
@@ -236,6 +238,14 @@ async def _echo(bench: Report, pair: tuple[Path, Path], lines: list[list[bytes]]
         await server.tell("stop")
         _note_load(bench, "echo", loaded, (await server.receive(30))["processor_s"])
     return loaded
+
+
+async def _settled(process: psutil.Process) -> None:
+    """Wait until what the warm-up has started is up: until the coordinator's processes do nothing for a moment."""
+    busy_s = -1.0
+    while (now_s := _processor_s(process)) - busy_s > IDLE_S:
+        busy_s = now_s
+        await asyncio.sleep(SETTLE_S)
 
 
 def _processor_s(process: psutil.Process) -> float:
