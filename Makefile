@@ -49,7 +49,7 @@ imports: $(INSTALLED) ## Check who imports whom
 deps: $(INSTALLED) ## Check that what is imported is declared, and the other way round
 	$(BIN)/deptry . --exclude '\.venv|\.ci|tests|bench|docs|deploy' --optional-dependencies-dev-groups dev \
 		--per-rule-ignores 'DEP002=psycopg' \
-		--package-module-name-map 'protobuf=google,grpcio=grpc,nvidia-ml-py=pynvml,pyyaml=yaml,grpcio-health-checking=grpc_health'
+		--package-module-name-map 'protobuf=google,grpcio=grpc,nvidia-ml-py=pynvml,pyyaml=yaml,grpcio-health-checking=grpc_health,pynacl=nacl'
 
 generated: $(INSTALLED) ## Check that generated files are fresh
 	$(BIN)/python -m swarm.rpc.generate --check

@@ -37,9 +37,7 @@ class Setting:
 
 def longer() -> dict[str, Setting]:
     """What is compared over longer budgets."""
-    found = {
-        f"{steps} steps, {codec}": Setting(codec, steps) for codec, steps in (("int4", 10), ("int4", 30), ("int2", 30))
-    }
+    found = {f"{steps} steps, {codec}": Setting(codec, steps) for codec, steps in (("int4", 10), ("int4", 30), ("int2", 30))}
     found |= {f"{steps} steps, sparse": Setting("sparse", steps) for steps in (10, 30)}
     found["30 steps, int4, Nesterov 0.5"] = Setting("int4", 30, momentum=0.5)
     return {AUTO: Setting(kind="auto"), **found, TUNED_MUON: Setting(), SYNC: Setting(kind="sync")}

@@ -10,6 +10,7 @@ from swarm.errors import Rejected
 from swarm.rpc.v1.signed_pb2 import Signed
 
 SERVICE = "/swarm.v1.PeerService/"
+ADMIN = "/swarm.v1.AdminService/"
 HEALTH = "/grpc.health.v1.Health/"
 
 
@@ -37,6 +38,7 @@ TABLE: dict[str, Rule] = {
     SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
     SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
     SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),
+    ADMIN + "Execute": Rule(Policy.ADMITTED, "command"),  # by a guard of its own, which admits the admins' keys
     HEALTH + "Check": Rule(Policy.PUBLIC),
     HEALTH + "Watch": Rule(Policy.PUBLIC),
     HEALTH + "List": Rule(Policy.PUBLIC),

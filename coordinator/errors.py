@@ -39,6 +39,7 @@ _FORBIDDEN = StatusCode.PERMISSION_DENIED
 _CONFLICT = StatusCode.FAILED_PRECONDITION
 
 CATALOGUE: dict[str, _Line] = {
+    "already_done": _Line(_CONFLICT, "the command was carried out already"),
     "already_granted": _Line(_CONFLICT, "another part of the roster was permitted to go on with this round"),
     "already_proposed": _Line(_CONFLICT, "the proposal is in the ledger already"),
     "already_reported": _Line(_CONFLICT, "another report of this peer for this round is in the ledger"),
@@ -54,13 +55,17 @@ CATALOGUE: dict[str, _Line] = {
     "overloaded": _Line(StatusCode.UNAVAILABLE, "too much to do; try again"),
     "rate_limited": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many requests; slow down"),
     "replayed": _Line(_CONFLICT, "a newer message of this peer is known"),
+    "run_finished": _Line(_FORBIDDEN, "the run is finished"),
+    "run_paused": _Line(_FORBIDDEN, "the run is paused by its operator"),
     "round_closed": _Line(_CONFLICT, "the round is settled"),
     "stale": _Line(_CONFLICT, "the message's time is too far from the coordinator's clock; set your clock"),
     "store_failed": _Line(StatusCode.UNAVAILABLE, "the ledger can't be written now; try again"),
+    "suspended": _Line(_FORBIDDEN, "the run's operator has suspended this key"),
     "timeout": _Line(StatusCode.DEADLINE_EXCEEDED, "took too long; try again"),
     "too_heavy": _Line(_INVALID, "the weight exceeds the limit"),
     "too_large": _Line(_INVALID, "the message is too large"),
     "two_proposals": _Line(_CONFLICT, "the leader signed another proposal for this ballot"),
+    "unknown_action": _Line(_INVALID, "there is no such command"),
     "unknown_proposal": _Line(_CONFLICT, "the proposal is not known; send it along"),
     "unknown_run": _Line(StatusCode.NOT_FOUND, "this coordinator doesn't know the run"),
     "version_too_old": _Line(_CONFLICT, "the run needs a newer client"),

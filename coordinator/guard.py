@@ -1,26 +1,39 @@
-"""The gate in front of every method: table, rate, deadline, and the only place where exceptions become gRPC statuses."""
+"""The gate in front of every method: table, rates, ceilings, deadlines, and the only place where exceptions become gRPC statuses.
+
+A caller that is slow to send its request or to take an answer is cut off after a while: we stop working for it and its place is
+free. gRPC itself keeps such a call until its connection ends, which is what the connection's greatest age is for (`server`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
 import structlog
+from prometheus_client import Histogram
 
-from coordinator.auth import HEALTH, Policy, Rule, rule_for, signed_part
+from coordinator.auth import HEALTH, rule_for, signed_part
 from coordinator.errors import answer_to
-from coordinator.limits import CALL_DEADLINE_S, Rate, RateLimiter
+from coordinator.limits import CALL_DEADLINE_S, STREAM_DEADLINE_S, CallsInProgress, Ceilings, Rate, RateLimiter
 from coordinator.metrics import Metrics
 from swarm.clock import Clock
 from swarm.errors import Rejected
 from swarm.rpc.client import REASON_KEY
 
+ADDRESS_BURST_S = 2.0  # at once, as much as in so many seconds
+KEY_BURST_S = 10.0
 PER_ADDRESS = Rate(per_s=2000, burst=4000)  # before any signature is checked; many peers may share an address
 PER_KEY = Rate(per_s=50, burst=500)  # after a day without coordinator a peer hands in many reports at once
+
+DEFAULT_CEILINGS = Ceilings()
+OURS = "replicas"
+
+_receiving: ContextVar[asyncio.TimerHandle] = ContextVar("receiving")
 
 log = structlog.get_logger(__name__)
 
@@ -30,65 +43,128 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs only
     """Wraps every handler."""
 
-    def __init__(self, clock: Clock, metrics: Metrics, is_admitted: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        metrics: Metrics,
+        is_admitted: Callable[[str], bool],
+        per_address: Rate = PER_ADDRESS,
+        per_key: Rate = PER_KEY,
+        is_ours: Callable[[Context], bool] = lambda context: False,
+        ceilings: Ceilings = DEFAULT_CEILINGS,
+    ) -> None:
         self._clock = clock
         self._metrics = metrics
         self._is_admitted = is_admitted
-        self._addresses = RateLimiter(PER_ADDRESS)
-        self._keys = RateLimiter(PER_KEY)
+        self._addresses = RateLimiter(per_address)
+        self._keys = RateLimiter(per_key)
+        self._is_ours = is_ours
+        self._calls = CallsInProgress(ceilings)
+        self._slow_call_s = ceilings.slow_call_s
+        self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wrap the handler of one call."""
-        handler = await continuation(handler_call_details)
+        """The wrapped handler of one call; a method's handler is wrapped once."""
         method = handler_call_details.method
-        if handler is None or method.startswith(HEALTH):
-            return handler
+        _receiving.set(self._cut_off_when_slow())
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None or method.startswith(HEALTH):
+                _received()
+                return handler
+            wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: Any) -> Any:
         make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
         wrap = self._streaming if handler.response_streaming else self._unary
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
         return make(wrap(method, behaviour), handler.request_deserializer, handler.response_serializer)
+
+    @property
+    def calls_in_progress(self) -> int:
+        """How many calls hold a place."""
+        return len(self._calls)
 
     def take(self, key: str) -> None:
         """Count one signed message of a key, whose signature was checked. Raises `Rejected` when it sends too many."""
         self._keys.take(key, self._clock.monotonic_s())
 
     def _unary(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+        name, seconds = self._measured(method)
+
         async def call(request: Any, context: Context) -> Any:
-            async with self._guarded(method, request, context), asyncio.timeout(CALL_DEADLINE_S):
-                return await behaviour(request, context)
+            started_s = time.perf_counter()
+            _received()
+            try:
+                with self._counted(context):
+                    signed_part(rule_for(method), request, self._is_admitted)
+                    async with asyncio.timeout(CALL_DEADLINE_S):
+                        return await behaviour(request, context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
+                await self._refuse(name, error, context)
+            finally:
+                seconds.observe(time.perf_counter() - started_s)
 
         return call
 
     def _streaming(self, method: str, behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Any:
+        name, seconds = self._measured(method)
+
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._guarded(method, request, context):
-                async for answer in behaviour(request, context):
-                    yield answer
+            started_s = time.perf_counter()
+            _received()
+            try:
+                with self._counted(context):
+                    signed_part(rule_for(method), request, self._is_admitted)
+                    async for answer in behaviour(request, context):
+                        slow = self._cut_off_when_slow()
+                        yield answer
+                        slow.cancel()
+                        if time.perf_counter() - started_s > STREAM_DEADLINE_S:
+                            raise TimeoutError
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
+                await self._refuse(name, error, context)
+            finally:
+                seconds.observe(time.perf_counter() - started_s)
 
         return call
 
-    @asynccontextmanager
-    async def _guarded(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
-        name = method.rpartition("/")[2]
-        started_s = time.perf_counter()
-        try:
-            self._admit(rule_for(method), request, context)
-            yield
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
-            await self._refuse(name, error, context)
-        finally:
-            self._metrics.request_duration_seconds.labels(name).observe(time.perf_counter() - started_s)
+    def _cut_off_when_slow(self) -> asyncio.TimerHandle:
+        """End this call in a while, unless the handle is cancelled."""
+        return asyncio.get_running_loop().call_later(self._slow_call_s, self._cut_off, asyncio.current_task())
 
-    def _admit(self, rule: Rule, request: Any, context: Context) -> None:
-        self._addresses.take(_address(context.peer()), self._clock.monotonic_s())
-        if rule.policy is not Policy.PUBLIC:
-            signed_part(rule, request, self._is_admitted)
+    def _cut_off(self, call: asyncio.Task[Any] | None) -> None:
+        if call is not None and not call.done():
+            self._metrics.rejected_messages_total.labels("too_slow").inc()
+            call.cancel()
+
+    def _measured(self, method: str) -> tuple[str, Histogram]:
+        name = method.rpartition("/")[2]
+        return name, self._metrics.request_duration_seconds.labels(name)
+
+    @contextmanager
+    def _counted(self, context: Context) -> Iterator[None]:
+        """Count the call while it is in progress. Raises `Rejected` when there are too many, or too many in a short time."""
+        address = _address(context.peer())
+        if self._is_ours(context):
+            address = OURS
+        else:
+            self._addresses.take(address, self._clock.monotonic_s())
+        self._calls.enter(address)
+        try:
+            yield
+        finally:
+            self._calls.leave(address)
 
     async def _refuse(self, method: str, error: Exception, context: Context) -> None:
         answer = answer_to(error)
@@ -99,6 +175,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
             sender = error.sender if isinstance(error, Rejected) else ""
             log.info("call_refused", method=method, reason=answer.reason, sender=sender)
         await context.abort(answer.status, answer.message, ((REASON_KEY, answer.reason),))
+
+
+def _received() -> None:
+    """The request has come in time."""
+    receiving = _receiving.get(None)
+    if receiving is not None:
+        receiving.cancel()
 
 
 def _address(peer: str) -> str:

@@ -10,17 +10,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import structlog
 
+from coordinator import orders
 from coordinator.errors import StoreFailed
 from coordinator.metrics import Metrics
+from coordinator.orders import NO_ORDERS, Orders
 from coordinator.presence import Presence
+from coordinator.snapshot import restore
 from coordinator.state import Admit, Append, Decision, Event, GrantAsked, Now, Reported, State, decide
-from coordinator.store.interface import Found, Row, Store
+from coordinator.store.interface import Found, Note, Row, Store
 from swarm.clock import Clock
 from swarm.credits import CreditState, apply_entry
 from swarm.entries import Admission, Claim, Confirmation, Nomination, Opening, Permission
@@ -34,6 +39,8 @@ from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 
 QUEUE_EVENTS = 4096
 GROUP_EVENTS = 256
+FOLLOW_ROWS = 500
+ORDERS = "orders"
 GENESIS = "genesis"
 COORDINATOR = "coordinator"
 
@@ -61,15 +68,28 @@ class _Pending:
 class Journal:
     """Owns the ledger's state, tree and store. Everything but `run` and the store's commits happens on the event loop."""
 
-    def __init__(self, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics, ttl_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        manifest: Signed,
+        clock: Clock,
+        metrics: Metrics,
+        ttl_s: float,
+        snapshot: Path | None = None,
+    ) -> None:
         self._store = store
         self._identity = identity
         self._clock = clock
         self._metrics = metrics
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue(QUEUE_EVENTS)
         self._signed_manifest = manifest
+        self._snapshot = snapshot
         self._size = 0
         self._behind = False
+        self._busy = asyncio.Lock()
+        self.is_writer = True
+        self.orders = NO_ORDERS
         self.run_id = payload_hash(manifest)
         self.manifest = open_manifest(manifest)
         self.tree = MerkleTree()
@@ -81,7 +101,7 @@ class Journal:
     @property
     def state(self) -> State:
         """What decisions go by."""
-        return State(self.run_id, self.manifest, self.credits, self.presence)
+        return State(self.run_id, self.manifest, self.credits, self.presence, self.orders)
 
     @property
     def is_healthy(self) -> bool:
@@ -89,20 +109,54 @@ class Journal:
         return not self._behind
 
     def load(self) -> None:
-        """Read the store back; open the run if it is new. Raises `DatabaseCorrupt`."""
+        """Read the store back, from the snapshot on where there is one; open the run if it is new. Raises `DatabaseCorrupt`."""
         self._check_owner()
-        tree, state = MerkleTree(), CreditState(self._identity.peer_id)
-        try:
-            with closing(self._store.rows()) as rows:
+        self.read()
+        if self.run_id not in self.credits.run_ids:
+            self._open_run()
+
+    def read(self) -> None:
+        """Read the store back and change nothing in it. Raises `DatabaseCorrupt`."""
+        self.orders = orders.load(self._store.value(ORDERS))
+        self.tree, self.credits = restore(self._store, self._identity.peer_id, self._snapshot)
+        self._size = len(self.tree)
+        self._gauge()
+
+    async def follow(self) -> None:
+        """Take in what another replica has appended. Raises `DatabaseCorrupt`."""
+        async with self._busy:
+            if self._behind:
+                await asyncio.to_thread(self.read)
+                self._behind = False
+            while rows := await asyncio.to_thread(self._store_rows, len(self.tree)):
                 for row in rows:
-                    apply_entry(state, row.position, row.entry, check_signatures=False)
-                    tree.append(row.leaf_hash)
+                    self._apply_row(row)
+                self._size = len(self.tree)
+                self._gauge()
+
+    async def take_over(self) -> None:
+        """Write from now on: after everything that is in the store, and with nobody presumed dead. Raises `DatabaseCorrupt`."""
+        async with self._busy:
+            genesis = (await asyncio.to_thread(self._store.value, GENESIS) or b"").decode()
+            self.presence = Presence(self.presence.ttl_s, self._clock.monotonic_s(), genesis)
+            self._genesis_saved = genesis
+            await asyncio.to_thread(self.load)
+            self._behind = False
+
+    def reload(self) -> None:
+        """Trust nothing that isn't in the store: read it back before the next use."""
+        self._behind = True
+
+    def _store_rows(self, first: int) -> list[Row]:
+        with closing(self._store.rows(first)) as rows:
+            return list(islice(rows, FOLLOW_ROWS))
+
+    def _apply_row(self, row: Row) -> None:
+        try:
+            apply_entry(self.credits, row.position, row.entry, check_signatures=False)
         except LedgerInvalid as error:
             raise DatabaseCorrupt(f"the database holds an invalid ledger: {error.message}", error.hint) from error
-        self.tree, self.credits, self._size = tree, state, len(tree)
-        if self.run_id not in state.run_ids:
-            self._open_run()
-        self._gauge()
+        self.tree.append(row.leaf_hash)
 
     async def submit(self, event: Event) -> Outcome:
         """Decide on `event` after all earlier ones, and return once it is durable. Raises `Rejected` or `StoreFailed`."""
@@ -120,7 +174,8 @@ class Journal:
             while len(group) < GROUP_EVENTS and not self._queue.empty():
                 group.append(self._queue.get_nowait())
             try:
-                await self._write(group)
+                async with self._busy:
+                    await self._write(group)
             except Exception as error:  # noqa: BLE001 - the task's outermost boundary; counted, logged, and read back
                 self._abandon(group, error)
 
@@ -129,6 +184,12 @@ class Journal:
         if self.presence.genesis != self._genesis_saved:
             self._genesis_saved = self.presence.genesis
             await asyncio.to_thread(self._store.set_value, GENESIS, self._genesis_saved.encode())
+
+    async def order(self, changed: Orders, note: Note) -> None:
+        """Make a command durable, then go by the orders that it led to. Raises `StoreFailed`."""
+        value = None if changed == self.orders else (ORDERS, orders.dump(changed))
+        await asyncio.to_thread(self._store.note, note, value)
+        self.orders = changed
 
     def _check_owner(self) -> None:
         owner = self._store.value(COORDINATOR)
@@ -195,17 +256,20 @@ class Journal:
         if pending.done.done() or decision is None:
             return
         try:
-            answer = await self._signed_answer(pending) if decision.accepted else None
+            answer = await self._signed_answer(pending, decision) if decision.accepted else None
         except Rejected as error:
             pending.done.set_exception(error)
             return
         if not pending.done.done():
             pending.done.set_result(Outcome(decision, answer))
 
-    async def _signed_answer(self, pending: _Pending) -> Signed | None:
+    async def _signed_answer(self, pending: _Pending, decision: Decision) -> Signed | None:
         match pending.event:
             case Reported() as event:
-                return self._receipt(event, *await self._found(report_key(event.claim), pending.rows))
+                if not decision.append:
+                    return self._receipt(event, *await self._found_report(event))
+                position, _, entry, _ = pending.rows[_place(decision.append)]
+                return self._receipt(event, position, entry)
             case GrantAsked() as event:
                 key = grant_key(self.run_id, event.request.round)
                 _, entry = await self._found(key, pending.rows)
@@ -215,8 +279,7 @@ class Journal:
     def _receipt(self, event: Reported, position: int, entry: bytes) -> Signed:
         """The receipt of a report: always for the tree that ends with its entry, so that asking again gives the same."""
         claim = event.claim
-        if LedgerEntry.FromString(entry).reported.payload != event.report.payload:
-            raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
+        proof, root = self.tree.last_proof(position + 1)
         return seal(
             self._identity,
             Receipt(
@@ -226,11 +289,18 @@ class Journal:
                 report_hash=payload_hash(event.report),
                 ledger_index=position,
                 ledger_size=position + 1,
-                ledger_root=self.tree.root(position + 1),
-                inclusion_proof=self.tree.inclusion_proof(position, position + 1),
+                ledger_root=root,
+                inclusion_proof=proof,
                 entry=entry,
             ),
         )
+
+    async def _found_report(self, event: Reported) -> Found:
+        """The entry of a report that came before. Raises `Rejected` if that was another one."""
+        found = await self._found(report_key(event.claim), [])
+        if LedgerEntry.FromString(found.entry).reported.payload != event.report.payload:
+            raise Rejected("already_reported", f"round {event.claim.round}", event.claim.peer_id)
+        return found
 
     async def _found(self, key: bytes, rows: list[Row]) -> Found:
         """The entry under `key`: among those just committed, or else in the store."""
@@ -304,6 +374,11 @@ def _key(append: Append) -> bytes | None:
         case Permission():
             return grant_key(append.run_id, append.round)
     return None
+
+
+def _place(append: Sequence[Append]) -> int:
+    """Where among an event's entries the claim is."""
+    return next(place for place, item in enumerate(append) if isinstance(item, Claim))
 
 
 def _name(*parts: str) -> bytes:

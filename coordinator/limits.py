@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from swarm.errors import Rejected
@@ -11,11 +11,49 @@ MAX_MESSAGE_BYTES = 4 << 20
 MAX_REPORT_BYTES = 24 << 10  # so that a receipt, which holds the report, stays within its own limit of 32 KiB
 MAX_CLOCK_ERROR_S = 900.0
 CALL_DEADLINE_S = 30.0
+STREAM_DEADLINE_S = 600.0
 ENTRIES_PER_CALL = 100_000
 ENTRIES_PER_MESSAGE_BYTES = 1 << 20
 MAX_LEADERBOARD = 1000
 PEERS_PER_ANSWER = 128
 MAX_TRACKED_KEYS = 100_000
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """How many calls are in progress at a time, and how long a caller may take to send or to take a message."""
+
+    calls: int = 2048
+    calls_per_address: int = 256
+    slow_call_s: float = 30.0
+
+
+class CallsInProgress:
+    """Counts calls, all together and by address."""
+
+    def __init__(self, ceilings: Ceilings) -> None:
+        self._ceilings = ceilings
+        self._by_address: Counter[str] = Counter()
+        self._total = 0
+
+    def __len__(self) -> int:
+        return self._total
+
+    def enter(self, address: str) -> None:
+        """Count one more. Raises `Rejected` where that is too many."""
+        if self._by_address[address] >= self._ceilings.calls_per_address:
+            raise Rejected("overloaded", f"at most {self._ceilings.calls_per_address} calls of one address at a time")
+        if self._total >= self._ceilings.calls:
+            raise Rejected("overloaded", f"at most {self._ceilings.calls} calls at a time")
+        self._by_address[address] += 1
+        self._total += 1
+
+    def leave(self, address: str) -> None:
+        """One has ended."""
+        self._total -= 1
+        self._by_address[address] -= 1
+        if not self._by_address[address]:
+            del self._by_address[address]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from swarm.errors import Rejected
@@ -18,7 +18,7 @@ NOT_PLAYING = frozenset({"starting", "connecting", "fetching_data", "joining", "
 Rosters = Callable[[int], Collection[frozenset[str]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sighting:
     """The newest announcement of one peer."""
 
@@ -92,11 +92,21 @@ class Presence:
         if self.genesis == peer_id:
             self.genesis = ""
 
+    def forget(self, peer_id: str) -> None:
+        """Name a peer to nobody any more."""
+        self._alive.pop(peer_id, None)
+        if self.genesis == peer_id:
+            self.genesis = ""
+
+    def sighting(self, peer_id: str) -> Sighting | None:
+        """The newest announcement of a peer that is alive."""
+        return self._alive.get(peer_id)
+
     def heard(self, peer_id: str, now_s: float) -> None:
         """A signed message other than an announcement also shows that an announced peer is alive."""
         sighting = self._alive.get(peer_id)
         if sighting is not None:
-            self._alive[peer_id] = replace(sighting, heard_s=now_s)
+            sighting.heard_s = now_s
             self._alive.move_to_end(peer_id)
 
     def expire(self, now_s: float) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from coordinator.errors import StoreFailed
@@ -19,12 +19,13 @@ from coordinator.limits import (
 )
 from coordinator.metrics import Metrics
 from coordinator.presence import NOT_PLAYING, Sighting
+from coordinator.signatures import SignatureChecker
 from coordinator.state import Announced, Decision, GrantAsked, Reported, decide
 from coordinator.store.interface import Store
 from swarm import __version__
 from swarm.clock import Clock
 from swarm.credits import Balance
-from swarm.entries import Claim, Nomination, open_proposal, open_report
+from swarm.entries import Claim, Nomination, open_proposal, take_report_apart
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
@@ -36,13 +37,22 @@ from swarm.rpc.v1.signed_pb2 import Signed
 
 READ_AHEAD_ENTRIES = 512
 DEFAULT_LEADERBOARD = 20
+RECENT_PROPOSALS = 64
 
 
 class PeerService(PeerServiceServicer):
-    """The eight calls of the control plane."""
+    """The calls of the control plane."""
 
     def __init__(
-        self, journal: Journal, store: Store, identity: Identity, manifest: Signed, clock: Clock, metrics: Metrics, guard: Guard
+        self,
+        journal: Journal,
+        store: Store,
+        identity: Identity,
+        manifest: Signed,
+        clock: Clock,
+        metrics: Metrics,
+        guard: Guard,
+        checker: SignatureChecker,
     ) -> None:
         self._journal = journal
         self._store = store
@@ -51,11 +61,8 @@ class PeerService(PeerServiceServicer):
         self._clock = clock
         self._metrics = metrics
         self._guard = guard
-        self._checks = ThreadPoolExecutor(thread_name_prefix="signatures")
-
-    def close(self) -> None:
-        """Let the threads that check signatures go."""
-        self._checks.shutdown(cancel_futures=True)
+        self._checker = checker
+        self._proposals: OrderedDict[bytes, asyncio.Future[tuple[Nomination, Signed] | None]] = OrderedDict()
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
         """The run's manifest and the coordinator's key."""
@@ -87,10 +94,8 @@ class PeerService(PeerServiceServicer):
         report = request.report
         if len(report.payload) > MAX_REPORT_BYTES:
             raise Rejected("too_large", "report", report.signer)
-        loop = asyncio.get_running_loop()
-        claim, nomination = await loop.run_in_executor(self._checks, self._opened, request)
+        claim, nomination, proposal = await self._opened(request)
         self._guard.take(claim.peer_id)
-        proposal = request.proposal if nomination is not None else None
         outcome = await self._journal.submit(Reported(claim, report, nomination, proposal))
         self._metrics.reports_total.labels(outcome.decision.reason).inc()
         self._journal.presence.heard(claim.peer_id, self._clock.monotonic_s())
@@ -159,15 +164,43 @@ class PeerService(PeerServiceServicer):
         if run_id and run_id != self._journal.run_id:
             raise Rejected("unknown_run", run_id.hex()[:16])
 
-    def _opened(self, request: pb.SubmitReportRequest) -> tuple[Claim, Nomination | None]:
-        """Check the signatures of a report, and of its proposal where that is new. Runs in a thread."""
-        claim = open_report(request.report)
+    async def _opened(self, request: pb.SubmitReportRequest) -> tuple[Claim, Nomination | None, Signed | None]:
+        """Check the signatures of a report, and of its proposal where that is new."""
+        claim, signed = take_report_apart(request.report)
         if claim.run_id != self._journal.run_id:
             raise Rejected("wrong_run", "report", claim.peer_id)
         known = self._journal.credits.knows_proposal(claim.run_id, claim.round, claim.proposal_hash)
         if known or not request.HasField("proposal"):
-            return claim, None
-        return claim, open_proposal(request.proposal)
+            await self._checker.check(signed)
+            return claim, None, None
+        await self._checker.check(signed)
+        return claim, *await self._opened_proposal(claim, request.proposal)
+
+    async def _opened_proposal(self, claim: Claim, proposal: Signed) -> tuple[Nomination, Signed] | tuple[None, None]:
+        """A round's reports bring the same proposal at the same time: it is opened once, by the first of them."""
+        shared = self._proposals.get(claim.proposal_hash)
+        opened = await shared if shared is not None else None
+        if opened is not None:
+            return opened
+        nomination = open_proposal(proposal, check_signatures=False)
+        if nomination.proposal_hash != claim.proposal_hash:
+            return None, None
+        return await self._share(nomination, proposal)
+
+    async def _share(self, nomination: Nomination, proposal: Signed) -> tuple[Nomination, Signed]:
+        """Let others wait while the signature is checked; if it isn't valid, they look at what they have themselves."""
+        opening: asyncio.Future[tuple[Nomination, Signed] | None] = asyncio.get_running_loop().create_future()
+        self._proposals[nomination.proposal_hash] = opening
+        if len(self._proposals) > RECENT_PROPOSALS:
+            self._proposals.popitem(last=False)
+        try:
+            await self._checker.check((proposal,))
+            opening.set_result((nomination, proposal))
+        finally:
+            if not opening.done():
+                opening.set_result(None)
+                self._proposals.pop(nomination.proposal_hash, None)
+        return nomination, proposal
 
     def _note(self, event: Announced, decision: Decision) -> bool:
         """Update who is alive; returns whether the peer starts the run."""
@@ -207,6 +240,7 @@ class PeerService(PeerServiceServicer):
             confirmed_root=progress.state_root,
             interval_s=presence.interval_s,
             coordinator_time_s=self._clock.wall_s(),
+            run_state=self._journal.orders.state,
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from coordinator.limits import check_fresh
+from coordinator.orders import NO_ORDERS, PAUSED, RUNNING, Orders
 from coordinator.presence import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, Presence
 from swarm.credits import CreditState
 from swarm.entries import Claim, Confirmation, Nomination, Permission
@@ -32,6 +33,7 @@ class State:
     manifest: Manifest
     credits: CreditState
     presence: Presence
+    orders: Orders = NO_ORDERS
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,28 @@ def _decide_announced(state: State, event: Announced, now: Now) -> Decision:
     announcement = event.announcement
     check_fresh(announcement.issued_at, now.wall_s, event.peer_id)
     _check_addresses(announcement, event.peer_id)
+    _check_suspended(state, event.peer_id)
     _check_version(announcement.client_version, state.manifest.min_client_version)
     if state.presence.is_repeat(event.peer_id, announcement.issued_at, event.payload_hash):
         return Decision(True, "repeated")
     if state.credits.is_admitted(state.run_id, event.peer_id):
         return Decision(True, "renewed")
+    _check_running(state, event.peer_id)
     admission = state.manifest.admission
-    if admission.kind == "allow_list" and event.peer_id not in admission.allow:
+    if admission.kind == "allow_list" and event.peer_id not in (*admission.allow, *state.orders.invited):
         return Decision(False, "not_on_allow_list", event.peer_id)
     return Decision(True, "admitted", append=(Admit(event.peer_id),))
+
+
+def _check_suspended(state: State, peer_id: str) -> None:
+    reason = state.orders.suspended.get(peer_id)
+    if reason is not None:
+        raise Rejected("suspended", reason, peer_id)
+
+
+def _check_running(state: State, peer_id: str) -> None:
+    if state.orders.state != RUNNING:
+        raise Rejected("run_paused" if state.orders.state == PAUSED else "run_finished", "", peer_id)
 
 
 def _check_addresses(announcement: Announcement, sender: str) -> None:
@@ -142,6 +157,7 @@ def _decide_reported(state: State, event: Reported) -> Decision:
     claim, ledger = event.claim, state.credits
     if ledger.has_reported(claim.run_id, claim.round, claim.peer_id):
         return Decision(True, "duplicate")
+    _check_suspended(state, claim.peer_id)
     nomination = _new_nomination(state, event)
     if nomination is None:
         ledger.judge(claim)
@@ -169,11 +185,13 @@ def _decide_grant(state: State, event: GrantAsked, now: Now) -> Decision:
     check_fresh(request.issued_at, now.wall_s, event.peer_id)
     _check_request(request, event.peer_id)
     given = state.credits.grant(state.run_id, request.round)
+    _check_suspended(state, event.peer_id)
     if given is not None:
         same = given.base_root == request.base_root and set(request.present) <= set(given.present)
         return Decision(True, "duplicate") if same else Decision(False, "already_granted")
     if state.credits.is_confirmed(state.run_id, request.round) or state.credits.rosters(state.run_id, request.round + 1):
         return Decision(False, "round_closed", "somebody has finished it already")
+    _check_running(state, event.peer_id)
     unsure = _roster_doubt(state, request)
     if unsure is not None:
         return unsure

@@ -18,6 +18,8 @@ from swarm.errors import KeyFileError
 from swarm.rpc.client import TLS_NAME
 
 VALID_DAYS = 36_500  # the pin is what is trusted, not the date
+CIPHER_SUITES_VARIABLE = "GRPC_SSL_CIPHER_SUITES"
+RSA_ONLY_SUITES = "ECDHE-RSA-AES128-GCM-SHA256"
 KEY_FILE = "tls.key"
 CERTIFICATE_FILE = "tls.crt"
 
@@ -50,6 +52,15 @@ class Certificate:
             return cls(key_path.read_bytes(), certificate_path.read_bytes())
         except OSError as error:
             raise KeyFileError(f"can't use the TLS key in {folder}: {error.strerror}", "check who owns the folder") from error
+
+
+def require_tls_1_3() -> None:
+    """Offer no older TLS; call before gRPC is used for the first time in this process.
+
+    gRPC can't be told a version. These suites are of TLS 1.2 and need an RSA key, which the coordinator's isn't: no client of
+    TLS 1.2 finds one that fits. TLS 1.3 has its own suites, on which this has no influence.
+    """
+    os.environ[CIPHER_SUITES_VARIABLE] = RSA_ONLY_SUITES
 
 
 def create(now: datetime.datetime) -> Certificate:

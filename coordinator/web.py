@@ -19,10 +19,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from coordinator.explain import explain
 from coordinator.journal import Journal
 from coordinator.metrics import Metrics
 from swarm.credits import FLOPS_PER_CREDIT, Balance
-from swarm.identity import Identity
+from swarm.errors import Rejected
+from swarm.identity import Identity, public_key_of
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Pages:
         return Starlette(
             routes=[
                 Route("/", self.index),
+                Route("/account/{peer_id}", self.account),
                 Route("/style.css", self.style),
                 Route("/checkpoint", self.checkpoint),
                 Route("/metrics", self.metrics),
@@ -77,6 +80,18 @@ class Pages:
             leaderboard=journal.credits.leaderboard(journal.run_id, LEADERBOARD_ROWS),
             note=self._note(),
             coordinator=self._identity.peer_id,
+        )
+        return HTMLResponse(page, headers=HEADERS)
+
+    async def account(self, request: Request) -> Response:
+        """One account: what it has, and why it isn't earning."""
+        journal, peer_id = self._journal, request.path_params["peer_id"]
+        try:
+            public_key_of(peer_id)
+        except Rejected:
+            return PlainTextResponse("not a peer id\n", 404, HEADERS)
+        page = self._templates.get_template("account.html").render(
+            manifest=journal.manifest, peer_id=peer_id, account=explain(journal.state, peer_id)
         )
         return HTMLResponse(page, headers=HEADERS)
 

@@ -15,14 +15,25 @@ from __future__ import annotations
 
 import heapq
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
-from typing import NamedTuple
 
+from swarm.credit_records import (
+    FLOPS_PER_CREDIT,
+    KEPT,
+    Balance,
+    Candidate,
+    Member,
+    Progress,
+    RoundRecord,
+    RoundSet,
+    RunRecord,
+    Tally,
+    Terms,
+    rank,
+)
 from swarm.entries import (
     Admission,
     Claim,
@@ -34,149 +45,23 @@ from swarm.entries import (
     open_entry,
 )
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
-from swarm.manifest import DiLoCo, Manifest
+from swarm.manifest import Manifest
 
-FLOPS_PER_CREDIT = 10**15
-SPEED_SCALE = 4  # the most inner steps that a fast peer may take, relative to the manifest's
+__all__ = [
+    "FLOPS_PER_CREDIT",
+    "Balance",
+    "CreditState",
+    "Progress",
+    "RoundSet",
+    "Terms",
+    "apply_entry",
+    "first_fault",
+    "fold",
+    "verify_ledger",
+]
+
 PARALLEL_FROM = 4096  # entries; below it a process pool costs more than it saves
 CHUNK_ENTRIES = 2048
-
-
-class Balance(NamedTuple):
-    """What one account has, in exact FLOPs."""
-
-    peer_id: str
-    account: str
-    pending_flops: int = 0
-    verified_flops: int = 0
-    final_flops: int = 0
-    rounds: int = 0
-    tokens: int = 0
-
-    @property
-    def earned_flops(self) -> int:
-        """Verified and final together."""
-        return self.verified_flops + self.final_flops
-
-
-class Progress(NamedTuple):
-    """Where a run stands: its newest confirmed round. `state_root` is empty before the first one."""
-
-    confirmed_round: int = 0
-    state_root: bytes = b""
-    tokens: int = 0
-    loss: float = 0.0
-
-
-class Terms(NamedTuple):
-    """What a manifest says about credit."""
-
-    sequence_length: int
-    max_weight: int
-    flops_per_token: int
-    hold_rounds: int
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Terms:
-        """The terms of a manifest; `diloco` lets a fast peer take up to four times the inner steps."""
-        strategy = manifest.strategy
-        steps = manifest.most_inner_steps * SPEED_SCALE if isinstance(strategy, DiLoCo) else 1
-        return cls(
-            manifest.data.sequence_length,
-            steps * strategy.batch_samples,
-            manifest.credit.flops_per_token,
-            manifest.credit.hold_rounds,
-        )
-
-
-class RoundSet:
-    """A set of round numbers as disjoint intervals: a few bytes for a peer that never missed one."""
-
-    __slots__ = ("_bounds",)
-
-    def __init__(self) -> None:
-        self._bounds: list[int] = []
-
-    def __contains__(self, number: int) -> bool:
-        return bisect_right(self._bounds, number) % 2 == 1
-
-    def add(self, number: int) -> None:
-        """Put `number` into the set."""
-        place = bisect_right(self._bounds, number)
-        if place % 2:
-            return
-        joins_left = place > 0 and self._bounds[place - 1] == number
-        joins_right = place < len(self._bounds) and self._bounds[place] == number + 1
-        start, end = place - joins_left, place + joins_right
-        edges = ([] if joins_left else [number]) + ([] if joins_right else [number + 1])
-        self._bounds[start:end] = edges
-
-
-@dataclass(slots=True)
-class _Tally:
-    """One account's tokens by state."""
-
-    account: str
-    pending: int = 0
-    verified: int = 0
-    final: int = 0
-    rounds: int = 0
-
-
-@dataclass(slots=True)
-class _Member:
-    """An admitted key."""
-
-    tally: _Tally
-    weight_limit: int
-    reported: RoundSet = field(default_factory=RoundSet)
-
-
-@dataclass(slots=True)
-class _Proposal:
-    """A proposal and the votes for the states that its peers came to."""
-
-    nomination: Nomination
-    votes: dict[bytes, int] = field(default_factory=dict)
-
-    def has_majority(self, state_root: bytes, extra: int = 0) -> bool:
-        return 2 * (self.votes.get(state_root, 0) + extra) > len(self.nomination.commits)
-
-
-@dataclass(slots=True)
-class _Round:
-    """A round that isn't settled."""
-
-    proposals: dict[bytes, _Proposal] = field(default_factory=dict)
-    ballots: set[tuple[tuple[int, int], str]] = field(default_factory=set)
-    claims: list[tuple[_Tally, Claim]] = field(default_factory=list)
-    confirmed: Confirmation | None = None
-    final: bool = False
-    held: list[tuple[_Tally, int]] = field(default_factory=list)
-    weighted_loss: float = 0.0
-    weight: int = 0
-
-    def matches(self, claim: Claim) -> bool:
-        confirmed = self.confirmed
-        return (
-            confirmed is not None and claim.proposal_hash == confirmed.proposal_hash and claim.state_root == confirmed.state_root
-        )
-
-
-@dataclass(slots=True)
-class _Run:
-    """Everything that is known of one run."""
-
-    manifest: Manifest
-    terms: Terms
-    members: dict[str, _Member] = field(default_factory=dict)
-    tallies: dict[str, _Tally] = field(default_factory=dict)
-    rounds: dict[int, _Round] = field(default_factory=dict)
-    confirmed: RoundSet = field(default_factory=RoundSet)
-    newest: int | None = None
-    unsettled: list[int] = field(default_factory=list)
-    grants: dict[int, Permission] = field(default_factory=dict)
-    tokens: int = 0
 
 
 class CreditState:
@@ -185,7 +70,19 @@ class CreditState:
     def __init__(self, coordinator: str) -> None:
         self.coordinator = coordinator
         self.size = 0
-        self._runs: dict[bytes, _Run] = {}
+        self._runs: dict[bytes, RunRecord] = {}
+
+    @classmethod
+    def restored(cls, coordinator: str, size: int, runs: dict[bytes, RunRecord]) -> CreditState:
+        """The state that the records were taken from."""
+        state = cls(coordinator)
+        state.size, state._runs = size, runs
+        return state
+
+    @property
+    def records(self) -> dict[bytes, RunRecord]:
+        """What there is to write down."""
+        return self._runs
 
     @property
     def run_ids(self) -> tuple[bytes, ...]:
@@ -251,7 +148,7 @@ class CreditState:
     def leaderboard(self, run_id: bytes, limit: int) -> list[Balance]:
         """The accounts that earned most, best first."""
         run = self._run(run_id)
-        best = heapq.nsmallest(limit, run.tallies.values(), key=lambda tally: (-tally.verified - tally.final, tally.account))
+        best = run.standings.first(limit) if limit <= KEPT else heapq.nsmallest(limit, run.tallies.values(), key=rank)
         return [_balance(run, tally.account, tally) for tally in best]
 
     def balances(self, run_id: bytes) -> dict[str, Balance]:
@@ -290,9 +187,9 @@ class CreditState:
             case Claim():
                 self._take_claim(self._runs[opened.run_id], opened)
             case Nomination():
-                current = self._runs[opened.run_id].rounds.setdefault(opened.round, _Round())
+                current = self._runs[opened.run_id].rounds.setdefault(opened.round, RoundRecord())
                 current.ballots.add((opened.ballot, opened.leader))
-                current.proposals[opened.proposal_hash] = _Proposal(opened)
+                current.proposals[opened.proposal_hash] = Candidate(opened)
             case Confirmation():
                 _confirm(self._runs[opened.run_id], opened)
             case Admission():
@@ -300,40 +197,40 @@ class CreditState:
             case Permission():
                 self._runs[opened.run_id].grants[opened.round] = opened
             case Opening():
-                self._runs[opened.run_id] = _Run(opened.manifest, Terms.of(opened.manifest))
+                self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest))
         self.size += 1
 
     def confirms(self, claim: Claim, nomination: Nomination | None = None) -> Confirmation | None:
         """The confirmation that becomes due once `claim` (and, before it, `nomination`) is taken in."""
         if claim.round in self._run(claim.run_id).confirmed:
             return None
-        current = self._run(claim.run_id).rounds.get(claim.round, _Round())
+        current = self._run(claim.run_id).rounds.get(claim.round, RoundRecord())
         proposal = current.proposals.get(claim.proposal_hash)
         if proposal is None and nomination is not None:
-            proposal = _Proposal(nomination)
+            proposal = Candidate(nomination)
         if proposal is None or not proposal.has_majority(claim.state_root, extra=1):
             return None
         return Confirmation(claim.run_id, claim.round, claim.proposal_hash, claim.state_root)
 
-    def _run(self, run_id: bytes) -> _Run:
+    def _run(self, run_id: bytes) -> RunRecord:
         run = self._runs.get(run_id)
         if run is None:
             raise Rejected("unknown_run", run_id.hex()[:16])
         return run
 
-    def _member(self, run: _Run, peer_id: str) -> _Member:
+    def _member(self, run: RunRecord, peer_id: str) -> Member:
         member = run.members.get(peer_id)
         if member is None:
             raise Rejected("not_admitted", "the key was never admitted", peer_id)
         return member
 
-    def _open_round(self, run: _Run, number: int, sender: str) -> _Round | None:
+    def _open_round(self, run: RunRecord, number: int, sender: str) -> RoundRecord | None:
         current = run.rounds.get(number)
         if current is None and number in run.confirmed:
             raise Rejected("round_closed", f"round {number} is settled", sender)
         return current
 
-    def _judge_claimant(self, claim: Claim) -> _Member:
+    def _judge_claimant(self, claim: Claim) -> Member:
         member = self._member(self._run(claim.run_id), claim.peer_id)
         if claim.round in member.reported:
             raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
@@ -347,7 +244,7 @@ class CreditState:
             raise Rejected("unknown_proposal", f"round {claim.round}", claim.peer_id)
         self._judge_listed(member, proposal.nomination, claim)
 
-    def _judge_listed(self, member: _Member, nomination: Nomination, claim: Claim) -> None:
+    def _judge_listed(self, member: Member, nomination: Nomination, claim: Claim) -> None:
         if (nomination.run_id, nomination.round) != (claim.run_id, claim.round):
             raise Rejected("wrong_round", "the proposal is of another round", claim.peer_id)
         listed = nomination.commits.get(claim.peer_id)
@@ -357,7 +254,7 @@ class CreditState:
             raise Rejected("wrong_weight", f"{claim.weight}, the proposal says {listed.weight}", claim.peer_id)
         self._judge_amount(member, claim)
 
-    def _judge_amount(self, member: _Member, claim: Claim) -> None:
+    def _judge_amount(self, member: Member, claim: Claim) -> None:
         terms = self._run(claim.run_id).terms
         limit = min(terms.max_weight, member.weight_limit or terms.max_weight)
         if claim.weight > limit:
@@ -368,7 +265,7 @@ class CreditState:
     def _judge_nomination(self, nomination: Nomination) -> None:
         run = self._run(nomination.run_id)
         self._member(run, nomination.leader)
-        current = self._open_round(run, nomination.round, nomination.leader) or _Round()
+        current = self._open_round(run, nomination.round, nomination.leader) or RoundRecord()
         if nomination.proposal_hash in current.proposals:
             raise Rejected("already_proposed", f"round {nomination.round}", nomination.leader)
         if (nomination.ballot, nomination.leader) in current.ballots:
@@ -381,14 +278,14 @@ class CreditState:
         run = self._run(confirmation.run_id)
         if confirmation.round in run.confirmed:
             raise Rejected("already_confirmed", f"round {confirmation.round}")
-        current = run.rounds.get(confirmation.round, _Round())
+        current = run.rounds.get(confirmation.round, RoundRecord())
         proposal = current.proposals.get(confirmation.proposal_hash)
         if proposal is None:
             raise Rejected("unknown_proposal", f"round {confirmation.round}")
         if not proposal.has_majority(confirmation.state_root):
             raise Rejected("no_majority", f"round {confirmation.round}")
 
-    def _take_claim(self, run: _Run, claim: Claim) -> None:
+    def _take_claim(self, run: RunRecord, claim: Claim) -> None:
         current = run.rounds[claim.round]
         member = run.members[claim.peer_id]
         member.reported.add(claim.round)
@@ -432,7 +329,7 @@ def verify_ledger(entries: Sequence[bytes], coordinator: str, workers: int = 0) 
     if workers == 1 or len(entries) < PARALLEL_FROM:
         return fold(entries, coordinator)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        faults = pool.map(_first_fault, *zip(*_chunks(entries, coordinator), strict=True))
+        faults = pool.map(first_fault, *zip(*_chunks(entries, coordinator), strict=True))
         state = CreditState(coordinator)
         for index, entry in enumerate(entries):
             if index % CHUNK_ENTRIES == 0:
@@ -448,7 +345,8 @@ def _chunks(entries: Sequence[bytes], coordinator: str) -> Iterator[tuple[int, l
         yield first, list(islice(entries, first, first + CHUNK_ENTRIES)), coordinator
 
 
-def _first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int, str] | None:
+def first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int, str] | None:
+    """The first of some entries that is not valid by itself, and why; their indices start at `first`."""
     for index, entry in enumerate(entries, first):
         try:
             open_entry(entry, coordinator)
@@ -462,13 +360,13 @@ def _fault(index: int, error: Rejected | ManifestInvalid) -> LedgerInvalid:
     return LedgerInvalid(f"entry {index}: {error}{who}", "the ledger breaks its own rules from this entry on")
 
 
-def _roster_after(current: _Round) -> frozenset[str] | None:
+def _roster_after(current: RoundRecord) -> frozenset[str] | None:
     if current.confirmed is None:
         return None
     return current.proposals[current.confirmed.proposal_hash].nomination.next_roster
 
 
-def _judge_roster(run: _Run, nomination: Nomination) -> None:
+def _judge_roster(run: RunRecord, nomination: Nomination) -> None:
     before = run.rounds.get(nomination.round - 1)
     roster = None if before is None else _roster_after(before)
     if roster is None:
@@ -480,12 +378,13 @@ def _judge_roster(run: _Run, nomination: Nomination) -> None:
         raise Rejected("not_in_roster", f"{min(strangers)} in round {nomination.round}", nomination.leader)
 
 
-def _admit(run: _Run, admission: Admission) -> None:
-    tally = run.tallies.setdefault(admission.account, _Tally(admission.account))
-    run.members[admission.peer_id] = _Member(tally, admission.weight_limit)
+def _admit(run: RunRecord, admission: Admission) -> None:
+    tally = run.tallies.setdefault(admission.account, Tally(admission.account))
+    run.members[admission.peer_id] = Member(tally, admission.weight_limit)
+    run.standings.offer(tally)
 
 
-def _confirm(run: _Run, confirmation: Confirmation) -> None:
+def _confirm(run: RunRecord, confirmation: Confirmation) -> None:
     current = run.rounds[confirmation.round]
     current.confirmed = confirmation
     run.confirmed.add(confirmation.round)
@@ -501,19 +400,20 @@ def _confirm(run: _Run, confirmation: Confirmation) -> None:
     _prune(run, confirmation.round - 1)
 
 
-def _verify(run: _Run, current: _Round, tally: _Tally, claim: Claim) -> None:
+def _verify(run: RunRecord, current: RoundRecord, tally: Tally, claim: Claim) -> None:
     run.tokens += claim.tokens
     current.weighted_loss += claim.weight * claim.loss
     current.weight += claim.weight
     tally.rounds += claim.weight > 0
     if current.final:
         tally.final += claim.tokens
-        return
-    tally.verified += claim.tokens
-    current.held.append((tally, claim.tokens))
+    else:
+        tally.verified += claim.tokens
+        current.held.append((tally, claim.tokens))
+    run.standings.offer(tally)
 
 
-def _finalise(run: _Run, number: int) -> None:
+def _finalise(run: RunRecord, number: int) -> None:
     current = run.rounds[number]
     current.final = True
     for tally, tokens in current.held:
@@ -523,7 +423,7 @@ def _finalise(run: _Run, number: int) -> None:
     _prune(run, number)
 
 
-def _prune(run: _Run, number: int) -> None:
+def _prune(run: RunRecord, number: int) -> None:
     """Forget a final round that no proposal can follow and no report can come for."""
     current = run.rounds.get(number)
     if current is None or current.confirmed is None or not current.final or number + 1 not in run.confirmed:
@@ -533,7 +433,7 @@ def _prune(run: _Run, number: int) -> None:
         del run.rounds[number]
 
 
-def _balance(run: _Run, peer_id: str, tally: _Tally) -> Balance:
+def _balance(run: RunRecord, peer_id: str, tally: Tally) -> Balance:
     rate = run.terms.flops_per_token
     return Balance(
         peer_id,

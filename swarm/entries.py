@@ -122,12 +122,22 @@ def open_body(entry: LedgerEntry, coordinator: str, check_signatures: bool = Tru
 
 def open_report(signed: Signed, check_signatures: bool = True) -> Claim:
     """Read a peer's report with the commit and the result inside. Raises `Rejected`."""
+    return _read_report(signed, check_signatures)[0]
+
+
+def take_report_apart(signed: Signed) -> tuple[Claim, tuple[Signed, Signed, Signed]]:
+    """Read a report of which no signature was checked, and the three messages whose signatures have to be. Raises `Rejected`."""
+    claim, report = _read_report(signed, check_signatures=False)
+    return claim, (signed, report.commit, report.result)
+
+
+def _read_report(signed: Signed, check_signatures: bool) -> tuple[Claim, Report]:
     peer_id = signed.signer
     report = _open(signed, Report, None, check_signatures)
     commit = _open(report.commit, Commit, peer_id, check_signatures)
     result = _open(report.result, Result, peer_id, check_signatures)
     _check_together(report, commit, result, peer_id)
-    return Claim(
+    claim = Claim(
         report.run_id,
         report.round,
         peer_id,
@@ -138,6 +148,7 @@ def open_report(signed: Signed, check_signatures: bool = True) -> Claim:
         commit.tokens,
         commit.loss,
     )
+    return claim, report
 
 
 def open_proposal(signed: Signed, check_signatures: bool = True) -> Nomination:

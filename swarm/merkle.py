@@ -40,6 +40,22 @@ class MerkleTree:
     def __init__(self) -> None:
         self._levels: list[bytearray] = [bytearray()]
 
+    @classmethod
+    def of_levels(cls, levels: Sequence[bytes]) -> MerkleTree:
+        """The tree that has these `levels`. Raises `ValueError` if their sizes don't fit; the hashes are believed."""
+        tree = cls()
+        tree._levels = [bytearray(level) for level in levels] or [bytearray()]
+        size = len(tree)
+        expected = [(size >> level) * HASH_BYTES for level in range(max(1, size.bit_length()))]
+        if [len(level) for level in tree._levels] != expected:
+            raise ValueError("the levels of the tree don't fit together")
+        return tree
+
+    @property
+    def levels(self) -> Sequence[bytes | bytearray]:
+        """The hashes of complete subtrees by height, each level joined."""
+        return self._levels
+
     def __len__(self) -> int:
         return len(self._levels[0]) // HASH_BYTES
 
@@ -90,6 +106,20 @@ class MerkleTree:
                 path.append(self._subtree(start, middle))
                 start = middle
         return path[::-1]
+
+    def last_proof(self, size: int) -> tuple[list[bytes], bytes]:
+        """The inclusion proof of the last of the first `size` leaves, and the root over them: one pass over the left edge."""
+        if not 0 < size <= len(self):
+            raise IndexError(size)
+        position, path = size - 1, []
+        value = self.leaf(position)
+        for level, hashes in enumerate(self._levels):
+            if position >> level & 1:
+                start = ((position >> level) - 1) * HASH_BYTES
+                sibling = bytes(hashes[start : start + HASH_BYTES])
+                path.append(sibling)
+                value = node_hash(sibling, value)
+        return path, value
 
     def consistency_proof(self, old_size: int, size: int | None = None) -> list[bytes]:
         """`PROOF(old_size, D[size])` of RFC 6962, 2.1.2."""

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from swarm.errors import LinkError, Rejected
 from swarm.identity import Identity, verify
 from swarm.merkle import HASH_BYTES, blob_hash
-from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
+from swarm.rpc.v1.coordinator_pb2 import AdminCommand, Announcement, GrantRequest
 from swarm.rpc.v1.ledger_pb2 import Receipt, Report, RoundConfirmed
 from swarm.rpc.v1.signed_pb2 import (
     AdmissionToken,
@@ -43,6 +43,7 @@ LINK = re.compile(
 )
 
 KINDS: dict[type[Message], str] = {
+    AdminCommand: KIND_PREFIX + "admin-command.v1",
     AdmissionToken: KIND_PREFIX + "admission.v1",
     Adoption: KIND_PREFIX + "adoption.v1",
     Announcement: KIND_PREFIX + "announcement.v1",

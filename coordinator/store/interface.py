@@ -26,6 +26,15 @@ class Found(NamedTuple):
     entry: bytes
 
 
+class Note(NamedTuple):
+    """A command of the operator's, as it was signed, and what became of it."""
+
+    command_hash: bytes
+    at_us: int
+    command: bytes
+    outcome: str
+
+
 class Store(Protocol):
     """An append-only sequence of entries, and a few named values."""
 
@@ -35,8 +44,11 @@ class Store(Protocol):
     def size(self) -> int:
         """Number of entries."""
 
-    def rows(self) -> Generator[Row, None, None]:
-        """Every row in order; close it if it isn't exhausted. Raises `DatabaseCorrupt` if one is missing or unreadable."""
+    def rows(self, first: int = 0) -> Generator[Row, None, None]:
+        """Every row from index `first` on, in order; close it if it isn't exhausted.
+
+        Raises `DatabaseCorrupt` if one is missing or unreadable.
+        """
 
     def entries(self, first: int, limit: int) -> list[bytes]:
         """Up to `limit` entries from index `first` on."""
@@ -49,6 +61,15 @@ class Store(Protocol):
 
     def set_value(self, name: str, value: bytes) -> None:
         """Make a named value durable, in place of an older one."""
+
+    def note(self, note: Note, changed: tuple[str, bytes] | None = None) -> None:
+        """Make a note durable, together with the named value that the command changed.
+
+        Raises `StoreFailed`, also when the command was noted before.
+        """
+
+    def notes(self, limit: int) -> list[Note]:
+        """The newest notes, newest first."""
 
     def close(self) -> None:
         """Give back connections and files."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from coordinator.errors import StoreFailed
-from coordinator.store.interface import Found, Row
+from coordinator.store.interface import Found, Note, Row
 
 
 class MemoryStore:
@@ -15,6 +15,7 @@ class MemoryStore:
         self._rows: list[Row] = []
         self._keys: dict[bytes, int] = {}
         self._values: dict[str, bytes] = {}
+        self._notes: dict[bytes, Note] = {}
 
     def append(self, rows: Sequence[Row]) -> None:
         """Take all rows, or none. Raises `StoreFailed`."""
@@ -30,9 +31,9 @@ class MemoryStore:
         """Number of entries."""
         return len(self._rows)
 
-    def rows(self) -> Generator[Row, None, None]:
-        """Every row in order."""
-        yield from self._rows
+    def rows(self, first: int = 0) -> Generator[Row, None, None]:
+        """Every row from index `first` on, in order."""
+        yield from self._rows[first:]
 
     def entries(self, first: int, limit: int) -> list[bytes]:
         """Up to `limit` entries from index `first` on."""
@@ -50,6 +51,18 @@ class MemoryStore:
     def set_value(self, name: str, value: bytes) -> None:
         """Keep a named value."""
         self._values[name] = value
+
+    def note(self, note: Note, changed: tuple[str, bytes] | None = None) -> None:
+        """Keep a note, and the named value with it. Raises `StoreFailed`."""
+        if note.command_hash in self._notes:
+            raise StoreFailed("the command was noted before")
+        self._notes[note.command_hash] = note
+        if changed is not None:
+            self.set_value(*changed)
+
+    def notes(self, limit: int) -> list[Note]:
+        """The newest notes, newest first."""
+        return sorted(self._notes.values(), key=lambda note: note.at_us, reverse=True)[:limit]
 
     def close(self) -> None:
         """Nothing to give back."""

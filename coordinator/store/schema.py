@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "0001"
+HEAD = "0002"
 
 metadata = sa.MetaData()
 entries = sa.Table(
@@ -20,4 +20,12 @@ values = sa.Table(
     metadata,
     sa.Column("name", sa.String(100), primary_key=True),
     sa.Column("value", sa.LargeBinary, nullable=False),
+)
+notes = sa.Table(
+    "admin_notes",
+    metadata,
+    sa.Column("command_hash", sa.LargeBinary, primary_key=True),
+    sa.Column("at_us", sa.BigInteger, nullable=False, index=True),
+    sa.Column("command", sa.LargeBinary, nullable=False),
+    sa.Column("outcome", sa.String(100), nullable=False),
 )

@@ -5,6 +5,7 @@ Migrations run at opening. Nothing here knows what an entry means.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +15,14 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError, SQLA
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from coordinator.errors import StoreFailed
-from coordinator.store.interface import Found, Row
-from coordinator.store.schema import HEAD, entries, values
+from coordinator.store.interface import Found, Note, Row
+from coordinator.store.schema import HEAD, entries, notes, values
 from swarm.errors import DatabaseCorrupt
 from swarm.merkle import leaf_hash
 
 READ_AHEAD_ROWS = 1000
 WRITES = "swarm_writes"
+SEAT = int.from_bytes(b"swarm", "big")
 POSTGRES_DRIVER = "postgresql+psycopg"
 SQLITE_BROKEN = ("malformed", "not a database", "disk image", "file is encrypted")
 CORRUPT_HINT = "restore the database from a backup; peers' receipts prove what it must contain"
@@ -33,6 +35,9 @@ class SqlStore:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
         self._writer = engine.execution_options(**{WRITES: True})
+        self._insert = str(sa.insert(entries).compile(engine, column_keys=Row._fields))
+        self._positional = engine.dialect.positional
+        self._size: int | None = None
 
     @classmethod
     def open(cls, url: str) -> SqlStore:
@@ -58,25 +63,34 @@ class SqlStore:
             upgrade(connection)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Commit all rows in one transaction, or none. Raises `StoreFailed`."""
+        """Commit all rows in one transaction, or none. Raises `StoreFailed`.
+
+        The size is asked for once: from then on a second writer shows itself by taking a position that we take.
+        """
         if not rows:
             return
+        first, self._size = self._size, None
         with _writing(), self._writer.begin() as connection:
-            size = _size(connection)
-            if [row.position for row in rows] != list(range(size, size + len(rows))):
+            size = _size(connection) if first is None else first
+            if any(row.position != expected for expected, row in enumerate(rows, size)):
                 raise StoreFailed("the entries don't follow on: does another coordinator use this database?")
-            connection.execute(sa.insert(entries), [row._asdict() for row in rows])
+            connection.exec_driver_sql(self._insert, list(rows) if self._positional else [row._asdict() for row in rows])
+        self._size = size + len(rows)
 
     def size(self) -> int:
         """Number of entries. Raises `DatabaseCorrupt`."""
         with _reading(), self._engine.connect() as connection:
             return _size(connection)
 
-    def rows(self) -> Generator[Row, None, None]:
-        """Every row in order. Raises `DatabaseCorrupt` if one is missing, unreadable or not what its hash says."""
-        query = sa.select(entries).order_by(entries.c.position).execution_options(yield_per=READ_AHEAD_ROWS)
+    def rows(self, first: int = 0) -> Generator[Row, None, None]:
+        """Every row from index `first` on, in order.
+
+        Raises `DatabaseCorrupt` if one is missing, unreadable or not what its hash says.
+        """
+        query = sa.select(entries).where(entries.c.position >= first).order_by(entries.c.position)
+        query = query.execution_options(yield_per=READ_AHEAD_ROWS)
         with _reading(), self._engine.connect() as connection, connection.execute(query) as result:
-            for expected, found in enumerate(result):
+            for expected, found in enumerate(result, first):
                 row = Row(found.position, bytes(found.leaf_hash), bytes(found.entry), found.key)
                 if row.position != expected:
                     raise DatabaseCorrupt(f"entry {expected} is missing from the database", CORRUPT_HINT)
@@ -107,12 +121,69 @@ class SqlStore:
     def set_value(self, name: str, value: bytes) -> None:
         """Commit a named value, in place of an older one. Raises `StoreFailed`."""
         with _writing(), self._writer.begin() as connection:
-            connection.execute(sa.delete(values).where(values.c.name == name))
-            connection.execute(sa.insert(values).values(name=name, value=value))
+            _set_value(connection, name, value)
+
+    def note(self, note: Note, changed: tuple[str, bytes] | None = None) -> None:
+        """Commit a note together with the named value that the command changed. Raises `StoreFailed`."""
+        with _writing(), self._writer.begin() as connection:
+            connection.execute(sa.insert(notes).values(note._asdict()))
+            if changed is not None:
+                _set_value(connection, *changed)
+
+    def notes(self, limit: int) -> list[Note]:
+        """The newest notes, newest first."""
+        query = sa.select(notes).order_by(notes.c.at_us.desc()).limit(limit)
+        with _reading(), self._engine.connect() as connection:
+            return [
+                Note(bytes(row.command_hash), row.at_us, bytes(row.command), row.outcome) for row in connection.execute(query)
+            ]
 
     def close(self) -> None:
         """Close the pool's connections."""
         self._engine.dispose()
+
+
+class PostgresSeat:
+    """The writer's seat: a session's advisory lock, freed by the server when the session ends, however it does."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        self._one_at_a_time = threading.Lock()
+        self._connection: sa.Connection | None = None
+        self._mine = False
+        self._left = False
+
+    def try_take(self) -> bool:
+        """Take the seat if it is free, or say whether it is still ours. A database that is away has no free seat."""
+        with self._one_at_a_time:
+            if self._left:
+                return False
+            try:
+                self._mine = self._asked()
+            except SQLAlchemyError:
+                self._end_session()
+            return self._mine
+
+    def leave(self) -> None:
+        """Give the seat back, for good; a call of `try_take` that is on its way doesn't take it again."""
+        with self._one_at_a_time:
+            self._left = True
+            self._end_session()
+            self._engine.dispose()
+
+    def _asked(self) -> bool:
+        if self._connection is None:
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if self._mine:
+            self._connection.execute(sa.text("SELECT 1"))
+            return True
+        return bool(self._connection.scalar(sa.text(f"SELECT pg_try_advisory_lock({SEAT})")))
+
+    def _end_session(self) -> None:
+        connection, self._connection, self._mine = self._connection, None, False
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
 
 
 def _engine(url: str) -> sa.Engine:
@@ -139,6 +210,11 @@ def _begin(connection: sa.Connection) -> None:
     """A writer takes its lock at once and waits for it: a lock taken after a read fails instead of waiting."""
     writes = connection.get_execution_options().get(WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _set_value(connection: sa.Connection, name: str, value: bytes) -> None:
+    connection.execute(sa.delete(values).where(values.c.name == name))
+    connection.execute(sa.insert(values).values(name=name, value=value))
 
 
 def _revision(connection: sa.Connection) -> str | None:

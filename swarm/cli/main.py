@@ -45,7 +45,8 @@ COMMANDS: dict[str, Command] = {
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
     "run": Command("swarm.cli.run:app", "Describe a training run: init, validate, show, sign."),
-    "coordinator": Command("swarm.cli.coordinator:command", "Run the coordinator of a training run."),
+    "coordinator": Command("swarm.cli.coordinator:app", "Run the coordinator of a training run, back it up, check it."),
+    "admin": Command("swarm.cli.admin:app", "Watch and steer a run that you operate."),
     "config": Command("swarm.cli.config_show:app", "The configuration, and where each value comes from."),
 }
 

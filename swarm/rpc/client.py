@@ -12,7 +12,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 from cryptography import x509
@@ -107,7 +107,7 @@ class CoordinatorClient:
         self._closed = False
 
     @classmethod
-    async def connect(cls, link: JoinLink, timeout_s: float = TIMEOUT_S) -> CoordinatorClient:
+    async def connect(cls, link: JoinLink, timeout_s: float = TIMEOUT_S) -> Self:
         """Fetch the server's certificate, compare its key with the link, and open a channel that accepts no other.
 
         Raises `CoordinatorUnreachable` or `FingerprintMismatch`.
@@ -117,7 +117,7 @@ class CoordinatorClient:
         channel = grpc.aio.secure_channel(link.address, credentials, options=CHANNEL_OPTIONS)
         return cls(link, channel, timeout_s)
 
-    async def __aenter__(self) -> CoordinatorClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -84,3 +84,23 @@ async def test_health(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_credits_are_rounded_down() -> None:
     """Nobody is shown more than they have."""
     assert credits_text(Balance("a", "a", verified_flops=1_999_999_999_999_999)) == "1.999"
+
+
+async def test_account_page(serve: Serve, world: World) -> None:
+    """An account's page shows what it has and why it isn't earning, step by step; what isn't a peer id has no page."""
+    async with serve(ManualClock(NOW_S), metrics="127.0.0.1:0") as coordinator, connected(coordinator) as client:
+        path = f"/account/{ALICE.peer_id}"
+        assert "never admitted" in (await get(coordinator, path)).text
+        await client.announce(world.announcement(ALICE))
+        assert "train yet" in (await get(coordinator, path)).text
+        proposal, reports = world.round([ALICE], 0)
+        await client.submit_report(reports[0], proposal)
+        await client.announce(world.announcement(ALICE, state="training", round=1))
+        page = await get(coordinator, path)
+        assert "Nothing is in the way" in page.text
+        assert "0.256" in page.text
+        assert f'href="{path}"' in (await get(coordinator, "/")).text
+        coordinator.journal.presence.forget(ALICE.peer_id)
+        assert "Nothing was heard" in (await get(coordinator, path)).text
+        for nobody in ("/account/nobody", "/account/%3Cscript%3E"):
+            assert (await get(coordinator, nobody)).status_code == 404

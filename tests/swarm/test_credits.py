@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from swarm import credit_records
 from swarm import credits as module
+from swarm.credit_records import Standings, Tally, rank
 from swarm.credits import Balance, CreditState, RoundSet, apply_entry, fold, verify_ledger
 from swarm.errors import LedgerInvalid
 from swarm.identity import Identity
@@ -368,3 +370,18 @@ def test_nothing_is_lost_or_doubled(data: st.DataObject) -> None:
                     paid[place] -= FLOPS if roots[place] not in (root, None) else 0
     for place, peer in enumerate(PEERS):
         assert sum(balance(state, peer)) == paid[place]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), max_size=200))
+def test_standings_are_those_of_all_accounts(gains: list[tuple[int, int]]) -> None:
+    """Kept up to date with every gain, the best accounts are those that sorting all of them gives, ties by name."""
+    tallies = {number: Tally(f"{number:02}") for number in range(31)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(credit_records, "KEPT", 4)
+        standings = Standings()
+        for number in sorted(tallies):
+            standings.offer(tallies[number])
+        for number, tokens in gains:
+            tallies[number].verified += tokens
+            standings.offer(tallies[number])
+            assert standings.first(4) == sorted(tallies.values(), key=rank)[:4]

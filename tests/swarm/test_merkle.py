@@ -72,3 +72,24 @@ def test_consistency(entries: list[bytes], data: st.DataObject) -> None:
     if old_size < size:
         assert not verify_consistency(old_size, leaf_hash(b"forged"), size, tree.root(size), proof)
         assert not verify_consistency(old_size, tree.root(old_size), size, leaf_hash(b"forged"), proof)
+
+
+@given(LEAVES)
+def test_the_last_leaf_in_one_pass(entries: list[bytes]) -> None:
+    """Proof and root of the last leaf, taken along the left edge, are those that the general functions give."""
+    tree = tree_of(entries)
+    for size in range(1, len(entries) + 1):
+        assert tree.last_proof(size) == (tree.inclusion_proof(size - 1, size), tree.root(size))
+    with pytest.raises(IndexError):
+        tree.last_proof(len(entries) + 1)
+
+
+@given(st.lists(st.binary(max_size=8), max_size=40), st.lists(st.binary(max_size=8), max_size=9))
+def test_levels_are_enough(entries: list[bytes], more: list[bytes]) -> None:
+    """A tree made from another's levels goes on like it; levels that don't fit together are refused."""
+    tree, again = tree_of(entries), MerkleTree.of_levels([bytes(level) for level in tree_of(entries).levels])
+    for each in (tree, again):
+        each.extend(leaf_hash(entry) for entry in more)
+    assert (again.root(), again.levels) == (tree.root(), tree.levels)
+    with pytest.raises(ValueError, match="don't fit"):
+        MerkleTree.of_levels([*map(bytes, tree.levels), bytes(32)])

@@ -153,6 +153,7 @@ class AnnounceResponse(_message.Message):
     CONFIRMED_ROOT_FIELD_NUMBER: _builtins.int
     INTERVAL_S_FIELD_NUMBER: _builtins.int
     COORDINATOR_TIME_S_FIELD_NUMBER: _builtins.int
+    RUN_STATE_FIELD_NUMBER: _builtins.int
     genesis: _builtins.bool
     """This peer starts the run, or resumes it after all peers were gone: nobody else is in a round."""
     confirmed_round: _builtins.int
@@ -162,6 +163,8 @@ class AnnounceResponse(_message.Message):
     """How often to announce."""
     coordinator_time_s: _builtins.float
     """Unix seconds of the coordinator's clock, to warn about a wrong one."""
+    run_state: _builtins.str
+    """"running", "paused" (nobody new is admitted, no grants) or "finished" (likewise, for good)."""
     @_builtins.property
     def admission(self) -> _signed_pb2.Signed:
         """Coordinator-signed AdmissionToken."""
@@ -178,10 +181,11 @@ class AnnounceResponse(_message.Message):
         confirmed_root: _builtins.bytes = ...,
         interval_s: _builtins.float = ...,
         coordinator_time_s: _builtins.float = ...,
+        run_state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "confirmed_root", b"confirmed_root", "confirmed_round", b"confirmed_round", "coordinator_time_s", b"coordinator_time_s", "genesis", b"genesis", "interval_s", b"interval_s", "peers", b"peers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "confirmed_root", b"confirmed_root", "confirmed_round", b"confirmed_round", "coordinator_time_s", b"coordinator_time_s", "genesis", b"genesis", "interval_s", b"interval_s", "peers", b"peers", "run_state", b"run_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -592,3 +596,215 @@ class GetCheckpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetCheckpointResponse: _TypeAlias = GetCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class ExecuteRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMAND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def command(self) -> _signed_pb2.Signed:
+        """Signed AdminCommand."""
+
+    def __init__(
+        self,
+        *,
+        command: _signed_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecuteRequest: _TypeAlias = ExecuteRequest  # noqa: Y015
+
+@_typing.final
+class AdminCommand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    issued_at: _builtins.int
+    """Unix seconds."""
+    nonce: _builtins.bytes
+    """Random; a command counts once."""
+    action: _builtins.str
+    """"peers", "suspend", "reinstate", "runs", "pause", "resume", "finish", "invite", "audit-rate" or "log"."""
+    peer_id: _builtins.str
+    """Whom "suspend", "reinstate" and "invite" are about."""
+    reason: _builtins.str
+    """Why, for the log and, when suspended, for the peer."""
+    rate: _builtins.float
+    """Share of the contributions that are audited, for "audit-rate"."""
+    limit: _builtins.int
+    """At most so many peers or log lines; 0 = 100."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        issued_at: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+        action: _builtins.str = ...,
+        peer_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        rate: _builtins.float = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "issued_at", b"issued_at", "limit", b"limit", "nonce", b"nonce", "peer_id", b"peer_id", "rate", b"rate", "reason", b"reason", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminCommand: _TypeAlias = AdminCommand  # noqa: Y015
+
+@_typing.final
+class ExecuteResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdminPeer]: ...
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdminRun]: ...
+    @_builtins.property
+    def log(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdminLogLine]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[Global___AdminPeer] | None = ...,
+        runs: _abc.Iterable[Global___AdminRun] | None = ...,
+        log: _abc.Iterable[Global___AdminLogLine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log", b"log", "peers", b"peers", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecuteResponse: _TypeAlias = ExecuteResponse  # noqa: Y015
+
+@_typing.final
+class AdminPeer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    SUSPENDED_FIELD_NUMBER: _builtins.int
+    peer_id: _builtins.str
+    admitted: _builtins.bool
+    alive: _builtins.bool
+    age_s: _builtins.float
+    """Seconds since it was last heard, when alive."""
+    round: _builtins.int
+    suspended: _builtins.str
+    """Why it is suspended; empty when it isn't."""
+    def __init__(
+        self,
+        *,
+        peer_id: _builtins.str = ...,
+        admitted: _builtins.bool = ...,
+        alive: _builtins.bool = ...,
+        age_s: _builtins.float = ...,
+        round: _builtins.int = ...,
+        suspended: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "age_s", b"age_s", "alive", b"alive", "peer_id", b"peer_id", "round", b"round", "suspended", b"suspended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminPeer: _TypeAlias = AdminPeer  # noqa: Y015
+
+@_typing.final
+class AdminRun(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CONFIRMED_ROUND_FIELD_NUMBER: _builtins.int
+    PEERS_ALIVE_FIELD_NUMBER: _builtins.int
+    PEERS_ADMITTED_FIELD_NUMBER: _builtins.int
+    LEDGER_SIZE_FIELD_NUMBER: _builtins.int
+    AUDIT_RATE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    name: _builtins.str
+    state: _builtins.str
+    """"running", "paused" or "finished"."""
+    confirmed_round: _builtins.int
+    peers_alive: _builtins.int
+    peers_admitted: _builtins.int
+    ledger_size: _builtins.int
+    audit_rate: _builtins.float
+    """0 = the manifest's own."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        name: _builtins.str = ...,
+        state: _builtins.str = ...,
+        confirmed_round: _builtins.int = ...,
+        peers_alive: _builtins.int = ...,
+        peers_admitted: _builtins.int = ...,
+        ledger_size: _builtins.int = ...,
+        audit_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_rate", b"audit_rate", "confirmed_round", b"confirmed_round", "ledger_size", b"ledger_size", "name", b"name", "peers_admitted", b"peers_admitted", "peers_alive", b"peers_alive", "run_id", b"run_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminRun: _TypeAlias = AdminRun  # noqa: Y015
+
+@_typing.final
+class AdminLogLine(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_US_FIELD_NUMBER: _builtins.int
+    ADMIN_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    ABOUT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    at_us: _builtins.int
+    """Unix microseconds."""
+    admin: _builtins.str
+    """Peer id of the admin's key."""
+    action: _builtins.str
+    about: _builtins.str
+    reason: _builtins.str
+    outcome: _builtins.str
+    """"done", or the reason for which it was refused."""
+    def __init__(
+        self,
+        *,
+        at_us: _builtins.int = ...,
+        admin: _builtins.str = ...,
+        action: _builtins.str = ...,
+        about: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "action", b"action", "admin", b"admin", "at_us", b"at_us", "outcome", b"outcome", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminLogLine: _TypeAlias = AdminLogLine  # noqa: Y015

@@ -407,3 +407,78 @@ class PeerService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminServiceStub:
+    """The operator's calls, on an address and with keys of their own. Every command is kept with its signature.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Execute = channel.unary_unary(
+                '/swarm.v1.AdminService/Execute',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.ExecuteRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.ExecuteResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer:
+    """The operator's calls, on an address and with keys of their own. Every command is kept with its signature.
+    """
+
+    def Execute(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Execute': grpc.unary_unary_rpc_method_handler(
+                    servicer.Execute,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.ExecuteRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.ExecuteResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'swarm.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('swarm.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService:
+    """The operator's calls, on an address and with keys of their own. Every command is kept with its signature.
+    """
+
+    @staticmethod
+    def Execute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.AdminService/Execute',
+            swarm_dot_v1_dot_coordinator__pb2.ExecuteRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.ExecuteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

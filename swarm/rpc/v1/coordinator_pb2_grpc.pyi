@@ -140,3 +140,31 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         """The newest signed checkpoint, with a consistency proof from an older size. Public."""
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AdminServiceStub:
+    """The operator's calls, on an address and with keys of their own. Every command is kept with its signature."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
+    Execute: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ExecuteRequest, _coordinator_pb2.ExecuteResponse]
+
+@_typing.type_check_only
+class AdminServiceAsyncStub(AdminServiceStub):
+    """The operator's calls, on an address and with keys of their own. Every command is kept with its signature."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Execute: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ExecuteRequest, _coordinator_pb2.ExecuteResponse]  # type: ignore[assignment]
+
+class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """The operator's calls, on an address and with keys of their own. Every command is kept with its signature."""
+
+    @_abc_1.abstractmethod
+    def Execute(
+        self,
+        request: _coordinator_pb2.ExecuteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ExecuteResponse, _abc.Awaitable[_coordinator_pb2.ExecuteResponse]]: ...
+
+def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

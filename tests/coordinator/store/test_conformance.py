@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.errors import StoreFailed
-from coordinator.store.interface import Found, Row, Store
+from coordinator.store.interface import Found, Note, Row, Store
 from swarm.merkle import leaf_hash
 
 
@@ -33,6 +33,8 @@ def test_rows_come_back_in_order(store: Store) -> None:
     store.append(rows[3:])
     assert store.size() == 7
     assert list(store.rows()) == rows
+    assert list(store.rows(4)) == rows[4:]
+    assert list(store.rows(7)) == []
     assert store.entries(2, 3) == [item.entry for item in rows[2:5]]
     assert store.entries(5, 100) == [item.entry for item in rows[5:]]
     assert store.entries(7, 1) == []
@@ -84,3 +86,16 @@ def test_values_are_replaced(store: Store) -> None:
     store.set_value("other", b"")
     assert store.value("genesis") == b"\x00b"
     assert store.value("other") == b""
+
+
+def test_notes_and_what_they_changed(store: Store) -> None:
+    """Notes come back newest first; a command is noted once, and changes nothing the second time."""
+    first, second = Note(b"a", 1, b"command a\x00", "done"), Note(b"b", 2, b"command b", "unknown_action")
+    store.note(first, ("orders", b"1"))
+    store.note(second)
+    assert store.notes(10) == [second, first]
+    assert store.notes(1) == [second]
+    with pytest.raises(StoreFailed):
+        store.note(first._replace(at_us=3), ("orders", b"2"))
+    assert store.value("orders") == b"1"
+    assert len(store.notes(10)) == 2

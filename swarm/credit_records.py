@@ -1,0 +1,191 @@
+"""What a fold over the ledger remembers: balances, and the records of runs, rounds, members and their tallies.
+
+`swarm.credits` changes the records; `swarm.credit_snapshot` writes them down and reads them back.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from swarm.entries import Claim, Confirmation, Nomination, Permission
+from swarm.manifest import DiLoCo, Manifest
+
+FLOPS_PER_CREDIT = 10**15
+KEPT = 1000  # how many of the best accounts are known without looking at all
+SPEED_SCALE = 4  # the most inner steps that a fast peer may take, relative to the manifest's
+
+
+class Balance(NamedTuple):
+    """What one account has, in exact FLOPs."""
+
+    peer_id: str
+    account: str
+    pending_flops: int = 0
+    verified_flops: int = 0
+    final_flops: int = 0
+    rounds: int = 0
+    tokens: int = 0
+
+    @property
+    def earned_flops(self) -> int:
+        """Verified and final together."""
+        return self.verified_flops + self.final_flops
+
+
+class Progress(NamedTuple):
+    """Where a run stands: its newest confirmed round. `state_root` is empty before the first one."""
+
+    confirmed_round: int = 0
+    state_root: bytes = b""
+    tokens: int = 0
+    loss: float = 0.0
+
+
+class Terms(NamedTuple):
+    """What a manifest says about credit."""
+
+    sequence_length: int
+    max_weight: int
+    flops_per_token: int
+    hold_rounds: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Terms:
+        """The terms of a manifest; `diloco` lets a fast peer take up to four times the inner steps."""
+        strategy = manifest.strategy
+        steps = manifest.most_inner_steps * SPEED_SCALE if isinstance(strategy, DiLoCo) else 1
+        return cls(
+            manifest.data.sequence_length,
+            steps * strategy.batch_samples,
+            manifest.credit.flops_per_token,
+            manifest.credit.hold_rounds,
+        )
+
+
+class RoundSet:
+    """A set of round numbers as disjoint intervals: a few bytes for a peer that never missed one."""
+
+    __slots__ = ("_bounds",)
+
+    def __init__(self, bounds: Iterable[int] = ()) -> None:
+        self._bounds = list(bounds)
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where the intervals start and end, in turn and in order."""
+        return self._bounds
+
+    def __contains__(self, number: int) -> bool:
+        return bisect_right(self._bounds, number) % 2 == 1
+
+    def add(self, number: int) -> None:
+        """Put `number` into the set."""
+        place = bisect_right(self._bounds, number)
+        if place % 2:
+            return
+        joins_left = place > 0 and self._bounds[place - 1] == number
+        joins_right = place < len(self._bounds) and self._bounds[place] == number + 1
+        start, end = place - joins_left, place + joins_right
+        edges = ([] if joins_left else [number]) + ([] if joins_right else [number + 1])
+        self._bounds[start:end] = edges
+
+
+@dataclass(slots=True)
+class Tally:
+    """One account's tokens by state."""
+
+    account: str
+    pending: int = 0
+    verified: int = 0
+    final: int = 0
+    rounds: int = 0
+
+
+def rank(tally: Tally) -> tuple[int, str]:
+    """By which accounts are ordered, best first."""
+    return -tally.verified - tally.final, tally.account
+
+
+class Standings:
+    """The accounts that earned most, without looking at all of them: what an account has earned never shrinks."""
+
+    __slots__ = ("_bar", "_best")
+
+    def __init__(self, tallies: Iterable[Tally] = ()) -> None:
+        self._best: dict[str, Tally] = {}
+        self._bar: tuple[int, str] | None = None
+        for tally in tallies:
+            self.offer(tally)
+
+    def offer(self, tally: Tally) -> None:
+        """A tally is new or has grown."""
+        if self._bar is None or rank(tally) < self._bar:
+            self._best[tally.account] = tally
+            if len(self._best) > 2 * KEPT:
+                best = self.first(KEPT)
+                self._best = {each.account: each for each in best}
+                self._bar = rank(best[-1])
+
+    def first(self, limit: int) -> list[Tally]:
+        """The best, at most `KEPT`."""
+        return sorted(self._best.values(), key=rank)[:limit]
+
+
+@dataclass(slots=True)
+class Member:
+    """An admitted key."""
+
+    tally: Tally
+    weight_limit: int
+    reported: RoundSet = field(default_factory=RoundSet)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A proposal and the votes for the states that its peers came to."""
+
+    nomination: Nomination
+    votes: dict[bytes, int] = field(default_factory=dict)
+
+    def has_majority(self, state_root: bytes, extra: int = 0) -> bool:
+        return 2 * (self.votes.get(state_root, 0) + extra) > len(self.nomination.commits)
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """A round that isn't settled."""
+
+    proposals: dict[bytes, Candidate] = field(default_factory=dict)
+    ballots: set[tuple[tuple[int, int], str]] = field(default_factory=set)
+    claims: list[tuple[Tally, Claim]] = field(default_factory=list)
+    confirmed: Confirmation | None = None
+    final: bool = False
+    held: list[tuple[Tally, int]] = field(default_factory=list)
+    weighted_loss: float = 0.0
+    weight: int = 0
+
+    def matches(self, claim: Claim) -> bool:
+        confirmed = self.confirmed
+        return (
+            confirmed is not None and claim.proposal_hash == confirmed.proposal_hash and claim.state_root == confirmed.state_root
+        )
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """Everything that is known of one run."""
+
+    manifest: Manifest
+    terms: Terms
+    members: dict[str, Member] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    standings: Standings = field(default_factory=Standings)
+    rounds: dict[int, RoundRecord] = field(default_factory=dict)
+    confirmed: RoundSet = field(default_factory=RoundSet)
+    newest: int | None = None
+    unsettled: list[int] = field(default_factory=list)
+    grants: dict[int, Permission] = field(default_factory=dict)
+    tokens: int = 0
