@@ -155,11 +155,11 @@ async def test_a_command_counts_once(serve: Serve, world: World) -> None:
     async with serve(**SETTINGS) as coordinator, admin_of(coordinator) as admin:
         call = AdminServiceStub(admin._channel).Execute
         with pytest.raises(Rejected, match="already_done"):
-            await admin._call(call(ExecuteRequest(command=seal(ADMIN, command))))
+            await admin._call(call, ExecuteRequest(command=seal(ADMIN, command)))
         assert coordinator.journal.orders.state == "running"
         old = AdminCommand(run_id=world.run_id, issued_at=int(now_s(coordinator)) - 3600, action="pause")
         with pytest.raises(Rejected, match="stale"):
-            await admin._call(call(ExecuteRequest(command=seal(ADMIN, old))))
+            await admin._call(call, ExecuteRequest(command=seal(ADMIN, old)))
 
 
 async def test_no_admin_address_without_admins(serve: Serve) -> None:
