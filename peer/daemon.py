@@ -1,21 +1,20 @@
 """The daemon: one process, one event loop for the network, one thread for training.
 
-It wires the parts together and decides nothing about rounds. Verbs: pause, resume, finish, stop.
+It wires the parts together and decides nothing about rounds. Verbs: pause, snooze, resume, finish, stop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -31,10 +30,17 @@ from peer.data import ShardReader
 from peer.device import hardware_class
 from peer.faults import Faults
 from peer.finding import Finder
+from peer.governor import Governor, device_uuid
+from peer.gpu import Sensors, lower_disk_priority, lower_thread_priority, open_card
+from peer.held import Held, check_snooze
+from peer.holds import Hold, Holds
+from peer.lock import only_one
 from peer.materials import Materials
+from peer.memory import give_back
 from peer.metrics import PeerMetrics
 from peer.model import initial_theta
 from peer.network.blobs import BlobStore
+from peer.network.dialback import DIAL, DialBack
 from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
 from peer.network.transfer import Transfer
@@ -55,9 +61,9 @@ from peer.trainer import Trainer
 from peer.vitals import Vitals
 from swarm import __version__
 from swarm.clock import SystemClock
+from swarm.config import GovernorSettings
 from swarm.control import HISTORY_NAME, STATUS_NAME
 from swarm.errors import (
-    AlreadyRunning,
     CoordinatorUnreachable,
     NetworkBroken,
     OutOfMemory,
@@ -70,6 +76,7 @@ from swarm.errors import (
 from swarm.identity import Identity
 from swarm.manifest import Manifest, Tree
 from swarm.messages import JoinLink, parse
+from swarm.notify import keep_watchdog, notify
 from swarm.rpc.client import RunInfo
 from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
 from swarm.rpc.v1.peer_pb2 import RelayRequest, SyncReply, SyncRequest
@@ -78,6 +85,7 @@ FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
 GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
+REFUSALS_IN_A_ROW = 5
 ADMISSION_ATTEMPTS = 10
 RESERVE_BYTES = 256 << 20
 MEMORY_LIMIT_BYTES = 512 << 20
@@ -101,6 +109,8 @@ class DaemonOptions:
     metrics: str = ""
     files: Path | None = None
     threads: int = 0
+    rules: GovernorSettings = field(default_factory=GovernorSettings)
+    control_socket: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,14 +141,25 @@ class Daemon:
     status: Status
     registry: CollectorRegistry
     faults: Faults
+    governor: Governor = field(init=False)
+    _gpu_uuid: str | None = None
+    _control: ControlServer | None = None
     engine: Engine | None = None
     run: RunInfo | None = None
     metrics_address: str = ""
     started_s: float = field(default_factory=time.monotonic)
     _parts: Parts | None = None
     _wish: str = "train"
+    _holds: Holds = field(default_factory=Holds)
+    _refused: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+
+    def __post_init__(self) -> None:
+        device = self.options.device
+        uuid = self._gpu_uuid = device_uuid(device.type, device.index)
+        sensors = Sensors(open_card(uuid) if uuid else None)
+        self.governor = Governor(self.options.rules, sensors, bool(uuid), self._on_rules, self._on_wake)
 
     @classmethod
     def create(cls, options: DaemonOptions) -> Daemon:
@@ -170,20 +191,77 @@ class Daemon:
 
     def wish(self, verb: str) -> None:
         """Take a verb: `pause`, `resume`, `finish` or `stop`. A second `finish` stops."""
+        log.info("asked", verb=verb)
+        match verb:
+            case "pause":
+                self._put("user", Hold("paused"))
+            case "resume":
+                self._holds, self._refused = self._holds.put("rejections", None), 0
+                self._put("user", None)
+            case _:
+                self._obey(verb)
+
+    def snooze(self, seconds: float) -> None:
+        """Pause for a while. Raises `UsageError`."""
+        log.info("asked", verb="snooze", seconds=seconds)
+        self._put("user", check_snooze(seconds))
+
+    def _put(self, who: str, hold: Hold | None) -> None:
+        """Let somebody keep the peer from training, or let go; it pauses with the first and goes on after the last."""
+        self._holds = self._holds.put(who, hold)
+        first = self._holds.first
+        if first is None and self._wish == "pause":
+            self._obey("resume")
+        elif first is not None and self._wish == "train":
+            self._obey("pause")
+        elif first is not None and self._wish == "pause" and (self._parts is None or self._is_settled()):
+            self.status.state(first.reason, first.detail)
+
+    def _obey(self, verb: str) -> None:
         if verb == "finish" and self._wish == "finish":
             verb = "stop"
         self._wish = {"resume": "train"}.get(verb, verb)
         if self.engine is not None and verb != "resume":
             self.engine.ask(cast("Wish", verb))
-        self.status.state({"finish": "finishing", "stop": "stopping", "pause": "paused"}.get(verb, self.status.reason))
-        log.info("asked", verb=verb)
+        if verb == "pause" and self.engine is not None and self._parts is not None:
+            self._parts.post.spawn(self._free_device(self.engine))
+        first = self._holds.first
+        if verb == "pause" and first is not None:
+            self.status.state(first.reason, first.detail)
+        else:
+            self.status.state({"finish": "finishing", "stop": "stopping"}.get(verb, self.status.reason))
         self._changed.set()
+
+    async def _free_device(self, engine: Engine) -> None:
+        """Give the device back as soon as the micro-batch is done; the round goes on with what was trained."""
+        await engine.training.release()
+        await asyncio.to_thread(give_back)
+        log.info("device_free")
+
+    def _is_settled(self) -> bool:
+        return not self._waits_for()
+
+    def _waits_for(self) -> str:
+        """What stands between the wish and its effect; empty when it has taken effect."""
+        engine = self.engine
+        if self._wish == "train":
+            return ""
+        if engine is None:
+            return "the start to come to its end"
+        if self._wish == "pause" and engine.training.trainer.is_loaded:
+            return "the micro-batch to end"
+        if engine.current is not None:
+            return f"round {engine.current.round_index} to be exchanged, so that its work counts"
+        return "receipts" if self._wish == "finish" else ""
 
     async def control(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Answer the control socket."""
         match verb:
             case "status":
                 return self.describe()
+            case "snooze":
+                self.snooze(float(arguments.get("seconds", 0)))
+                return {"accepted": verb, **self.describe()}
             case "pause" | "resume" | "finish" | "stop":
                 self.wish(verb)
                 return {"accepted": verb, **self.describe()}
@@ -215,13 +293,16 @@ class Daemon:
             "rounds_total": self.run.manifest.rounds.total if self.run else 0,
             "metrics": self.metrics_address,
             "directory": str(self.options.directory),
+            "waits_for": self._waits_for(),
+            "device_free": engine is None or not engine.training.trainer.is_loaded,
+            "governor": self.governor.describe(),
             **self.status.as_dict(),
         }
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
-    async def serve(self) -> None:
-        """Run until finished or stopped. Raises `SwarmError`."""
+    async def serve(self) -> Held | None:
+        """Run until finished, stopped or paused; what the program that waits out a pause needs. Raises `SwarmError`."""
         async with self._stack:
             try:
                 await self._interruptible(self._start())
@@ -233,6 +314,17 @@ class Daemon:
                 raise
             finally:
                 self._keep_status()
+            return self._hand_over()
+
+    def _hand_over(self) -> Held | None:
+        """Keep what outlives this program when it isn't the end: the socket, the totals, and why we wait."""
+        if (
+            self._wish not in ("pause", "train")
+            or self.status.reason in ("run_complete", "disagreement")
+            or self._control is None
+        ):
+            return None
+        return Held(self._holds, self.describe(), self._gpu_uuid, self._control.keep())
 
     async def _interruptible(self, starting: Any) -> None:
         """Start up, unless we are asked to stop meanwhile: there is no round to finish yet."""
@@ -255,11 +347,16 @@ class Daemon:
 
     async def _start(self) -> None:
         options = self.options
-        self._stack.enter_context(_only_one(options.directory))
-        control = ControlServer(options.directory, self.control)
-        await control.start()
+        self._stack.enter_context(only_one(options.directory))
+        control = self._control = ControlServer(options.directory, self.control)
+        await control.start(options.control_socket)
         self._stack.push_async_callback(control.close)
         self._serve_metrics()
+        if options.rules.disk_idle:
+            lower_disk_priority()
+        await self.governor.begin()
+        if self._wish == "pause":
+            return
         self.status.state("connecting")
         coordination = Coordination(options.link, self.identity, options.directory)
         self._stack.push_async_callback(coordination.close)
@@ -270,6 +367,7 @@ class Daemon:
         self._stack.push_async_callback(node.close)
         parts = self._parts = self._wire(self.run, node, coordination)
         await self._open(parts)
+        notify("READY=1")
         await self._prepare(parts)
 
     def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
@@ -348,12 +446,14 @@ class Daemon:
         """Let others reach us, and be admitted."""
         self._stack.push_async_callback(parts.post.close)
         self._stack.push_async_callback(parts.finder.close)
+        parts.post.spawn(keep_watchdog(lambda: self.status.reason))
         parts.coordination.remember_admission(parts.admissions)
         parts.coordination.on_answer = self._on_answer
         await parts.node.serve_calls(PING, _pong)
         await parts.node.serve_calls(SYNC, self._answer_sync)
         await parts.node.serve_calls(DELIVER, self._answer_delivery)
         await parts.node.serve_calls(RELAY, self._answer_relay)
+        await parts.node.serve_calls(DIAL, DialBack(parts.node, parts.admissions.check).answer)
         await parts.transfer.start()
         await parts.finder.start()
         await self._be_admitted(parts)
@@ -382,6 +482,8 @@ class Daemon:
             await self._obtain(parts, tree)
         training = await asyncio.to_thread(self._make_trainer, manifest, materials)
         self._stack.callback(training.close)
+        await training.in_thread(lambda: lower_thread_priority(self.options.rules.nice))
+        self.governor.brake.is_stopped = training.is_stopped
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
         self.engine = Engine(parts.services, training, parts.snapshots, entry, self._on_round, parts.coordination.nudge)
 
@@ -389,12 +491,16 @@ class Daemon:
         """Load the model and warm it up, so that the first round isn't slower than the others."""
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
+        rules = self.options.rules
+        memory_ratio = min(filter(None, (rules.in_use.memory_ratio, rules.idle.memory_ratio)), default=0.0)
+        if memory_ratio and self.options.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(memory_ratio, self.options.device)
         data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
         reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
         validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
         trainer = Trainer(manifest, self.options.device, reader, validation)
         trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)
-        return TrainingThread(trainer)
+        return TrainingThread(trainer, self.governor.brake.on_progress)
 
     async def _obtain(self, parts: Parts, tree: Tree) -> None:
         """Have one of the run's files, from this disk or from others; wait until somebody has it."""
@@ -414,10 +520,12 @@ class Daemon:
             parts.finder.announce_for_ever(),
             parts.reporter.run(),
             parts.vitals.watch(),
+            self.governor.watch(),
             self._keep_network(parts),
         ) as failed:
             reason = "pause"
-            while self._wish in ("train", "pause") and reason == "pause":
+            while self._wish == "train" and reason == "pause":
+                engine.wish = "train"
                 playing: asyncio.Future[str] = asyncio.create_task(self._play(engine))
                 await asyncio.wait((playing, failed), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
@@ -425,8 +533,6 @@ class Daemon:
                     await asyncio.gather(playing, return_exceptions=True)
                     failed.result()
                 reason = playing.result()
-                if reason == "pause":
-                    await self._paused(engine, parts)
             await self._leave(parts)
         if reason == "disagreement":
             raise StateDisputed(self.status.error, "the state and its parts are kept; tell the run's owner")
@@ -442,19 +548,13 @@ class Daemon:
             self.status.state(reason)
         return reason
 
-    async def _paused(self, engine: Engine, parts: Parts) -> None:
-        """Free the device and wait until something else is wanted."""
-        self.status.state("paused")
-        await self._save(parts)
-        await engine.training.release()
-        engine.forget()
-        while self._wish == "pause":
-            self._changed.clear()
-            await self._changed.wait()
-        engine.wish = "train"
-
     async def _leave(self, parts: Parts) -> None:
         """Post what is left, keep a checkpoint, say good-bye."""
+        hold = self._holds.first
+        if hold is not None and self._wish == "pause":
+            self.status.state(hold.reason, hold.detail)
+        elif self._wish != "train":
+            notify("STOPPING=1")
         await self._save(parts)
         if self._wish != "stop":
             with contextlib.suppress(TimeoutError):
@@ -530,6 +630,22 @@ class Daemon:
 
     def _on_report(self, outcome: str) -> None:
         self.status.metrics.reports.labels(outcome=outcome).inc()
+        self._refused = self._refused + 1 if outcome == "refused" else 0
+        if self._refused == REFUSALS_IN_A_ROW:
+            self._put(
+                "rejections", Hold("contributions_rejected", f"the last one because: {self.parts.reporter.outbox.last_refusal()}")
+            )
+
+    def _on_rules(self, reason: str, detail: str) -> None:
+        hold = Hold(reason, detail) if reason else None
+        if hold != self._holds.governor:
+            self._put("governor", hold)
+
+    def _on_wake(self, slept_s: float) -> None:
+        """After a sleep everybody else's idea of us is old."""
+        if self._parts is not None:
+            self._parts.coordination.nudge()
+            self._parts.post.spawn(self._parts.finder.meet_quietly())
 
     def _on_answer(self, answer: AnnounceResponse) -> None:
         parts = self.parts
@@ -597,21 +713,6 @@ def _check_memory(manifest: Manifest) -> None:
             f"the run needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
             "close other programs, or join a run with a smaller model",
         )
-
-
-@contextlib.contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock file. Raises `AlreadyRunning`."""
-    file: IO[str] = (directory / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise AlreadyRunning(f"a peer is running already in {directory}", "see it with: swarm status") from error
-    try:
-        yield
-    finally:
-        file.close()
 
 
 @contextlib.asynccontextmanager
