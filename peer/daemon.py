@@ -422,6 +422,7 @@ class Daemon:
             self._standing,
             options.inbound,
             on_rejected=lambda reason: self.status.refused("dht", reason),
+            on_twin=self._on_twin,
         )
         reporter = Reporter(run.run_id, outbox, coordination.connected, self._on_report)
         vitals = Vitals(self.status.metrics, node, outbox, options.device, self.identity.peer_id, lambda: coordination.client)
@@ -629,12 +630,19 @@ class Daemon:
         await asyncio.to_thread(save_quietly, parts.services.residuals, parts.checkpoints.standing()[0])
 
     def _on_report(self, outcome: str) -> None:
+        self.count_report(outcome, self.parts.reporter.outbox)
+
+    def count_report(self, outcome: str, outbox: Outbox) -> None:
+        """Take the outcome of a report into account; several refusals in a row pause the peer."""
         self.status.metrics.reports.labels(outcome=outcome).inc()
         self._refused = self._refused + 1 if outcome == "refused" else 0
         if self._refused == REFUSALS_IN_A_ROW:
-            self._put(
-                "rejections", Hold("contributions_rejected", f"the last one because: {self.parts.reporter.outbox.last_refusal()}")
-            )
+            self._put("rejections", Hold("contributions_rejected", f"the last one because: {outbox.last_refusal()}"))
+
+    def _on_twin(self) -> None:
+        """Two machines that sign with one key contradict each other, and lose what both have earned."""
+        self.status.warning = "another machine uses this key: make one for each with `swarm identity new`"
+        log.warning("key_used_elsewhere", peer=self.identity.peer_id)
 
     def _on_rules(self, reason: str, detail: str) -> None:
         hold = Hold(reason, detail) if reason else None

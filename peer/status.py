@@ -30,6 +30,7 @@ class Status:
     reason: str = "starting"
     detail: str = ""
     error: str = ""
+    warning: str = ""
     round_index: int = 0
     roster_size: int = 0
     loss: float | None = None
@@ -150,6 +151,7 @@ class Status:
             "ends_by_itself": TABLE[self.reason].by_itself,
             "hint": TABLE[self.reason].hint,
             "error": self.error,
+            "warning": self.warning,
             "round": self.round_index,
             "roster_size": self.roster_size,
             "loss": self.loss,

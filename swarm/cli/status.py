@@ -152,5 +152,6 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "credits": ", ".join(f"{value:.6f} {state}" for state, value in earned.items()) or "none yet",
         "reports waiting": answer["reports_waiting"],
         "coordinator": "reachable" if answer["coordinator_reachable"] else "away; reports are kept and sent later",
+        **({"warning": answer["warning"]} if answer.get("warning") else {}),
         **({"error": answer["error"]} if answer["error"] else {}),
     }

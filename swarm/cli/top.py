@@ -88,7 +88,7 @@ def panel(answer: dict[str, Any], losses: list[float], width: int) -> str:
 def _lines(answer: dict[str, Any], losses: list[float], width: int) -> Iterator[str]:
     state = f"{answer['state']}: {answer['explanation']}"
     yield f"{answer['device']}  {state}"
-    more = " ".join(filter(None, (answer.get("detail"), _waiting(answer), _hint(answer))))
+    more = " ".join(filter(None, (answer.get("warning"), answer.get("detail"), _waiting(answer), _hint(answer))))
     yield f"  {more}" if more else "  earning" if answer.get("earning") else "  it goes on by itself"
     loss = "-" if answer["loss"] is None else f"{answer['loss']:.4f}"
     yield f"  round {answer['round']:,}  loss {loss}  {answer['tokens_per_s']:,.0f} tokens/s  {answer['roster_size']} peers"
