@@ -7,7 +7,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -176,4 +175,4 @@ def take_terminal() -> None:
     import fcntl
     import termios
 
-    fcntl.ioctl(sys.stdin.fileno(), termios.TIOCSCTTY, 0)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
