@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from swarm import config, errors
 from swarm.cli.main import INTERRUPTED, app
 from swarm.manifest import Manifest
+from swarm.reasons import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "reference"
@@ -259,7 +260,8 @@ def configuration() -> str:
 def configuration_section(model: type[config.Settings]) -> str:
     """One component's settings."""
     prefix = str(model.model_config.get("env_prefix") or "SWARM_")
-    properties = model.model_json_schema().get("properties", {})
+    schema = model.model_json_schema()
+    properties = schema.get("properties", {})
     rows = [
         (
             f"`{name}`",
@@ -270,9 +272,11 @@ def configuration_section(model: type[config.Settings]) -> str:
         )
         for name, field in model.model_fields.items()
     ]
-    return f"## [{model.table}]\n\n{first_line(model)}\n\n" + table(
+    section = f"## [{model.table}]\n\n{first_line(model)}\n\n" + table(
         ("setting", "variable", "type", "default", "meaning and limits"), rows
     )
+    parts = [model_section(name, part) for name, part in schema.get("$defs", {}).items()]
+    return "\n\n".join([section, *parts])
 
 
 def portable(default: Any) -> str:
@@ -282,6 +286,26 @@ def portable(default: Any) -> str:
     return f"`{json.dumps(default)}`"
 
 
+def reasons() -> str:
+    """Every state of a peer, and what ends it."""
+    rows = [
+        (
+            f"`{code}`",
+            "yes" if reason.earning else "no",
+            reason.explanation,
+            "by itself" if reason.by_itself else "what you do",
+            reason.hint,
+        )
+        for code, reason in TABLE.items()
+    ]
+    return page(
+        "Reasons",
+        "What a peer is doing, and why it doesn't earn when it doesn't. `swarm status` shows the code as `state`, with `--json` "
+        "also `explanation`, `detail` and `hint`; the log as `state reason=...`, and the metric `swarm_peer_state` is 1 for it.",
+        table(("code", "earns", "meaning", "ends", "hint"), rows),
+    )
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "configuration": configuration,
@@ -289,6 +313,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "manifest": manifest,
     "metrics": metrics,
+    "reasons": reasons,
 }
 
 

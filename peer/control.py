@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,39 @@ class ControlServer:
         self._path = socket_path(directory)
         self._handler = handler
         self._server: asyncio.Server | None = None
+        self._kept = False
 
-    async def start(self) -> None:
-        """Listen. Raises `AlreadyRunning` if another daemon answers there."""
+    async def start(self, inherited: int | None = None) -> None:
+        """Listen, on a socket that was open already if there is one. Raises `AlreadyRunning` if another daemon answers there."""
+        leave: Any = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        if inherited is not None:
+            listening = socket.socket(fileno=inherited)
+            self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE_BYTES, **leave)
+            return
         if self._path.exists() and await _answers(self._path):
             raise AlreadyRunning(f"a peer is running already in {self._path.parent}", "see it with: swarm status")
         self._path.unlink(missing_ok=True)
         previous = os.umask(0o177)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, path=str(self._path), limit=MAX_LINE_BYTES)
+            self._server = await asyncio.start_unix_server(self._serve, path=str(self._path), limit=MAX_LINE_BYTES, **leave)
         finally:
             os.umask(previous)
 
+    def keep(self) -> int:
+        """A descriptor of the socket for the program that takes our place; questions wait there meanwhile."""
+        if self._server is None:
+            raise RuntimeError("not listening")
+        self._kept = True
+        descriptor = os.dup(self._server.sockets[0].fileno())
+        os.set_inheritable(descriptor, True)
+        return descriptor
+
     async def close(self) -> None:
-        """Stop listening and remove the socket."""
+        """Stop listening and remove the socket, unless it was kept."""
         if self._server is not None:
             self._server.close()
-            self._path.unlink(missing_ok=True)
+            if not self._kept:
+                self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

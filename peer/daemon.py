@@ -1,22 +1,21 @@
 """The daemon: one process, one event loop for the network, one thread for training.
 
-It wires the parts together and decides nothing about rounds. Verbs: pause, resume, finish, stop.
+It wires the parts together and decides nothing about rounds. Verbs: pause, snooze, resume, finish, stop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -32,10 +31,17 @@ from peer.data import ShardReader
 from peer.device import hardware_class
 from peer.faults import Faults
 from peer.finding import Finder
+from peer.governor import Governor, device_uuid
+from peer.gpu import Sensors, lower_disk_priority, lower_thread_priority, open_card
+from peer.held import Held, check_snooze
+from peer.holds import Hold, Holds
+from peer.lock import only_one
 from peer.materials import Materials
+from peer.memory import give_back
 from peer.metrics import PeerMetrics
 from peer.model import initial_theta
 from peer.network.blobs import BlobStore
+from peer.network.dialback import DIAL, DialBack
 from peer.network.metering import Metering
 from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
@@ -60,9 +66,9 @@ from peer.usage import Usage, month_of
 from peer.vitals import Vitals
 from swarm import __version__
 from swarm.clock import SystemClock
+from swarm.config import GovernorSettings
 from swarm.control import HISTORY_NAME, STATUS_NAME
 from swarm.errors import (
-    AlreadyRunning,
     CoordinatorUnreachable,
     NetworkBroken,
     OutOfMemory,
@@ -75,6 +81,7 @@ from swarm.errors import (
 from swarm.identity import Identity
 from swarm.manifest import Manifest, Tree
 from swarm.messages import JoinLink, parse
+from swarm.notify import keep_watchdog, notify
 from swarm.rpc.client import RunInfo
 from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
 from swarm.rpc.v1.peer_pb2 import RelayRequest, SyncReply, SyncRequest
@@ -85,6 +92,7 @@ GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
 QUOTA_CHECK_S = 30.0
 RECENT_ROUNDS = 8
+REFUSALS_IN_A_ROW = 5
 ADMISSION_ATTEMPTS = 10
 RESERVE_BYTES = 256 << 20
 MEMORY_LIMIT_BYTES = 512 << 20
@@ -111,6 +119,8 @@ class DaemonOptions:
     max_upload: int = 0
     max_download: int = 0
     monthly_quota: int = 0
+    rules: GovernorSettings = field(default_factory=GovernorSettings)
+    control_socket: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,17 +153,27 @@ class Daemon:
     registry: CollectorRegistry
     faults: Faults
     usage: Usage
+    governor: Governor = field(init=False)
+    _gpu_uuid: str | None = None
+    _control: ControlServer | None = None
     engine: Engine | None = None
     run: RunInfo | None = None
     metrics_address: str = ""
     started_s: float = field(default_factory=time.monotonic)
     _parts: Parts | None = None
     _wish: str = "train"
-    _pause_reason: str = "paused"
     _round_began: Volume = field(default_factory=Volume)
     _rounds_used: deque[Volume] = field(default_factory=lambda: deque([Volume()], RECENT_ROUNDS))
+    _holds: Holds = field(default_factory=Holds)
+    _refused: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+
+    def __post_init__(self) -> None:
+        device = self.options.device
+        uuid = self._gpu_uuid = device_uuid(device.type, device.index)
+        sensors = Sensors(open_card(uuid) if uuid else None)
+        self.governor = Governor(self.options.rules, sensors, bool(uuid), self._on_rules, self._on_wake)
 
     @classmethod
     def create(cls, options: DaemonOptions) -> Daemon:
@@ -186,8 +206,31 @@ class Daemon:
 
     def wish(self, verb: str) -> None:
         """Take a verb: `pause`, `resume`, `finish` or `stop`. A second `finish` stops."""
-        self._pause_reason = "paused"
-        self._obey(verb)
+        log.info("asked", verb=verb)
+        match verb:
+            case "pause":
+                self._put("user", Hold("paused"))
+            case "resume":
+                self._holds, self._refused = self._holds.put("rejections", None), 0
+                self._put("user", None)
+            case _:
+                self._obey(verb)
+
+    def snooze(self, seconds: float) -> None:
+        """Pause for a while. Raises `UsageError`."""
+        log.info("asked", verb="snooze", seconds=seconds)
+        self._put("user", check_snooze(seconds))
+
+    def _put(self, who: str, hold: Hold | None) -> None:
+        """Let somebody keep the peer from training, or let go; it pauses with the first and goes on after the last."""
+        self._holds = self._holds.put(who, hold)
+        first = self._holds.first
+        if first is None and self._wish == "pause":
+            self._obey("resume")
+        elif first is not None and self._wish == "train":
+            self._obey("pause")
+        elif first is not None and self._wish == "pause" and (self._parts is None or self._is_settled()):
+            self.status.state(first.reason, first.detail)
 
     def _obey(self, verb: str) -> None:
         if verb == "finish" and self._wish == "finish":
@@ -195,16 +238,45 @@ class Daemon:
         self._wish = {"resume": "train"}.get(verb, verb)
         if self.engine is not None and verb != "resume":
             self.engine.ask(cast("Wish", verb))
-        shown = {"finish": "finishing", "stop": "stopping", "pause": self._pause_reason}
-        self.status.state(shown.get(verb, self.status.reason))
-        log.info("asked", verb=verb)
+        if verb == "pause" and self.engine is not None and self._parts is not None:
+            self._parts.post.spawn(self._free_device(self.engine))
+        first = self._holds.first
+        if verb == "pause" and first is not None:
+            self.status.state(first.reason, first.detail)
+        else:
+            self.status.state({"finish": "finishing", "stop": "stopping"}.get(verb, self.status.reason))
         self._changed.set()
+
+    async def _free_device(self, engine: Engine) -> None:
+        """Give the device back as soon as the micro-batch is done; the round goes on with what was trained."""
+        await engine.training.release()
+        await asyncio.to_thread(give_back)
+        log.info("device_free")
+
+    def _is_settled(self) -> bool:
+        return not self._waits_for()
+
+    def _waits_for(self) -> str:
+        """What stands between the wish and its effect; empty when it has taken effect."""
+        engine = self.engine
+        if self._wish == "train":
+            return ""
+        if engine is None:
+            return "the start to come to its end"
+        if self._wish == "pause" and engine.training.trainer.is_loaded:
+            return "the micro-batch to end"
+        if engine.current is not None:
+            return f"round {engine.current.round_index} to be exchanged, so that its work counts"
+        return "receipts" if self._wish == "finish" else ""
 
     async def control(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Answer the control socket."""
         match verb:
             case "status":
                 return self.describe()
+            case "snooze":
+                self.snooze(float(arguments.get("seconds", 0)))
+                return {"accepted": verb, **self.describe()}
             case "pause" | "resume" | "finish" | "stop":
                 self.wish(verb)
                 return {"accepted": verb, **self.describe()}
@@ -237,6 +309,9 @@ class Daemon:
             "rounds_total": self.run.manifest.rounds.total if self.run else 0,
             "metrics": self.metrics_address,
             "directory": str(self.options.directory),
+            "waits_for": self._waits_for(),
+            "device_free": engine is None or not engine.training.trainer.is_loaded,
+            "governor": self.governor.describe(),
             **self.status.as_dict(),
         }
 
@@ -265,8 +340,8 @@ class Daemon:
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
-    async def serve(self) -> None:
-        """Run until finished or stopped. Raises `SwarmError`."""
+    async def serve(self) -> Held | None:
+        """Run until finished, stopped or paused; what the program that waits out a pause needs. Raises `SwarmError`."""
         async with self._stack:
             try:
                 await self._interruptible(self._start())
@@ -278,6 +353,17 @@ class Daemon:
                 raise
             finally:
                 self._keep_status()
+            return self._hand_over()
+
+    def _hand_over(self) -> Held | None:
+        """Keep what outlives this program when it isn't the end: the socket, the totals, and why we wait."""
+        if (
+            self._wish not in ("pause", "train")
+            or self.status.reason in ("run_complete", "disagreement")
+            or self._control is None
+        ):
+            return None
+        return Held(self._holds, self.describe(), self._gpu_uuid, self._control.keep())
 
     async def _interruptible(self, starting: Any) -> None:
         """Start up, unless we are asked to stop meanwhile: there is no round to finish yet."""
@@ -300,11 +386,16 @@ class Daemon:
 
     async def _start(self) -> None:
         options = self.options
-        self._stack.enter_context(_only_one(options.directory))
-        control = ControlServer(options.directory, self.control)
-        await control.start()
+        self._stack.enter_context(only_one(options.directory))
+        control = self._control = ControlServer(options.directory, self.control)
+        await control.start(options.control_socket)
         self._stack.push_async_callback(control.close)
         self._serve_metrics()
+        if options.rules.disk_idle:
+            lower_disk_priority()
+        await self.governor.begin()
+        if self._wish == "pause":
+            return
         self.status.state("connecting")
         coordination = Coordination(options.link, self.identity, options.directory)
         self._stack.push_async_callback(coordination.close)
@@ -316,6 +407,7 @@ class Daemon:
         self._stack.push_async_callback(node.close)
         parts = self._parts = self._wire(self.run, node, coordination)
         await self._open(parts)
+        notify("READY=1")
         await self._prepare(parts)
 
     async def _await_quota(self) -> None:
@@ -380,6 +472,7 @@ class Daemon:
             self._standing,
             options.inbound,
             on_rejected=lambda reason: self.status.refused("dht", reason),
+            on_twin=self._on_twin,
         )
         reporter = Reporter(run.run_id, outbox, coordination.connected, self._on_report)
         vitals = Vitals(
@@ -414,6 +507,7 @@ class Daemon:
         """Let others reach us, and be admitted."""
         self._stack.push_async_callback(parts.post.close)
         self._stack.push_async_callback(parts.finder.close)
+        parts.post.spawn(keep_watchdog(lambda: self.status.reason))
         parts.coordination.remember_admission(parts.admissions)
         parts.coordination.on_answer = self._on_answer
         parts.post.spawn(parts.metering.watch())
@@ -422,6 +516,7 @@ class Daemon:
         await parts.node.serve_calls(SYNC, self._answer_sync)
         await parts.node.serve_calls(DELIVER, self._answer_delivery)
         await parts.node.serve_calls(RELAY, self._answer_relay)
+        await parts.node.serve_calls(DIAL, DialBack(parts.node, parts.admissions.check).answer)
         await parts.transfer.start()
         await parts.finder.start()
         await self._be_admitted(parts)
@@ -450,6 +545,8 @@ class Daemon:
             await self._obtain(parts, tree)
         training = await asyncio.to_thread(self._make_trainer, manifest, materials)
         self._stack.callback(training.close)
+        await training.in_thread(lambda: lower_thread_priority(self.options.rules.nice))
+        self.governor.brake.is_stopped = training.is_stopped
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
         self.engine = Engine(parts.services, training, parts.snapshots, entry, self._on_round, parts.coordination.nudge)
 
@@ -457,12 +554,16 @@ class Daemon:
         """Load the model and warm it up, so that the first round isn't slower than the others."""
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
+        rules = self.options.rules
+        memory_ratio = min(filter(None, (rules.in_use.memory_ratio, rules.idle.memory_ratio)), default=0.0)
+        if memory_ratio and self.options.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(memory_ratio, self.options.device)
         data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
         reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
         validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
         trainer = Trainer(manifest, self.options.device, reader, validation)
         trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)
-        return TrainingThread(trainer)
+        return TrainingThread(trainer, self.governor.brake.on_progress)
 
     async def _obtain(self, parts: Parts, tree: Tree) -> None:
         """Have one of the run's files, from this disk or from others; wait until somebody has it."""
@@ -482,12 +583,12 @@ class Daemon:
             parts.finder.announce_for_ever(),
             parts.reporter.run(),
             parts.vitals.watch(),
+            self.governor.watch(),
             self._keep_network(parts),
         ) as failed:
             reason = "pause"
-            if self._wish == "pause":
-                await self._paused(engine, parts)
-            while self._wish in ("train", "pause") and reason == "pause":
+            while self._wish == "train" and reason == "pause":
+                engine.wish = "train"
                 playing: asyncio.Future[str] = asyncio.create_task(self._play(engine))
                 await asyncio.wait((playing, failed), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():
@@ -495,8 +596,6 @@ class Daemon:
                     await asyncio.gather(playing, return_exceptions=True)
                     failed.result()
                 reason = playing.result()
-                if reason == "pause":
-                    await self._paused(engine, parts)
             await self._leave(parts)
         if reason == "disagreement":
             raise StateDisputed(self.status.error, "the state and its parts are kept; tell the run's owner")
@@ -512,19 +611,13 @@ class Daemon:
             self.status.state(reason)
         return reason
 
-    async def _paused(self, engine: Engine, parts: Parts) -> None:
-        """Free the device and wait until something else is wanted."""
-        self.status.state(self._pause_reason)
-        await self._save(parts)
-        await engine.training.release()
-        engine.forget()
-        while self._wish == "pause":
-            self._changed.clear()
-            await self._changed.wait()
-        engine.wish = "train"
-
     async def _leave(self, parts: Parts) -> None:
         """Post what is left, keep a checkpoint, say good-bye."""
+        hold = self._holds.first
+        if hold is not None and self._wish == "pause":
+            self.status.state(hold.reason, hold.detail)
+        elif self._wish != "train":
+            notify("STOPPING=1")
         await self._save(parts)
         if self._wish != "stop":
             with contextlib.suppress(TimeoutError):
@@ -603,17 +696,37 @@ class Daemon:
         await asyncio.to_thread(save_quietly, parts.services.residuals, parts.checkpoints.standing()[0])
 
     def _on_moved(self, volume: Volume) -> None:
-        """Count traffic; pause before a round that the quota wouldn't outlast, and go on when a new month begins."""
+        """Count traffic; pause before a round that the quota wouldn't outlast, until a new month begins."""
         self.usage.add(volume)
-        allowed = self.usage.allows(min(used.total_bytes for used in self._rounds_used))
-        if not allowed and self._wish == "train":
-            self._pause_reason = "quota_used"
-            self._obey("pause")
-        elif allowed and self._wish == "pause" and self._pause_reason == "quota_used":
-            self._obey("resume")
+        used_up = not self.usage.allows(min(used.total_bytes for used in self._rounds_used))
+        if used_up != (self._holds.quota is not None):
+            self._put("quota", Hold("quota_used", until_s=self.usage.next_month_s) if used_up else None)
 
     def _on_report(self, outcome: str) -> None:
+        self.count_report(outcome, self.parts.reporter.outbox)
+
+    def count_report(self, outcome: str, outbox: Outbox) -> None:
+        """Take the outcome of a report into account; several refusals in a row pause the peer."""
         self.status.metrics.reports.labels(outcome=outcome).inc()
+        self._refused = self._refused + 1 if outcome == "refused" else 0
+        if self._refused == REFUSALS_IN_A_ROW:
+            self._put("rejections", Hold("contributions_rejected", f"the last one because: {outbox.last_refusal()}"))
+
+    def _on_twin(self) -> None:
+        """Two machines that sign with one key contradict each other, and lose what both have earned."""
+        self.status.warning = "another machine uses this key: make one for each with `swarm identity new`"
+        log.warning("key_used_elsewhere", peer=self.identity.peer_id)
+
+    def _on_rules(self, reason: str, detail: str) -> None:
+        hold = Hold(reason, detail) if reason else None
+        if hold != self._holds.governor:
+            self._put("governor", hold)
+
+    def _on_wake(self, slept_s: float) -> None:
+        """After a sleep everybody else's idea of us is old."""
+        if self._parts is not None:
+            self._parts.coordination.nudge()
+            self._parts.post.spawn(self._parts.finder.meet_quietly())
 
     def _on_answer(self, answer: AnnounceResponse) -> None:
         parts = self.parts
@@ -686,21 +799,6 @@ def _check_memory(manifest: Manifest) -> None:
             f"the run needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
             "close other programs, or join a run with a smaller model",
         )
-
-
-@contextlib.contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock file. Raises `AlreadyRunning`."""
-    file: IO[str] = (directory / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise AlreadyRunning(f"a peer is running already in {directory}", "see it with: swarm status") from error
-    try:
-        yield
-    finally:
-        file.close()
 
 
 @contextlib.asynccontextmanager

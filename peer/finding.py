@@ -33,6 +33,7 @@ class Finder:
     standing: Callable[[], Standing]
     inbound: bool
     on_rejected: Callable[[str], None]
+    on_twin: Callable[[], None] = lambda: None
     discovery: Discovery | None = None
 
     async def start(self) -> None:
@@ -87,5 +88,8 @@ class Finder:
                 await self.meet_quietly()
                 offset_s = self.coordination.clock_offset_s
                 round_index = self.standing().round_index
+                mine = (await self.discovery.find()).get(self.identity.peer_id)
+                if mine is not None and self.discovery.is_twin(mine):
+                    self.on_twin()
                 await self.discovery.announce(self.node.addresses, round_index, __version__, self.inbound, offset_s)
             await asyncio.sleep(DHT_EVERY_S)

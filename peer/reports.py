@@ -83,6 +83,11 @@ class Outbox:
                 log.warning("receipt_damaged", receipt=path.stem, error=str(error))
         return max(found, key=lambda receipt: receipt.ledger_index, default=None)
 
+    def last_refusal(self) -> str:
+        """Why the newest refused report was refused."""
+        newest = max(self.refused.glob("*.reason"), default=None)
+        return read(newest).decode(errors="replace")[:200] if newest is not None else ""
+
     def refuse(self, path: Path, reason: str) -> None:
         """Put a report aside that the coordinator refused, with the reason."""
         write_atomically(self.refused / f"{path.stem}.reason", reason.encode())

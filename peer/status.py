@@ -5,37 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
-from peer.rounds.engine import RoundReport
 from swarm import __version__
 from swarm.clock import Clock, SystemClock
+from swarm.reasons import EXPLANATIONS as REASONS
+from swarm.reasons import TABLE
 
-REASONS = {
-    "starting": "loading libraries and the model",
-    "connecting": "reaching the coordinator and other peers",
-    "fetching_data": "fetching the run's data from other peers",
-    "joining": "asking the roster to let us in",
-    "waiting_for_peers": "nobody to train with has answered yet",
-    "gathering": "the run begins when enough peers are there",
-    "downloading": "fetching the weights",
-    "following": "in the roster without work this round",
-    "training": "training",
-    "exchanging": "exchanging updates with the others",
-    "repairing": "our state differed from the majority's; fetching what differs",
-    "no_quorum": "too few of the roster can be reached to go on safely",
-    "paused": "paused by the user",
-    "quota_used": "the month's traffic quota is used up; it goes on by itself next month (UTC)",
-    "finishing": "completing the round, then stopping",
-    "stopping": "stopping now",
-    "run_complete": "the run is over",
-    "disagreement": "our verified result differs from the majority's: alarm raised",
-    "failed": "stopped by an error",
-}
+if TYPE_CHECKING:
+    from peer.rounds.engine import RoundReport
 
 EXPECTED = frozenset({"stale", "too_early", "starting"})
 TELL_EVERY_S, MAX_TOLD = 10.0, 1024
@@ -51,7 +33,9 @@ class Status:
 
     metrics: PeerMetrics
     reason: str = "starting"
+    detail: str = ""
     error: str = ""
+    warning: str = ""
     round_index: int = 0
     roster_size: int = 0
     loss: float | None = None
@@ -78,13 +62,22 @@ class Status:
             self.metrics.reports.labels(outcome=outcome)
         self.state(self.reason)
 
-    def state(self, reason: str) -> None:
-        """Change the reason code."""
+    def state(self, reason: str, detail: str = "") -> None:
+        """Change the reason code; `detail` says more about this case."""
         self.metrics.state.labels(state=self.reason).set(0)
         self.metrics.state.labels(state=reason).set(1)
         if reason != self.reason:
-            log.info("state", reason=reason, round=self.round_index)
-        self.reason = reason
+            log.info("state", reason=reason, round=self.round_index, **({"detail": detail} if detail else {}))
+        self.reason, self.detail = reason, detail
+
+    def carry_on(self, before: dict[str, Any]) -> None:
+        """Go on counting from what `as_dict` gave before a pause."""
+        self.tokens, self.samples = int(before.get("tokens", 0)), int(before.get("samples", 0))
+        self.rounds_contributed, self.rounds_followed = int(before.get("rounds", 0)), int(before.get("rounds_followed", 0))
+        self.loss, self.first_loss = before.get("loss"), before.get("loss_first")
+        self.round_index, self.root = int(before.get("round", 0)), str(before.get("state_root", ""))
+        self.overhead_s = list(before.get("round_overhead_s", ()))
+        self.tokens_total = int(before.get("tokens_total", 0))
 
     def refused(self, sender: str, reason: str) -> None:
         """Count a message that broke a rule and name who sent it."""
@@ -174,12 +167,18 @@ class Status:
         return {
             "state": self.reason,
             "explanation": REASONS.get(self.reason, ""),
+            "detail": self.detail,
+            "earning": TABLE[self.reason].earning,
+            "ends_by_itself": TABLE[self.reason].by_itself,
+            "hint": TABLE[self.reason].hint,
             "error": self.error,
+            "warning": self.warning,
             "round": self.round_index,
             "roster_size": self.roster_size,
             "loss": self.loss,
             "loss_first": self.first_loss,
             "tokens": self.tokens,
+            "samples": self.samples,
             "tokens_total": self.tokens_total,
             "tokens_per_s": self.tokens_per_s,
             "rounds": self.rounds_contributed,

@@ -188,6 +188,11 @@ class Trainer:
         return self._plan.samples if self._plan else None
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the model takes memory on the device."""
+        return self._network is not None
+
+    @property
     def parameters(self) -> FlatParameters:
         """The mapping to the flat vector."""
         self._load()

@@ -68,6 +68,12 @@ class Usage:
         return self.months.get(month_of(self.clock.wall_s()), Volume())
 
     @property
+    def next_month_s(self) -> float:
+        """When the next month begins, UTC, on the wall clock."""
+        year, month = (int(part) for part in month_of(self.clock.wall_s()).split("-"))
+        return datetime.datetime(year + month // 12, month % 12 + 1, 1, tzinfo=datetime.UTC).timestamp()
+
+    @property
     def left_bytes(self) -> int | None:
         """What the quota leaves for the rest of the month; None without a quota."""
         return max(0, self.quota_bytes - self.this_month.total_bytes) if self.quota_bytes else None

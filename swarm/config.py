@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import platformdirs
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from swarm.errors import LinkError, UsageError
@@ -105,7 +105,38 @@ class CoordinatorSettings(Settings):
     log_level: str = Field("info", description="debug, info, warning or error")
 
 
-COMPONENTS: tuple[type[Settings], ...] = (PeerSettings, CoordinatorSettings)
+class Limits(BaseModel):
+    """What training may take of the machine; 0 = no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: bool = Field(True, description="train at all")
+    temperature_c: float = Field(85.0, ge=0, le=120, description="highest temperature of the GPU")
+    power_w: float = Field(0.0, ge=0, le=5000, description="most power that the GPU draws")
+    fan_ratio: float = Field(0.0, ge=0, le=1, description="fastest fan, as a share of its full speed")
+    memory_ratio: float = Field(0.0, ge=0, le=1, description="share of the GPU's memory, kept from the next start of training on")
+    time_share: float = Field(1.0, ge=0.05, le=1, description="share of the time that training may take")
+    other_programs: bool = Field(True, description="train while other programs use the GPU")
+
+
+class GovernorSettings(Settings):
+    """`swarm join`: when a peer trains, so that it stays a good neighbour."""
+
+    table: ClassVar[str] = "governor"
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SWARM_GOVERNOR_", env_nested_delimiter="__")
+
+    in_use: Limits = Field(default_factory=Limits, description="while somebody uses the machine")
+    idle: Limits = Field(default_factory=Limits, description="while nobody does")
+    idle_after_s: float = Field(300.0, ge=1, le=86400, description="without input for this long, nobody uses the machine")
+    hours: tuple[str, ...] = Field((), description="when it may train, such as `mon-fri 18:00-08:00`; empty = always")
+    on_battery: bool = Field(False, description="train on battery")
+    on_metered: bool = Field(False, description="train over a metered link")
+    dwell_s: float = Field(60.0, ge=0, le=3600, description="nothing may stand against training for this long before it goes on")
+    nice: int = Field(10, ge=0, le=19, description="priority of the training thread; 19 yields to everything")
+    disk_idle: bool = Field(True, description="use the disk only when nobody else does")
+
+
+COMPONENTS: tuple[type[Settings], ...] = (PeerSettings, CoordinatorSettings, GovernorSettings)
 S = TypeVar("S", bound=Settings)
 
 

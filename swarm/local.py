@@ -23,6 +23,7 @@ from swarm.processes import die_with
 
 COORDINATOR_START_S = 30.0
 STOP_S = 15.0
+NO_COURTESY = {"SWARM_GOVERNOR_NICE": "0"}  # several peers on one machine shall not yield to each other
 POLL_S = 0.1
 
 
@@ -140,7 +141,7 @@ class LocalSwarm:
         command = [*prefix, *(program or swarm_command()), "join", self.link, "--cpu", "--dir", str(directory)]
         command += ["--threads", str(threads), "--listen", f"{address}:0", "--metrics", "127.0.0.1:0", *options]
         with (directory / "log").open("ab") as sink:
-            process = await _spawn(command, {**self.environment, **(environment or {})}, stdout=sink, stderr=sink)
+            process = await _spawn(command, {**NO_COURTESY, **self.environment, **(environment or {})}, stdout=sink, stderr=sink)
         peer = LocalPeer(name, directory, process)
         self.peers.append(peer)
         return peer

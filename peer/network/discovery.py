@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from hivemind.dht import DHTNode
@@ -117,6 +117,7 @@ class Discovery:
     identity: Identity
     run_id: bytes
     clock: Clock = SystemClock()
+    _issued: set[int] = field(default_factory=set)
 
     @classmethod
     async def start(
@@ -162,6 +163,7 @@ class Discovery:
     ) -> bool:
         """Store our presence; whether some node took it. `clock_offset_s` is what our own clock lacks."""
         now = self.clock.wall_s() + clock_offset_s
+        self._issued.add(int(now))
         presence = Presence(
             run_id=self.run_id,
             addresses=addresses,
@@ -185,6 +187,10 @@ class Discovery:
             log.debug("dht_store_failed", error=str(error))
             return False
         return bool(stored)
+
+    def is_twin(self, presence: Presence) -> bool:
+        """Whether a presence under our key was signed since we began, and not by us: another machine uses the key."""
+        return bool(self._issued) and presence.issued_at > min(self._issued) and presence.issued_at not in self._issued
 
     async def find(self) -> dict[str, Presence]:
         """Peers of the run that the DHT knows, each record signed by its peer."""

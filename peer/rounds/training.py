@@ -84,6 +84,14 @@ class TrainingThread:
         self.last = trained
         return contribution_of(trained)
 
+    def is_stopped(self) -> bool:
+        """Whether the job was told to end."""
+        return self._reason is not None
+
+    async def in_thread(self, work: Callable[[], None]) -> None:
+        """Run something else there, after the present job."""
+        await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
     def stop(self, reason: str) -> None:
         """End the job early; what it has done so far still counts."""
         self._reason = reason

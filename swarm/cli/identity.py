@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from swarm.cli.output import print_fields, print_json
 from swarm.config import PeerSettings, load
-from swarm.errors import KeyFileError
+from swarm.errors import KeyFileError, UsageError
 from swarm.identity import Identity
 
 PASSPHRASE_VARIABLE = "SWARM_PASSPHRASE"  # noqa: S105 - the name of a variable
@@ -38,11 +39,20 @@ def show(path: PathOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def backup(to: Annotated[Path, typer.Option("--to", help="File to write; it must not exist.")], path: PathOption = None) -> None:
-    """Write an encrypted copy of the key. The passphrase is asked for, or taken from SWARM_PASSPHRASE."""
+def backup(
+    to: Annotated[Path | None, typer.Option("--to", help="File to write; it must not exist.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="Show 24 words to write down instead.")] = False,
+    path: PathOption = None,
+) -> None:
+    """Write an encrypted copy of the key, or show it as words. The passphrase is asked for, or taken from SWARM_PASSPHRASE."""
+    identity = Identity.load(_place(path))
+    if words:
+        _show_words(identity)
+        return
+    if to is None:
+        raise UsageError("where to?", "give --to FILE, or --words for 24 words to write down")
     from swarm.backup import encrypt
 
-    identity = Identity.load(_place(path))
     content = encrypt(identity, _passphrase(confirm=True))
     try:
         descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -55,11 +65,20 @@ def backup(to: Annotated[Path, typer.Option("--to", help="File to write; it must
 
 @app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(help="What `swarm identity backup` wrote.")],
+    file: Annotated[Path | None, typer.Argument(help="What `swarm identity backup` wrote.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="Read 24 words from standard input instead.")] = False,
     path: PathOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring a key back from its encrypted copy."""
+    """Bring a key back from its encrypted copy, or from its words."""
+    if words:
+        place = _place(path)
+        identity = _read_words()
+        identity.save(place)
+        _show(identity, place, as_json)
+        return
+    if file is None:
+        raise UsageError("from what?", "name the backup file, or give --words")
     from swarm.backup import decrypt
 
     try:
@@ -70,6 +89,24 @@ def restore(
     identity = decrypt(content, _passphrase(confirm=False))
     identity.save(place)
     _show(identity, place, as_json)
+
+
+def _show_words(identity: Identity) -> None:
+    from swarm.words import to_words
+
+    typer.echo(f"Whoever reads these words has the key of {identity.peer_id}. Write them down; keep no photo.", err=True)
+    numbered = [f"{place:2}. {word:<10}" for place, word in enumerate(to_words(identity), 1)]
+    for start in range(0, len(numbered), 4):
+        typer.echo("".join(numbered[start : start + 4]).rstrip())
+
+
+def _read_words() -> Identity:
+    from swarm.words import from_words
+
+    if sys.stdin.isatty():
+        typer.echo("The 24 words, then an empty line:", err=True)
+        return from_words("\n".join(iter(sys.stdin.readline, "\n")))
+    return from_words(sys.stdin.read(4096))
 
 
 def _place(path: Path | None) -> Path:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.output import configure_logging
-from swarm.config import PeerSettings, find_link, load
+from swarm.config import GovernorSettings, PeerSettings, find_link, load
 from swarm.errors import DiskFull, LinkError, UsageError
 from swarm.messages import JoinLink
 
 if TYPE_CHECKING:
     from peer.daemon import Daemon, DaemonOptions
+    from peer.held import Held
 
 LINK_WAIT_S = 120.0
 CPU = "cpu"
@@ -85,14 +86,40 @@ def command(
     configure_logging(settings.log_level)
     _check(settings)
     target = _read_link(link, settings)
+    from peer.held import Held, Waiting
+
+    held = Held.load(settings.data_dir)
+    rules = load(GovernorSettings)
+    if held is not None and held.holds.first is not None:
+        waiting = Waiting(held, settings.data_dir, settings.metrics, rules)
+        _give_way(asyncio.run(waiting.wait()), settings)
+        return
     devices = _devices(settings.gpu)
     if len(devices) > 1:
         raise typer.Exit(_run_several(devices, str(target), settings))
     from peer.daemon import Daemon
 
-    daemon = Daemon.create(_options(target, devices[0], settings))
-    _welcome(daemon, settings)
-    asyncio.run(_serve(daemon))
+    daemon = Daemon.create(_options(target, devices[0], settings, rules, held))
+    if held is None:
+        _welcome(daemon, settings)
+    else:
+        daemon.status.carry_on(held.status)
+    _give_way(asyncio.run(_serve(daemon)), settings)
+
+
+def _give_way(held: Held | None, settings: PeerSettings) -> None:
+    """Start this program anew in the same process, to wait out a pause or to train again; nothing to do at the end.
+
+    Signals that arrive meanwhile wait until the new program can take them.
+    """
+    if held is None:
+        return
+    from peer.held import HELD_VARIABLE
+
+    held.save(settings.data_dir)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    os.environ[HELD_VARIABLE] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program again
 
 
 def _check(settings: PeerSettings) -> None:
@@ -137,7 +164,7 @@ def _devices(spec: str) -> list[str]:
     return [str(device) for device in choose_devices(spec)]
 
 
-def _options(link: JoinLink, device: str, settings: PeerSettings) -> DaemonOptions:
+def _options(link: JoinLink, device: str, settings: PeerSettings, rules: GovernorSettings, held: Held | None) -> DaemonOptions:
     import torch
 
     from peer.daemon import DaemonOptions
@@ -156,6 +183,8 @@ def _options(link: JoinLink, device: str, settings: PeerSettings) -> DaemonOptio
         max_upload=settings.max_upload,
         max_download=settings.max_download,
         monthly_quota=settings.monthly_quota,
+        rules=rules,
+        control_socket=held.control_socket if held is not None else None,
     )
 
 
@@ -166,11 +195,12 @@ def _welcome(daemon: Daemon, settings: PeerSettings) -> None:
     typer.echo("Ctrl-C completes the round and stops; a second one stops at once.", err=True)
 
 
-async def _serve(daemon: Daemon) -> None:
+async def _serve(daemon: Daemon) -> Held | None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, daemon.wish, "finish")
-    await daemon.serve()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    return await daemon.serve()
 
 
 def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:

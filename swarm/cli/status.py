@@ -1,8 +1,10 @@
-"""`swarm status`, `pause`, `resume`, `finish` and `stop`: talk to the daemons of this machine over their control sockets."""
+"""`swarm status`, `pause`, `snooze`, `resume`, `finish` and `stop`: talk to this machine's daemons over their control sockets."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +12,22 @@ import typer
 
 from swarm.cli.output import print_fields, print_json
 from swarm.config import PeerSettings, load
-from swarm.control import SOCKET_NAME, ask
-from swarm.errors import NotRunning, SwarmError
+from swarm.control import SOCKET_NAME, TIMEOUT_S, ask
+from swarm.errors import NotRunning, SwarmError, UsageError
 from swarm.units import format_rate, format_size
 
 DirOption = Annotated[Path | None, typer.Option("--dir", help="The peer's folder, if it isn't the configured one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
+GpuOption = Annotated[str | None, typer.Option("--gpu", help="Only the peer on this GPU; by default all of this machine.")]
+
+EFFECT_S = 2.0
+LOOK_EVERY_S = 0.1
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def status(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
     """What the peer on this machine is doing, and why."""
-    answers = _ask_all(_folder(data_dir), "status")
+    answers = _ask_all(_folders(_folder(data_dir)), "status")
     if as_json:
         print_json(answers[0] if len(answers) == 1 else answers)
         return
@@ -28,46 +35,99 @@ def status(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
         print_fields(_summary(answer))
 
 
-def pause(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
+def pause(data_dir: DirOption = None, gpu: GpuOption = None, as_json: JsonOption = False) -> None:
     """Stop training now and free the device."""
-    _tell(data_dir, "pause", as_json)
+    _tell(data_dir, gpu, "pause", as_json)
 
 
-def resume(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
+def snooze(
+    duration: Annotated[str, typer.Argument(help="How long: 30m, 2h, 1d.")],
+    data_dir: DirOption = None,
+    gpu: GpuOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pause for a while; training goes on by itself."""
+    _tell(data_dir, gpu, "snooze", as_json, seconds=parse_duration(duration))
+
+
+def resume(data_dir: DirOption = None, gpu: GpuOption = None, as_json: JsonOption = False) -> None:
     """Go on training after a pause."""
-    _tell(data_dir, "resume", as_json)
+    _tell(data_dir, gpu, "resume", as_json)
 
 
-def finish(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
+def finish(data_dir: DirOption = None, gpu: GpuOption = None, as_json: JsonOption = False) -> None:
     """Complete the round, get the receipt, then stop."""
-    _tell(data_dir, "finish", as_json)
+    _tell(data_dir, gpu, "finish", as_json)
 
 
-def stop(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
+def stop(data_dir: DirOption = None, gpu: GpuOption = None, as_json: JsonOption = False) -> None:
     """Stop the peer now."""
-    _tell(data_dir, "stop", as_json)
+    _tell(data_dir, gpu, "stop", as_json)
 
 
-def _tell(data_dir: Path | None, verb: str, as_json: bool) -> None:
-    answers = _ask_all(_folder(data_dir), verb)
+def parse_duration(text: str) -> float:
+    """Seconds in `90s`, `30m`, `2h`, `1d` or `1h30m`. Raises `UsageError`."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.lower())
+    if not parts or "".join(number + unit for number, unit in parts) != text.lower().replace(" ", ""):
+        raise UsageError(f"{text!r} is not a duration", "write for example 30m, 2h or 1d")
+    return sum(float(number) * UNITS_S[unit] for number, unit in parts)
+
+
+def _tell(data_dir: Path | None, gpu: str | None, verb: str, as_json: bool, **arguments: Any) -> None:
+    folders = _folders(_folder(data_dir), gpu)
+    answers = _settled(folders, _ask_all(folders, verb, **arguments))
     if as_json:
         print_json(answers[0] if len(answers) == 1 else answers)
         return
     for answer in answers:
-        typer.echo(f"{answer['peer_id']}: {verb} accepted, now {answer['state']}")
+        typer.echo(f"{answer['peer_id']}: {verb} accepted, {_now(answer)}")
+
+
+def _settled(folders: list[Path], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers once the verb has taken effect, or after two seconds with what it waits for."""
+    deadline = time.monotonic() + EFFECT_S
+    while any(answer.get("waits_for") for answer in answers) and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY_S)
+        try:
+            fresh = _ask_all(folders, "status", EFFECT_S)
+        except SwarmError:
+            return [_gone(answer) for answer in answers]
+        answers = [{**now, "accepted": answer["accepted"]} for now, answer in zip(fresh, answers, strict=True)]
+    return answers
+
+
+def _gone(answer: dict[str, Any]) -> dict[str, Any]:
+    """A peer that doesn't answer any more has ended, if it was to."""
+    return {**answer, "waits_for": "", "state": "stopped"} if answer["accepted"] in ("finish", "stop") else answer
+
+
+def _now(answer: dict[str, Any]) -> str:
+    detail = f" ({answer['detail']})" if answer.get("detail") else ""
+    waiting = answer.get("waits_for")
+    return f"waits for {waiting}" if waiting else f"now {answer['state']}{detail}"
 
 
 def _folder(data_dir: Path | None) -> Path:
     return load(PeerSettings, {"data_dir": data_dir}).data_dir
 
 
-def _ask_all(folder: Path, verb: str) -> list[dict[str, Any]]:
+def _folders(folder: Path, gpu: str | None = None) -> list[Path]:
+    """Folders of the running peers, or of the one on a GPU. Raises `NotRunning`."""
     folders = [path.parent for path in sorted([*folder.glob(SOCKET_NAME), *folder.glob(f"gpu-*/{SOCKET_NAME}")])]
     if not folders:
         raise NotRunning(f"no peer is running in {folder}", "start one with: swarm join LINK")
+    if gpu is None:
+        return folders
+    devices = [answer["device"] for answer in _ask_all(folders, "status")]
+    chosen = [path for path, device in zip(folders, devices, strict=True) if device in (gpu, f"cuda:{gpu}")]
+    if not chosen:
+        raise NotRunning(f"no peer is running on GPU {gpu}", f"running: {', '.join(devices)}")
+    return chosen
 
+
+def _ask_all(folders: list[Path], verb: str, timeout_s: float = TIMEOUT_S, **arguments: Any) -> list[dict[str, Any]]:
     async def everybody() -> list[dict[str, Any]]:
-        return list(await asyncio.gather(*(ask(path, verb) for path in folders)))
+        return list(await asyncio.gather(*(ask(path, verb, timeout_s, **arguments) for path in folders)))
 
     answers = asyncio.run(everybody())
     for path, answer in zip(folders, answers, strict=True):
@@ -83,6 +143,9 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "peer": answer["peer_id"],
         "run": f"{answer['run_name']} ({answer['run_id'][:12]})",
         "state": f"{answer['state']}: {answer['explanation']}",
+        **({"detail": answer["detail"]} if answer["detail"] else {}),
+        **({"hint": answer["hint"]} if answer["hint"] and not answer["earning"] else {}),
+        **({"waits for": answer["waits_for"]} if answer["waits_for"] else {}),
         "round": f"{answer['round']}, {answer['roster_size']} peers",
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
@@ -90,6 +153,7 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "credits": ", ".join(f"{value:.6f} {state}" for state, value in earned.items()) or "none yet",
         "reports waiting": answer["reports_waiting"],
         "coordinator": "reachable" if answer["coordinator_reachable"] else "away; reports are kept and sent later",
+        **({"warning": answer["warning"]} if answer.get("warning") else {}),
         **({"error": answer["error"]} if answer["error"] else {}),
     }
 

@@ -113,3 +113,11 @@ def test_old_days_are_forgotten(path: Path) -> None:
         clock.advance(DAY_S)
     assert len(usage.days) == KEEP_DAYS
     assert len(usage.months) == 7
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"), [("2026-11-24", "2026-12-01"), ("2026-12-31", "2027-01-01"), ("2028-02-01", "2028-03-01")]
+)
+def test_the_next_month_begins_at_its_first_midnight(path: Path, now: str, expected: str) -> None:
+    """A used-up quota lasts until the first day of the next month, UTC, also over the turn of the year."""
+    assert Usage.load(path, 1, at(f"{now}T12:00:00")).next_month_s == at(f"{expected}T00:00:00").wall_s()

@@ -151,3 +151,21 @@ async def test_a_dht_of_one_answers_in_time(start_node) -> None:
     await discovery.announce(["/ip4/127.0.0.1/tcp/1"], 1, "0.1.0", True)
     assert set(await discovery.find()) <= {member.peer}
     await discovery.close()
+
+
+async def test_a_key_that_two_machines_use_is_noticed(swarm_of_three) -> None:
+    """Somebody else's newer presence under our own key is a twin's; our own and those of an earlier start are not."""
+    (one, two, _), _ = swarm_of_three
+    before = Presence(run_id=RUN, issued_at=int(one.clock.wall_s()) - 100)
+    assert await one.announce([], 1, "0.1.0", True)
+    mine = (await asyncio.wait_for(one.find(), 10))[one.identity.peer_id]
+    assert not one.is_twin(mine)
+    assert not one.is_twin(before)
+    twin = Discovery(two.dht, two.node, one.identity, RUN)
+    assert await twin.announce(["/ip4/127.0.0.1/tcp/2"], 1, "0.1.0", True, clock_offset_s=5.0)
+
+    async def noticed() -> bool:
+        found = (await one.find()).get(one.identity.peer_id)
+        return found is not None and one.is_twin(found)
+
+    await eventually(noticed, "the twin", 30)

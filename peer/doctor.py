@@ -1,0 +1,419 @@
+"""Looking a machine over before it joins: each finding is a line, and where something is wrong a hint and an exit code.
+
+It does what joining does, in the same order, and stops where nothing further can be found out. It announces the key to the
+coordinator, as joining would, and trains a few seconds on random tokens to know how fast this machine is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch.nn import functional
+
+from peer.admissions import Admissions
+from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
+from peer.device import choose_devices, free_host_bytes, hardware_class
+from peer.finding import Finder
+from peer.model import build_model
+from peer.network.dialback import DIAL, port_of
+from peer.network.node import Node, PeerFailure
+from peer.network.p2pd import P2pdOptions
+from peer.rounds.post import PING
+from swarm import __version__
+from swarm.credits import FLOPS_PER_CREDIT
+from swarm.errors import (
+    CoordinatorUnreachable,
+    DiskFull,
+    NetworkBroken,
+    NoDevice,
+    OutOfMemory,
+    Rejected,
+    SwarmError,
+    UsageError,
+    VersionTooOld,
+)
+from swarm.identity import Identity
+from swarm.manifest import Manifest
+from swarm.messages import JoinLink, parse
+from swarm.rpc.client import RunInfo
+from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
+from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest
+
+NEWEST_PYTHON = (3, 14)
+RESERVE_BYTES = 256 << 20
+BYTES_PER_PARAMETER = 4 * 8
+PROBE_BYTES, PROBES = 1 << 20, 4
+CONNECT_S, CALL_S = 10.0, 20.0
+SPEED_S = 3.0
+SPEED_SAMPLES = 4
+HOUR_S = 3600
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. `error` is what joining would end with; without one, all is well or, with a hint, could be better."""
+
+    name: str
+    text: str
+    hint: str = ""
+    error: SwarmError | None = None
+
+    @property
+    def status(self) -> str:
+        """ok, note or FAIL."""
+        return "FAIL" if self.error is not None else "note" if self.hint else "ok"
+
+    @property
+    def exit_code(self) -> int:
+        """What `swarm` would exit with."""
+        return self.error.exit_code if self.error is not None else 0
+
+
+def failed(name: str, error: SwarmError) -> Finding:
+    """The finding behind an error."""
+    return Finding(name, error.message, error.hint, error)
+
+
+@dataclass
+class Doctor:
+    """Examines one machine for one run."""
+
+    link: JoinLink | None
+    directory: Path
+    identity_path: Path
+    gpu: str = "auto"
+    listen: str = "0.0.0.0:0"
+    inbound: bool = True
+    served_by_others: bool | None = None
+    reachable: bool | None = None
+    tokens_per_s: float = 0.0
+    _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+
+    async def examine(self) -> AsyncIterator[Finding]:
+        """Every finding, as soon as it is known; ends after the first that makes the rest impossible."""
+        for finding in self.machine():
+            yield finding
+        if self.link is None:
+            yield Finding(
+                "run", "no join link, so only this machine was looked at", "give the link to check the run and the network"
+            )
+            return
+        async with self._stack:
+            async for finding in self._network(self.link):
+                yield finding
+
+    def machine(self) -> Iterator[Finding]:
+        """What needs no network."""
+        yield python_version(sys.version_info[:2])
+        yield self._device()
+        yield self._key()
+
+    def _device(self) -> Finding:
+        if self.gpu == "cpu":
+            return Finding("device", f"{torch.get_num_threads()} processor threads, {platform.machine()}")
+        try:
+            devices = choose_devices(self.gpu)
+        except SwarmError as error:
+            return failed("device", NoDevice(error.message, _driver_hint()))
+        for device in devices:
+            too_new = architecture_problem(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+            if too_new:
+                return failed("device", NoDevice(f"{torch.cuda.get_device_name(device)}: {too_new}", "install a newer torch"))
+        names = ", ".join(torch.cuda.get_device_name(device) for device in devices)
+        return Finding("device", f"{names}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+
+    def _key(self) -> Finding:
+        if not self.identity_path.exists():
+            return Finding("key", f"none yet; joining makes one at {self.identity_path}")
+        try:
+            return Finding("key", Identity.load(self.identity_path).peer_id)
+        except SwarmError as error:
+            return failed("key", error)
+
+    async def _network(self, link: JoinLink) -> AsyncIterator[Finding]:
+        finding = await resolve(link)
+        yield finding
+        if finding.error is None:
+            finding = await dial(link)
+            yield finding
+        if finding.error is not None:
+            return
+        try:
+            self._stack.enter_context(_made_folder(self.directory))
+            identity = Identity.load_or_create(self.identity_path)
+        except SwarmError as error:
+            yield failed("key", error)
+            return
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-doctor-")))
+        coordination = Coordination(link, identity, folder)
+        self._stack.push_async_callback(coordination.close)
+        try:
+            run = await coordination.describe()
+        except SwarmError as error:
+            yield failed("coordinator", error)
+            return
+        yield Finding("coordinator", f"its key is the link's; run {run.manifest.name}, version {run.version}")
+        wrong = False
+        for finding in self._needs(run.manifest):
+            wrong = wrong or finding.error is not None
+            yield finding
+        if not wrong:
+            async for finding in self._swarm(run, coordination, identity):
+                yield finding
+
+    def _needs(self, manifest: Manifest) -> Iterator[Finding]:
+        yield version(manifest)
+        yield memory(manifest, free_host_bytes())
+        yield disk(manifest, self.directory)
+
+    async def _swarm(self, run: RunInfo, coordination: Coordination, identity: Identity) -> AsyncIterator[Finding]:
+        host, _, port = self.listen.rpartition(":")
+        listen = f"/{'ip6' if ':' in host else 'ip4'}/{host.strip('[]') or '0.0.0.0'}/tcp/{port}"  # noqa: S104 - as joining would
+        try:
+            node = await Node.start(P2pdOptions(self.identity_path, (listen,), (), self.inbound))
+        except SwarmError as error:
+            yield failed("libp2p", error)
+            return
+        self._stack.push_async_callback(node.close)
+        yield Finding("libp2p", f"listens at {', '.join(node.addresses) or 'nothing: dials out only'}")
+        device = torch.device("cpu") if self.gpu == "cpu" else choose_devices(self.gpu)[0]
+        standing = Standing(0, "starting", hardware_class(device), self.inbound)
+        admissions = Admissions(run.run_id, run.coordinator)
+        try:
+            answer = await coordination.announce(node, standing)
+            admissions.admit(answer.admission)
+        except SwarmError as error:
+            yield failed("admission", error)
+            return
+        except Rejected as error:
+            yield failed("admission", SwarmError(f"the coordinator says {error}", ""))
+            return
+        yield Finding("admission", f"{identity.peer_id} is admitted")
+        yield clock(coordination.clock_offset_s)
+        async for finding in self._peers(run, coordination, node, answer, admissions, identity, standing):
+            yield finding
+        with contextlib.suppress(SwarmError, Rejected, TimeoutError):
+            await asyncio.wait_for(coordination.announce(node, standing, leaving=True), CALL_S)
+        self.tokens_per_s = await asyncio.to_thread(measure_tokens_per_s, run.manifest, device)
+        yield Finding("training", f"{self.tokens_per_s:,.0f} tokens/s, from {SPEED_S:.0f} s on random tokens")
+        yield Finding("verdict", self._verdict(run.manifest))
+
+    async def _peers(
+        self,
+        run: RunInfo,
+        coordination: Coordination,
+        node: Node,
+        answer: AnnounceResponse,
+        admissions: Admissions,
+        identity: Identity,
+        standing: Standing,
+    ) -> AsyncIterator[Finding]:
+        others = [peer for peer in answer.peers if peer.peer_id != identity.peer_id]
+        if not others:
+            yield Finding("peers", "nobody else is there yet", "you would begin the run; inbound and speed can't be measured")
+            return
+        finder = Finder(node, identity, run.run_id, coordination, lambda: standing, self.inbound, lambda reason: None)
+        await finder.start()
+        self._stack.push_async_callback(finder.close)
+        await finder.meet()
+        connected = await node.connected()
+        here = [peer.peer_id for peer in others if peer.peer_id in connected]
+        if not here:
+            text = f"none of {len(others)} peers can be reached"
+            yield failed("peers", NetworkBroken(text, "allow outgoing TCP connections to any port"))
+            return
+        found = len(await finder.discovery.find()) if finder.discovery is not None else 0
+        yield Finding("peers", f"{len(here)} of {len(others)} are connected; the DHT knows {found}")
+        yield await self._dialled_back(run, node, here, admissions, identity)
+        yield self._relays(here, node)
+        yield await self._speed(here[0], node)
+
+    async def _dialled_back(
+        self, run: RunInfo, node: Node, peers: list[str], admissions: Admissions, identity: Identity
+    ) -> Finding:
+        ports = [port_of(address) for address in node.addresses if port_of(address)]
+        if not self.inbound or not ports:
+            self.reachable = False
+            return Finding("inbound", "not wanted: dials out only", "you earn the same; others serve what you have")
+        token = admissions.token(identity.peer_id)
+        request = RelayRequest(
+            run_id=run.run_id, to=identity.peer_id, call=DIAL, payload=ports[0].to_bytes(2, "big"), admission=token
+        )
+        for peer in peers[:3]:
+            with contextlib.suppress(PeerFailure, Rejected):
+                reply = parse(RelayReply, await node.call(peer, DIAL, request.SerializeToString(), CALL_S), peer)
+                self.reachable = not reply.failed
+                if self.reachable:
+                    return Finding("inbound", "a peer has dialled back")
+        if self.reachable is None:
+            return Finding("inbound", "no peer answered the question whether it can dial us", "ask again in a minute")
+        return Finding(
+            "inbound", "peers can't dial you", f"forward TCP port {ports[0]} (with --listen), or join with --no-inbound"
+        )
+
+    def _relays(self, here: list[str], node: Node) -> Finding:
+        relays = [peer for peer in here if not node.is_dial_only(peer)]
+        self.served_by_others = bool(relays)
+        if relays:
+            return Finding("relay", f"{len(relays)} peers would pass on what others want from you")
+        return Finding("relay", "nobody here accepts connections", "if you don't either, only peers that you dial can be reached")
+
+    async def _speed(self, peer: str, node: Node) -> Finding:
+        """How fast a peer takes bytes from us, by calls that it answers with nothing."""
+        started = time.monotonic()
+        try:
+            for _ in range(PROBES):
+                await node.call(peer, PING, bytes(PROBE_BYTES), CALL_S)
+        except (PeerFailure, Rejected) as error:
+            return Finding("upload", f"not measured: {error}", "try again in a minute")
+        rate = PROBES * PROBE_BYTES / (time.monotonic() - started)
+        return Finding("upload", f"{rate * 8 / 1e6:,.1f} Mbit/s to one peer")
+
+    def _verdict(self, manifest: Manifest) -> str:
+        if self.reachable:
+            served = "others can dial you"
+        elif self.served_by_others:
+            served = "you'd be served by others"
+        else:
+            served = "you'd dial the others"
+        per_hour = self.tokens_per_s * manifest.credit.flops_per_token * HOUR_S / FLOPS_PER_CREDIT
+        return f"you can join; {served}; about {per_hour:.3g} credits an hour"
+
+
+def python_version(found: tuple[int, int]) -> Finding:
+    """Python is one that the libraries have been built for."""
+    text = f"Python {found[0]}.{found[1]}, swarm {__version__}"
+    if not (3, 11) <= found < NEWEST_PYTHON:
+        return failed("python", UsageError(f"{text}: needs Python 3.11, 3.12 or 3.13", "make PYTHON=python3.11 venv"))
+    return Finding("python", text)
+
+
+def architecture_problem(capability: tuple[int, int], built_for: list[str]) -> str:
+    """Why this torch can't use a GPU of that compute capability; empty if it can. `built_for` is like `sm_80`, `compute_90`."""
+    wanted = capability[0] * 10 + capability[1]
+    known = [(name.partition("_")[0], int(name.partition("_")[2].rstrip("af"))) for name in built_for if "_" in name]
+    if not known or any(kind == "sm" and number // 10 == capability[0] and number <= wanted for kind, number in known):
+        return ""
+    if any(kind == "compute" and number <= wanted for kind, number in known):
+        return ""
+    numbers = [number for _, number in known]
+    kind = "too new" if wanted > max(numbers) else "too old"
+    return f"compute capability {capability[0]}.{capability[1]} is {kind} for this torch, built for {', '.join(built_for)}"
+
+
+def _driver_hint() -> str:
+    try:
+        import pynvml  # noqa: PLC0415 - only where no GPU is usable
+
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+    except ImportError:
+        return "use --cpu to train on the processor"
+    except pynvml.NVMLError:
+        return "install NVIDIA's driver, or use --cpu to train on the processor"
+    return f"the driver {driver} is there, but torch (CUDA {torch.version.cuda}) can't use it: update the driver or torch"
+
+
+async def resolve(link: JoinLink) -> Finding:
+    """The coordinator's name has an address."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await asyncio.wait_for(loop.getaddrinfo(link.host, link.port, type=socket.SOCK_STREAM), CONNECT_S)
+    except (OSError, TimeoutError) as error:
+        why = getattr(error, "strerror", None) or "no answer"
+        problem = CoordinatorUnreachable(f"{link.host} has no address: {why}", "check the link, and this machine's DNS")
+        return failed("dns", problem)
+    return Finding("dns", f"{link.host} is {found[0][4][0]}")
+
+
+async def dial(link: JoinLink) -> Finding:
+    """Something accepts connections there."""
+    started = time.monotonic()
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(link.host, link.port), CONNECT_S)
+    except (OSError, TimeoutError) as error:
+        why = getattr(error, "strerror", None) or "no answer"
+        hint = f"is the coordinator running? does a firewall stop outgoing TCP to port {link.port}?"
+        return failed("tcp", CoordinatorUnreachable(f"nothing accepts connections at {link.address}: {why}", hint))
+    writer.close()
+    return Finding("tcp", f"{link.address} answers in {(time.monotonic() - started) * 1000:.0f} ms")
+
+
+def version(manifest: Manifest) -> Finding:
+    """The run takes this version."""
+
+    def parts(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(".")[:3])
+
+    if parts(__version__) < parts(manifest.min_client_version):
+        text = f"the run needs version {manifest.min_client_version}, this is {__version__}"
+        return failed("version", VersionTooOld(text, "update with: pip install --upgrade swarm-train"))
+    return Finding("version", f"{__version__}, the run needs {manifest.min_client_version}")
+
+
+def memory(manifest: Manifest, free_bytes: int) -> Finding:
+    """Weights, gradients, snapshots and optimizer state fit."""
+    needed = manifest.model.parameters * BYTES_PER_PARAMETER
+    text = f"{needed / 1e9:.1f} GB needed, {free_bytes / 1e9:.1f} GB free of {psutil.virtual_memory().total / 1e9:.0f} GB"
+    if free_bytes < needed:
+        return failed("memory", OutOfMemory(text, "close other programs, or join a run with a smaller model"))
+    return Finding("memory", text)
+
+
+def disk(manifest: Manifest, directory: Path) -> Finding:
+    """The run's files and two checkpoints fit."""
+    trees = [manifest.tokenizer, *manifest.data.train, *manifest.data.validation]
+    needed = sum(tree.size_bytes for tree in trees) + manifest.model.parameters * 4 * 3 * 2 + RESERVE_BYTES
+    place = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    text = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {place}"
+    if free < needed:
+        return failed("disk", DiskFull(text, "free some space, or choose another place with --dir"))
+    return Finding("disk", text)
+
+
+def clock(offset_s: float) -> Finding:
+    """This machine's clock agrees with the coordinator's."""
+    text = f"{abs(offset_s):.0f} s {'behind' if offset_s > 0 else 'ahead of'} the coordinator's"
+    if abs(offset_s) <= CLOCK_WARNING_S:
+        return Finding("clock", text)
+    return Finding("clock", text, "set this machine's clock: timedatectl set-ntp true")
+
+
+def measure_tokens_per_s(manifest: Manifest, device: torch.device, seconds: float = SPEED_S) -> float:
+    """Forward and backward passes of the run's model on random tokens, for a few seconds."""
+    network = build_model(manifest.model).to(device).train()
+    length, vocabulary = manifest.data.sequence_length, int(manifest.model.config.get("vocab_size", 2))
+    batch = torch.randint(vocabulary, (SPEED_SAMPLES, length + 1), device=device)
+    done, started = -1, time.monotonic()
+    while done < 1 or time.monotonic() - started < seconds:
+        logits = network(input_ids=batch[:, :-1], use_cache=False).logits
+        torch.autograd.backward(functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten()))
+        network.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done += 1
+        if done == 0:
+            started = time.monotonic()
+    return done * SPEED_SAMPLES * length / (time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _made_folder(directory: Path) -> Iterator[None]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(f"can't write to {directory}: {error.strerror}", "choose another place with --dir") from error
+    yield
