@@ -170,7 +170,12 @@ async def _serve(daemon: Daemon) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, daemon.wish, "finish")
-    await daemon.serve()
+    try:
+        await daemon.serve()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C while the interpreter ends changes nothing any more
 
 
 def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:
