@@ -73,15 +73,17 @@ class Outbox:
             path.replace(self.outbox / path.name)
         return len(again)
 
-    def newest_receipt(self) -> Receipt | None:
-        """The receipt with the latest place in the ledger; damaged ones are passed over."""
-        found = []
+    def newest_receipts(self, after: str) -> dict[str, Receipt]:
+        """The last receipts of reports that could be posted again, by name, from `after` on; damaged ones are left out."""
+        found = {}
         for path in sorted(self.receipts.glob("*.receipt"))[-LOOKED_AT:]:
+            if path.stem < after or not (self.posted / f"{path.stem}.pb").exists():
+                continue
             try:
-                found.append(parse(Receipt, parse(Signed, read(path)).payload))
+                found[path.stem] = parse(Receipt, parse(Signed, read(path)).payload)
             except (OSError, Rejected) as error:
                 log.warning("receipt_damaged", receipt=path.stem, error=str(error))
-        return max(found, key=lambda receipt: receipt.ledger_index, default=None)
+        return found
 
     def last_refusal(self) -> str:
         """Why the newest refused report was refused."""
@@ -127,6 +129,7 @@ class Reporter:
         self._checked: CoordinatorClient | None = None
         self._checked_s = 0.0
         self._highest_index = -1
+        self._checked_to = ""
 
     async def add(self, identity: Identity, report: RoundReport) -> None:
         """Queue the report of a round in which our contribution counted."""
@@ -197,18 +200,22 @@ class Reporter:
             await asyncio.sleep(LAST_RETRY_S)
 
     async def _check_ledger(self, client: CoordinatorClient) -> None:
-        """Hold the ledger against our newest receipt: if it doesn't contain that history, report everything again.
+        """Hold the ledger against our receipts since the last look: if it lacks a history that one names, report all again.
 
-        A coordinator that was restored from a backup has forgotten what we hold receipts for. Reporting twice does no harm.
+        A coordinator that was restored from a backup has forgotten what we hold receipts for, and may have given new ones since;
+        so each is looked at, not only the last. Reporting twice does no harm.
         """
-        receipt = await asyncio.to_thread(self.outbox.newest_receipt)
+        receipts = await asyncio.to_thread(self.outbox.newest_receipts, self._checked_to)
         try:
-            rewritten = receipt is not None and not await _extends(client, receipt)
+            rewritten = False
+            for receipt in receipts.values():
+                rewritten = rewritten or not await _extends(client, receipt)
         except SwarmError:
             return
         again = await asyncio.to_thread(lambda: self.outbox.post_again(everything=rewritten))
         if rewritten:
             log.warning("ledger_rewritten", reports_again=again)
+        self._checked_to = "" if rewritten else max(receipts, default=self._checked_to)
         self._checked, self._checked_s = client, self.clock.monotonic_s()
 
     async def _post(self, client: CoordinatorClient, path: Path) -> bool:

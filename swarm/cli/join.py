@@ -200,7 +200,15 @@ async def _serve(daemon: Daemon) -> Held | None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, daemon.wish, "finish")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    return await daemon.serve()
+    held = None
+    try:
+        held = await daemon.serve()
+    finally:
+        if held is None:  # a second Ctrl-C while the interpreter ends changes nothing any more
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
+    return held
 
 
 def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:

@@ -183,6 +183,28 @@ async def test_a_restored_coordinator_gets_lost_reports_again(tmp_path: Path) ->
     assert restored.rounds == [1, 2, 3, 4]
 
 
+async def test_a_new_receipt_doesnt_hide_forgotten_ones(tmp_path: Path) -> None:
+    """Where a restored coordinator has given a receipt before anybody looked, what it forgot before is still reported again."""
+    first, restored = FakeCoordinator(), FakeCoordinator()
+    for number in range(3):
+        first.tree.append(leaf_hash(b"before the backup, %d" % number))
+        restored.tree.append(leaf_hash(b"before the backup, %d" % number))
+    posting, _ = reporter(tmp_path, first)
+    for number in (1, 2):
+        await posting.add(PEER, finished(number))
+    assert await posting.post_all()
+    for number in range(9):
+        restored.tree.append(leaf_hash(b"of others, %d" % number))
+    unaware, _ = reporter(tmp_path, restored)
+    unaware._checked, unaware._checked_s = restored, unaware.clock.monotonic_s()  # type: ignore[assignment]
+    await unaware.add(PEER, finished(3))
+    assert await unaware.post_all()
+    assert restored.rounds == [3]
+    unaware._checked = None
+    assert await unaware.post_all()
+    assert sorted(set(restored.rounds)) == [1, 2, 3]
+
+
 async def test_a_lost_receipt_is_asked_for_again(tmp_path: Path) -> None:
     """Of posted reports, the one whose receipt file is gone is posted once more, and no other."""
     coordinator = FakeCoordinator()
