@@ -15,6 +15,7 @@ import structlog
 
 from peer import outer
 from peer.codec import Codecs, Vector
+from peer.network.node import PeerFailure
 from peer.outer import OuterState
 from peer.rounds import agreement
 from peer.rounds.entering import Entered, Entry
@@ -240,7 +241,7 @@ class Engine:
                 try:
                     await self._play_round(self.place)
                 except RepairNeeded:
-                    await self._repair_state(self.place)
+                    await self._mend(self.place)
                 except Behind:
                     log.warning("fell_behind", round=self.place.round_index)
                     self.place = None
@@ -498,7 +499,7 @@ class Engine:
         self._download, self._backlog = None, []
         try:
             state = download.result()
-        except (Rejected, OSError, RuntimeError) as error:
+        except (PeerFailure, Rejected, OSError, RuntimeError) as error:
             log.warning("download_failed", error=str(error))
             raise Behind from error
         for merged, tokens in backlog:
@@ -589,6 +590,14 @@ class Engine:
                 async with asyncio.timeout(0.5):
                     await self._results_changed.wait()
         raise Behind
+
+    async def _mend(self, place: Place) -> None:
+        """Repair our state, or enter anew where that can't be done."""
+        try:
+            await self._repair_state(place)
+        except (Behind, PeerFailure, Rejected) as error:
+            log.warning("not_repaired", round=place.round_index, error=str(error))
+            self.place = None
 
     async def _repair_state(self, place: Place) -> None:
         """Our root isn't the majority's. Compute again: if that gives theirs, our memory was wrong; otherwise fetch what differs.

@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 
 from peer.recipes import demo_manifest
-from swarm.local import LocalSwarm
+from swarm.local import LocalPeer, LocalSwarm
 from swarm.scenario import Scenario, last_contribution, last_round, write_run
 from tests.disturbed import program
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ATTEMPTS = 4
+
+
+async def waits_for_others(peer: LocalPeer) -> bool:
+    """Whether a peer has begun the run, so that newcomers get their state from it."""
+    return (await peer.status()).get("state") == "gathering"
 
 
 @pytest.mark.parametrize(("lie", "reason"), [("wrong_chunks", "wrong_bytes"), ("endless", "too_large")])
@@ -31,6 +37,7 @@ async def test_a_donor_that_sends_wrong_bytes_is_named(tmp_path: Path, lie: str,
     async with LocalSwarm(tmp_path / "swarm") as local:
         swarm = Scenario(local, folder)
         await swarm.start(1)
+        await eventually(lambda: waits_for_others(swarm.peers["p0"]), "the honest peer begins the run")
         await swarm.join("p1", program=program(lie))
         await swarm.until_round(3)
         liar = swarm.identity("p1").peer_id
