@@ -40,14 +40,14 @@ format: $(INSTALLED) ## Lay the code out
 
 types: $(INSTALLED) ## Check types, strictly
 	$(BIN)/mypy
-	$(BIN)/mypy docs/generate.py .ci/verdict.py
+	$(BIN)/mypy docs/generate.py docs/picture.py .ci/verdict.py
 
 imports: $(INSTALLED) ## Check who imports whom
 	$(BIN)/lint-imports
 
 # psycopg is loaded by SQLAlchemy, by the name in the database's URL.
 deps: $(INSTALLED) ## Check that what is imported is declared, and the other way round
-	$(BIN)/deptry . --exclude '\.venv|\.ci|tests|bench|docs|deploy' --optional-dependencies-dev-groups dev \
+	$(BIN)/deptry . --exclude '\.venv|\.ci|tests|bench|docs|deploy' --optional-dependencies-dev-groups dev,bench \
 		--per-rule-ignores 'DEP002=psycopg' \
 		--package-module-name-map 'protobuf=google,grpcio=grpc,nvidia-ml-py=pynvml,pyyaml=yaml,grpcio-health-checking=grpc_health,pynacl=nacl'
 
