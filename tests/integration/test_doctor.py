@@ -16,7 +16,7 @@ from swarm.messages import JoinLink
 from tests.runs import LiveRun, Outcome, run_command
 from tests.world import manifest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 NOWHERE = JoinLink("127.0.0.1", 1, bytes(32), bytes(32))
 
 

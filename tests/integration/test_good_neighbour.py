@@ -18,7 +18,7 @@ from swarm.local import LocalPeer, LocalSwarm, swarm_command
 from tests.runs import LiveRun, clean_environment, run_command
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 PAUSED_BYTES = 200_000_000
 
