@@ -451,6 +451,8 @@ class Engine:
         mine = proposal.included(run.setup.me)
         self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
         snapshot = await self._apply(merged, tokens)
+        run.exchange.forget_merged()
+        del merged
         services.observer.phase("exchange", completed_s - (run.committed_s or completed_s))
         services.observer.phase("apply", services.clock.monotonic_s() - completed_s)
         self._retire(run, proposal)

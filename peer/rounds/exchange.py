@@ -108,6 +108,10 @@ class Exchange:
             raise ValueError(f"{len(self._filled)} of {self.codec.part_count} merged parts")
         return self._merged
 
+    def forget_merged(self) -> None:
+        """Free the merged update, once it is applied; `collected_again` makes it anew from the stored parts."""
+        self._merged, self._filled = None, set()
+
     def collected_again(self, proposal: ProposalFacts, spans: Sequence[SpanFacts]) -> Vector | None:
         """The merged update, decoded once more from stored parts whose hashes are checked again. Raises `Rejected`."""
         if not proposal.contributors:

@@ -26,7 +26,6 @@ class TrainingThread:
 
     trainer: Trainer
     on_progress: Callable[[Progress], None] = lambda progress: None
-    last: TrainedUpdate | None = None
     _reason: str | None = None
     _ahead: _Ahead | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="training"))
@@ -81,7 +80,6 @@ class TrainingThread:
             self._reason = "cancelled"
             await asyncio.wait([job])
             raise
-        self.last = trained
         return contribution_of(trained)
 
     def is_stopped(self) -> bool:
