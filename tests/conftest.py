@@ -11,6 +11,8 @@ from swarm.local import LocalPeer, LocalSwarm
 from tests.runs import LiveRun, LoopThread, Run, Sharing, make_run
 from tests.waiting import eventually
 
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # as `swarm join` does: p2pd is started by fork and exec
+
 START_S = 170.0
 NICENESS = 5
 
