@@ -50,7 +50,8 @@ def _draw(frame: str) -> None:
     console = Console(record=True, width=COLUMNS, file=StringIO(), force_terminal=True)
     console.print(Text("$ swarm demo", style="bold"))
     console.print(Text.from_ansi(frame))
-    console.save_svg(str(PICTURE), title="swarm demo")
+    drawing = console.export_svg(title="swarm demo")
+    PICTURE.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL))  # nothing is loaded from elsewhere
 
 
 if __name__ == "__main__":
