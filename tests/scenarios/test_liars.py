@@ -56,7 +56,9 @@ async def test_a_donor_that_sends_wrong_bytes_is_named(tmp_path: Path, lie: str,
 async def test_a_peer_that_signs_another_root_convinces_nobody(scenario: Any) -> None:
     """p2 signs a root that isn't its state's: nobody repairs towards it, a newcomer takes the majority's, it earns nothing."""
     async with scenario(3) as swarm:
-        await swarm.start(2)
+        await swarm.start(1)
+        await eventually(lambda: waits_for_others(swarm.peers["p0"]), "the honest peer begins the run")
+        await swarm.join("p1")
         await swarm.join("p2", program=program("wrong_root"))
         honest = [swarm.peers["p0"], swarm.peers["p1"]]
         await swarm.until_round(4, honest)

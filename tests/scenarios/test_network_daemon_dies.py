@@ -26,6 +26,7 @@ async def test_p2pd_ends_with_a_peer_that_is_killed(scenario: Any) -> None:
         await swarm.until_round(3)
         daemon = p2pd_of(swarm.peers["p2"])
         swarm.peers["p2"].signal(signal.SIGKILL)
+        await swarm.peers["p2"].wait(10)
         await eventually(lambda: not alive([daemon]), "p2pd's end", 2)
         await swarm.until_rounds_more(3)
         assert all(line["roster_size"] == 2 for line in swarm.peers["p0"].history()[-1:])
