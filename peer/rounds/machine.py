@@ -253,20 +253,11 @@ def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFac
     state = _saw(state, reply.peer, now_s) if asked else state
     if ballot < state.promised or not _may_stand(state, proposal, ballot):
         return state, []
-    known, actions = _take_commits(state, reply, now_s)
-    problem = problem_of(known, proposal)
-    spans = {span.reducer: span for span in reply.spans if fits(proposal, span)}
-    if problem or set(spans) != {commit.peer for commit in proposal.reducers}:
-        return state, [Refuse(reply.peer, problem or "incomplete_decision")]
-    wanted = {item.peer: item.commit_hash for item in proposal.commits}
-    commits = {commit.peer: commit for commit in reply.commits if wanted.get(commit.peer) == commit.commit_hash}
-    completers = _with(known.completers, reply.peer, proposal.proposal_hash)
-    state = replace(known, completers=completers, commits={**known.commits, **commits})
-    if state.accepted is None or state.accepted.proposal_hash != proposal.proposal_hash or state.standing < ballot:
-        state, more = _accept(state, proposal, ballot, now_s)
-        actions += more
-    state = replace(state, spans={**spans, **state.spans})
-    return state, [*([ForwardDecision(reply)] if asked else []), *actions, *_fetches(state, spans)]
+    done = replace(state, completers=_with(state.completers, reply.peer, proposal.proposal_hash))
+    taken = _take_over(done, reply, proposal, ballot, now_s)
+    if isinstance(taken, str):
+        return state, [Refuse(reply.peer, taken)]
+    return taken[0], [*([ForwardDecision(reply)] if asked else []), *taken[1]]
 
 
 def _on_adoption(state: RoundState, leader: str, ballot: BallotNumber, reply: SealReplyFacts, now_s: float) -> Outcome:
@@ -281,16 +272,24 @@ def _on_adoption(state: RoundState, leader: str, ballot: BallotNumber, reply: Se
     other = state.accepted is not None and state.accepted.proposal_hash != proposal.proposal_hash
     if other and state.standing == ballot:
         return state, [Refuse(leader, "two_proposals")]
+    ready = {} if reply.peer == state.setup.me else {reply.peer: (reply.standing, proposal.proposal_hash)}
+    taken = _take_over(replace(state, readies={**state.readies, **ready}), reply, proposal, ballot, now_s)
+    return (state, [Refuse(leader, taken)]) if isinstance(taken, str) else taken
+
+
+def _take_over(
+    state: RoundState, reply: SealReplyFacts, proposal: ProposalFacts, ballot: BallotNumber, now_s: float
+) -> Outcome | str:
+    """Work on what the author of `reply` holds in full, and fetch it there; why not, if that breaks a rule."""
     known, actions = _take_commits(state, reply, now_s)
     problem = problem_of(known, proposal)
     spans = {span.reducer: span for span in reply.spans if fits(proposal, span)}
     if problem or set(spans) != {commit.peer for commit in proposal.reducers}:
-        return state, [Refuse(leader, problem or "incomplete_decision")]
+        return problem or "incomplete_decision"
     wanted = {item.peer: item.commit_hash for item in proposal.commits}
     commits = {commit.peer: commit for commit in reply.commits if wanted.get(commit.peer) == commit.commit_hash}
-    ready = {} if reply.peer == state.setup.me else {reply.peer: (reply.standing, proposal.proposal_hash)}
-    state = replace(known, commits={**known.commits, **commits}, readies={**known.readies, **ready})
-    if other or state.standing < ballot or state.accepted is None:
+    state = replace(known, commits={**known.commits, **commits})
+    if state.accepted is None or state.accepted.proposal_hash != proposal.proposal_hash or state.standing < ballot:
         state, more = _accept(state, proposal, ballot, now_s)
         actions += more
     state = replace(state, spans={**spans, **state.spans})
