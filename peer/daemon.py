@@ -706,9 +706,13 @@ class Daemon:
         self.count_report(outcome, self.parts.reporter.outbox)
 
     def count_report(self, outcome: str, outbox: Outbox) -> None:
-        """Take the outcome of a report into account; several refusals in a row pause the peer."""
+        """Take the outcome of a report into account; several refusals in a row pause the peer.
+
+        Rounds that were played again ("superseded") say nothing about the work of this machine.
+        """
         self.status.metrics.reports.labels(outcome=outcome).inc()
-        self._refused = self._refused + 1 if outcome == "refused" else 0
+        if outcome != "superseded":
+            self._refused = self._refused + 1 if outcome == "refused" else 0
         if self._refused == REFUSALS_IN_A_ROW:
             self._put("rejections", Hold("contributions_rejected", f"the last one because: {outbox.last_refusal()}"))
 

@@ -28,6 +28,8 @@ LOOKED_AT = 64
 CHECK_EVERY_S = 30.0
 MAX_UNSAVED = 1000
 KEPT_REPORTS = 10_000
+OF_ANOTHER_HISTORY = frozenset({"already_granted", "already_reported", "round_closed", "wrong_roster"})
+"""Refusals that say only that the ledger knows these rounds otherwise, as after a restart of everybody from older checkpoints."""
 
 log = structlog.get_logger(__name__)
 
@@ -228,7 +230,7 @@ class Reporter:
             reason = error.reason if isinstance(error, Rejected) else error.message
             log.warning("report_refused", report=path.stem, reason=reason)
             self.outbox.refuse(path, reason)
-            self.on_outcome("refused")
+            self.on_outcome("superseded" if reason in OF_ANOTHER_HISTORY else "refused")
             return True
         except SwarmError as error:
             log.warning("report_not_sent", report=path.stem, error=error.message)

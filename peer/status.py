@@ -58,7 +58,7 @@ class Status:
             self.metrics.state.labels(state=reason).set(0)
         for outcome in ("contributed", "followed", "missed"):
             self.metrics.rounds.labels(outcome=outcome)
-        for outcome in ("accepted", "refused"):
+        for outcome in ("accepted", "refused", "superseded"):
             self.metrics.reports.labels(outcome=outcome)
         self.state(self.reason)
 

@@ -38,6 +38,17 @@ def test_five_refusals_pause_it_and_say_why(daemon: Daemon, tmp_path: Path) -> N
     assert daemon.describe()["waits_for"] == ""
 
 
+def test_rounds_played_again_do_not_pause_it(daemon: Daemon, tmp_path: Path) -> None:
+    """A report of a round that the ledger holds already doesn't count, and doesn't start the count anew either."""
+    outbox = Outbox(tmp_path)
+    for _ in range(3 * REFUSALS_IN_A_ROW):
+        daemon.count_report("superseded", outbox)
+    assert daemon.status.reason == "starting"
+    for outcome in ["refused", "superseded"] * REFUSALS_IN_A_ROW:
+        daemon.count_report(outcome, outbox)
+    assert daemon.status.reason == "contributions_rejected"
+
+
 def test_addresses() -> None:
     """Host and port of a multiaddress; nothing for what isn't TCP over IP."""
     assert (host_of("/ip4/192.0.2.1/tcp/40000"), port_of("/ip4/192.0.2.1/tcp/40000")) == ("192.0.2.1", 40000)
