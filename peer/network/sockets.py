@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 
 NETLINK_SOCK_DIAG = 4
@@ -23,6 +24,7 @@ STATES = 0xFFF & ~(1 << 6 | 1 << 10)  # all but TIME_WAIT and LISTEN
 HEADER_BYTES = {int(socket.AF_INET): 20 + 32, int(socket.AF_INET6): 40 + 32}
 RECEIVE_BYTES = 1 << 18
 TIMEOUT_S = 1.0
+LAST_WORD_S = 2.0
 
 NETLINK = struct.Struct("=IH10x")  # nlmsghdr: length, type
 REQUEST = struct.Struct("=IHHIIBBBxI48x")  # nlmsghdr, then inet_diag_req_v2: family, protocol, extensions, states
@@ -63,6 +65,7 @@ class SocketCounters:
     pid: int
     _live: dict[bytes, Reading] = field(default_factory=dict)
     _ended: Reading = field(default_factory=Reading)
+    _missed_s: dict[bytes, float] = field(default_factory=dict)
     _foreign: set[bytes] = field(default_factory=set)
     _query: socket.socket = field(default_factory=lambda: _netlink(0))
     _destroyed: socket.socket = field(default_factory=lambda: _netlink(DESTROYED_GROUPS))
@@ -95,11 +98,20 @@ class SocketCounters:
             mine = _socket_inodes(self.pid)
             self._live |= {entry.cookie: entry.reading for entry in unknown if entry.inode in mine}
             self._foreign |= {entry.cookie for entry in unknown if entry.inode not in mine}
-        self._live |= {entry.cookie: entry.reading for entry in self._just_destroyed() if entry.cookie in self._live}
-        for cookie in self._live.keys() - found.keys():
-            self._ended += replace(self._live.pop(cookie), queued_bytes=0)
+        self._settle({entry.cookie: entry.reading for entry in self._just_destroyed()}, found.keys())
         self._foreign &= found.keys()
         return sum(self._live.values(), self._ended)
+
+    def _settle(self, destroyed: dict[bytes, Reading], found: Set[bytes]) -> None:
+        """Add up sockets that have ended. The kernel's last word on one may come a moment after it is gone from the list."""
+        now_s = time.monotonic()
+        self._live |= {cookie: reading for cookie, reading in destroyed.items() if cookie in self._live}
+        for cookie in self._live.keys() - found:
+            self._live[cookie] = replace(self._live[cookie], queued_bytes=0)
+            missed_s = self._missed_s.setdefault(cookie, now_s)
+            if cookie in destroyed or now_s - missed_s > LAST_WORD_S:
+                self._ended += self._live.pop(cookie)
+                del self._missed_s[cookie]
 
     def _dump(self, family: int) -> Iterator[_Entry]:
         extensions = 1 << (INET_DIAG_INFO - 1)
