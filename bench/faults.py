@@ -110,7 +110,8 @@ async def _torchft_kill(bench: Report, index: int) -> float:
                 )
                 for number in range(STALL_PEERS)
             ]
-            steps = await asyncio.gather(*(_steps_with_all(group) for group in groups))
+            async with asyncio.timeout(START_S):
+                steps = await asyncio.gather(*(_steps_with_all(group) for group in groups))
             await asyncio.sleep(TORCHFT_STEP_S / 2)
             groups[-1].process.kill()
             after = await asyncio.gather(*(_next_steps(group, TORCHFT_STEPS_AFTER) for group in groups[:-1]))
