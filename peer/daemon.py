@@ -711,8 +711,9 @@ class Daemon:
         Rounds that were played again ("superseded") say nothing about the work of this machine.
         """
         self.status.metrics.reports.labels(outcome=outcome).inc()
-        if outcome != "superseded":
-            self._refused = self._refused + 1 if outcome == "refused" else 0
+        if outcome == "superseded":
+            return
+        self._refused = self._refused + 1 if outcome == "refused" else 0
         if self._refused == REFUSALS_IN_A_ROW:
             self._put("rejections", Hold("contributions_rejected", f"the last one because: {outbox.last_refusal()}"))
 

@@ -28,7 +28,7 @@ LOOKED_AT = 64
 CHECK_EVERY_S = 30.0
 MAX_UNSAVED = 1000
 KEPT_REPORTS = 10_000
-OF_ANOTHER_HISTORY = frozenset({"already_granted", "already_reported", "round_closed", "wrong_roster"})
+OF_ANOTHER_HISTORY = frozenset({"already_reported", "round_closed"})
 """Refusals that say only that the ledger knows these rounds otherwise, as after a restart of everybody from older checkpoints."""
 
 log = structlog.get_logger(__name__)
@@ -88,9 +88,10 @@ class Outbox:
         return found
 
     def last_refusal(self) -> str:
-        """Why the newest refused report was refused."""
-        newest = max(self.refused.glob("*.reason"), default=None)
-        return read(newest).decode(errors="replace")[:200] if newest is not None else ""
+        """Why the newest refused report was refused, those apart that only another history made void."""
+        newest_first = sorted(self.refused.glob("*.reason"), reverse=True)
+        reasons = (read(path).decode(errors="replace")[:200] for path in newest_first)
+        return next((reason for reason in reasons if reason not in OF_ANOTHER_HISTORY), "")
 
     def refuse(self, path: Path, reason: str) -> None:
         """Put a report aside that the coordinator refused, with the reason."""

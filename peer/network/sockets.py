@@ -24,7 +24,7 @@ STATES = 0xFFF & ~(1 << 6 | 1 << 10)  # all but TIME_WAIT and LISTEN
 HEADER_BYTES = {int(socket.AF_INET): 20 + 32, int(socket.AF_INET6): 40 + 32}
 RECEIVE_BYTES = 1 << 18
 TIMEOUT_S = 1.0
-LAST_WORD_S = 2.0
+LAST_WORD_S = 2.0  # for which a socket that is gone from the list is waited for
 
 NETLINK = struct.Struct("=IH10x")  # nlmsghdr: length, type
 REQUEST = struct.Struct("=IHHIIBBBxI48x")  # nlmsghdr, then inet_diag_req_v2: family, protocol, extensions, states

@@ -44,9 +44,14 @@ def test_rounds_played_again_do_not_pause_it(daemon: Daemon, tmp_path: Path) -> 
     for _ in range(3 * REFUSALS_IN_A_ROW):
         daemon.count_report("superseded", outbox)
     assert daemon.status.reason == "starting"
+    for round_index, reason in enumerate(["wrong_weight", "already_reported"]):
+        path = outbox.outbox / f"{round_index:012d}.pb"
+        path.write_bytes(b"report")
+        outbox.refuse(path, reason)
     for outcome in ["refused", "superseded"] * REFUSALS_IN_A_ROW:
         daemon.count_report(outcome, outbox)
     assert daemon.status.reason == "contributions_rejected"
+    assert "wrong_weight" in daemon.status.detail
 
 
 def test_addresses() -> None:

@@ -41,7 +41,7 @@ async def test_the_run_resumes_after_all_peers_were_killed(scenario: Any) -> Non
 
 
 async def test_rounds_played_again_after_a_loss_of_newer_checkpoints_pause_nobody(scenario: Any) -> None:
-    """Everybody comes back from an early state: rounds that the ledger knows are played again, credited once, and passed."""
+    """Everybody comes back from an early state: rounds that the ledger knows are played again, refused there, and passed."""
     async with scenario(3) as swarm:
         await swarm.start(3)
         folders = {name: peer.directory / CHECKPOINTS for name, peer in swarm.peers.items()}
