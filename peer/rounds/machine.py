@@ -251,7 +251,9 @@ def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFac
     ballot = max(reply.ballot, proposal.ballot)
     asked = _asks(state) and reply.ballot == state.ballot
     state = _saw(state, reply.peer, now_s) if asked else state
-    if ballot < state.promised or not _may_stand(state, proposal, ballot):
+    if ballot < state.promised:
+        return _lead_if_stuck(state, now_s)
+    if not _may_stand(state, proposal, ballot):
         return state, []
     done = replace(state, completers=_with(state.completers, reply.peer, proposal.proposal_hash))
     taken = _take_over(done, reply, proposal, ballot, now_s)
@@ -313,12 +315,35 @@ def _on_complaint(state: RoundState, sender: str, about: str, reason: str, now_s
     if state.complete:
         return state, [SendSealReply(sender, state.promised)]
     if reason == "missing_commit":
-        return state, [] if state.accepted is None else [ResendProposal(sender)]
+        return state, _say_again(state, sender)
     if about == state.setup.me:
-        return state, []
+        if reason != "left_behind":
+            return state, []
+        return (state, _say_again(state, sender)) if state.leads else _lead_if_stuck(state, now_s)
     if state.leads and reason not in ABOUT_LEADERS:
         return _judge(state, sender, about, now_s)
     return _ask_for_life(state, {about} & {state.leader, *(_needed(state) if state.leads else ())}, now_s)
+
+
+def _lead_if_stuck(state: RoundState, now_s: float) -> Outcome:
+    """Where we are stuck in waiting for a leader, and it shows that none will come, lead ourselves.
+
+    It shows when somebody waits for us to lead, or when the decision is below our promise: our own ballot brings it out.
+    """
+    if state.leads or state.help_asked_s == NEVER_S or not _is_stuck(state, now_s):
+        return state, []
+    following = range(state.term + 1, state.term + 1 + len(state.setup.peers))
+    term = next(term for term in following if state.setup.leader(term) == state.setup.me)
+    return replace(state, term=term, stage="idle", overdue_s=None), []
+
+
+def _say_again(state: RoundState, peer: str) -> list[Action]:
+    """Send what stands to somebody whom it hasn't reached; an adopted proposal once we can serve it."""
+    if state.accepted is None:
+        return []
+    if state.leads and state.standing == state.ballot != state.accepted.ballot and state.gathered:
+        return [Adopt(state.ballot, None, peer)]
+    return [ResendProposal(peer)]
 
 
 def _judge(state: RoundState, sender: str, about: str, now_s: float) -> Outcome:
@@ -515,7 +540,7 @@ def _awaited(state: RoundState) -> set[str]:
     if state.stage == "sealing":
         return set(state.reachable - set(state.replies))
     if state.stage == "proposed" and not state.sealed:
-        return _needed(state) | helpers | (set(state.setup.others) - state.votes if state.gathered else set())
+        return _needed(state) | helpers | (set(state.setup.others) - state.votes_now if state.gathered else set())
     return set(state.setup.others)
 
 
@@ -810,7 +835,7 @@ def _amend_if_needed(state: RoundState, now_s: float) -> Outcome:
         return (
             _seal(state, now_s, "proposal_lost") if now_s >= state.sealed_s + _doubled(state, state.setup.seal_s) else (state, [])
         )
-    if state.gathered and len(state.votes | set(state.alive)) < state.votes_needed:
+    if state.gathered and len(state.votes_now | set(state.alive)) < state.votes_needed:
         return _seal(state, now_s, "no_quorum")
     late = now_s >= state.accepted_s + _doubled(state, state.setup.exchange_s) * (1 + state.extensions)
     if late:

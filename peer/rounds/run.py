@@ -253,8 +253,8 @@ class RoundRun:
                     again=again,
                 )
                 self._to_roster(Delivery(ready=seal(self.services.identity, ready)))
-            case Adopt(ballot, reply):
-                self._adopt(ballot, reply)
+            case Adopt(ballot, reply, to):
+                self._adopt(ballot, reply, to)
             case ForwardDecision(reply):
                 self._to_roster(Delivery(seal_reply=reply.signed))
             case Reduce(proposal):
@@ -321,11 +321,15 @@ class RoundRun:
         announced = AnnouncedProposal(proposal=proposal.signed, commits=commits)
         self.services.post.send([to], Delivery(proposal=announced))
 
-    def _adopt(self, ballot: BallotNumber, reply: SealReplyFacts | None) -> None:
+    def _adopt(self, ballot: BallotNumber, reply: SealReplyFacts | None, to: str) -> None:
         log.info("proposal_adopted", round=self.round_index, term=ballot.term, amendment=ballot.amendment)
         ours = seal(self.services.identity, self._seal_reply(ballot)) if reply is None else reply.signed
         message = Adoption(run_id=self.setup.run_id, round=self.round_index, ballot=_ballot(ballot), reply=ours)
-        self._to_roster(Delivery(adoption=seal(self.services.identity, message)))
+        delivery = Delivery(adoption=seal(self.services.identity, message))
+        if to:
+            self.services.post.send([to], delivery)
+        else:
+            self._to_roster(delivery)
 
     def _seal_reply(self, ballot: BallotNumber) -> SealReply:
         state = self.state

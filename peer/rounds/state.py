@@ -205,6 +205,12 @@ class RoundState:
         return frozenset(most)
 
     @property
+    def votes_now(self) -> frozenset[str]:
+        """Who is ready for the accepted proposal at the ballot at which it stands."""
+        mine = (self.standing, self.accepted.proposal_hash) if self.accepted is not None else None
+        return frozenset(peer for peer, vote in self.readies.items() if vote == mine)
+
+    @property
     def votes_needed(self) -> int:
         """How many must be ready: a quorum of the roster, or of those still there whom the coordinator lets go on."""
         present = self.granted_to if self.grant is not None else frozenset[str]()

@@ -323,10 +323,14 @@ class ForwardDecision:
 
 @dataclass(frozen=True)
 class Adopt:
-    """Sign that this reply's proposal is proposed again at our ballot, and send it to the roster; None = our own state's."""
+    """Sign that this reply's proposal is proposed again at our ballot, and send it to the roster, or to one peer that missed it.
+
+    No reply = our own state's.
+    """
 
     ballot: BallotNumber
     reply: SealReplyFacts | None
+    to: str = ""
 
 
 @dataclass(frozen=True)

@@ -334,8 +334,8 @@ class World:
                 self.send(me, [to], SealReplyArrived(self._seal_reply(member, ballot)))
             case SendReady(ballot, proposal_hash, again):
                 self.send(me, others, ReadyArrived(me, ballot, proposal_hash, again))
-            case Adopt(ballot, reply):
-                self.send(me, others, AdoptionArrived(me, ballot, reply or self._seal_reply(member, ballot)))
+            case Adopt(ballot, reply, to):
+                self.send(me, [to] if to else others, AdoptionArrived(me, ballot, reply or self._seal_reply(member, ballot)))
             case ForwardDecision(reply):
                 self.send(me, others, SealReplyArrived(reply))
             case Reduce():

@@ -33,12 +33,14 @@ from peer.rounds.values import (
     JoinArrived,
     PeerAlive,
     PeerLost,
+    Probe,
     ProposalArrived,
     ProposalFacts,
     Propose,
     ReadyArrived,
     Reduced,
     Refuse,
+    RequestGrant,
     RosterMember,
     SealArrived,
     SealReplyArrived,
@@ -1152,6 +1154,72 @@ def test_a_peer_that_lacks_a_commit_asks_the_leader_for_it() -> None:
     assert machine.ResendProposal(me) in actions
 
 
+def test_a_leader_sends_again_what_did_not_arrive() -> None:
+    """A follower that waits for a proposal that was lost says that it is left behind, and gets it."""
+    peers = names(3)
+    state, _ = exchanging(peers, leader(3))
+    _, actions = machine.step(state, ComplaintArrived(leader(3, 2), leader(3), "left_behind"), 1.2)
+    assert machine.ResendProposal(leader(3, 2)) in actions
+
+
+def test_a_leader_sends_an_adopted_proposal_again_as_adopted() -> None:
+    """Who promised the ballot of an adoption would take the same proposal at its old ballot for stale."""
+    peers = names(3)
+    me, missed = leader(3, 1), leader(3, 2)
+    state, proposal = holding_everything(peers, me)
+    state, actions = machine.step(state, PeerLost(leader(3)), 2.0)
+    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
+    state, actions = machine.step(state, SealReplyArrived(SealReplyFacts(missed, ballot, None, False)), 2.1)
+    assert Adopt(ballot, None) in actions
+    _, actions = machine.step(state, ComplaintArrived(missed, me, "left_behind"), 2.2)
+    assert Adopt(ballot, None, missed) in actions
+    assert state.accepted == proposal
+
+
+def test_two_that_wait_for_each_other_get_a_leader() -> None:
+    """Who is stuck and hears that somebody waits for it to lead does so; who isn't stuck doesn't."""
+    peers = names(4)
+    me, sender = leader(4, 1), leader(4, 2)
+    complaint = ComplaintArrived(sender, me, "left_behind")
+    state = waiting_in_vain(peers, me, (me,))
+    state, actions = machine.step(state, complaint, 22.0)
+    assert any(isinstance(action, SendSeal) and action.ballot.term % 4 == 1 for action in actions)
+    busy = machine.begin(setup_of(me, peers), 0.0)
+    busy, actions = machine.step(busy, complaint, 1.0)
+    assert not any(isinstance(action, SendSeal) for action in actions)
+    assert busy.term == 0
+
+
+def test_a_decision_below_a_promise_is_brought_out_by_who_is_stuck() -> None:
+    """Bound to a leader that died, a peer learns that others have completed: it asks them at a ballot of its own, and follows."""
+    peers = names(5)
+    me, helper = leader(5, 3), leader(5, 4)
+    proposal = planned(peers, BallotNumber())
+    state = waiting_in_vain(peers, me, (me,), SealArrived(leader(5, 1), BallotNumber(1, 0)))
+    state, actions = machine.step(state, SealReplyArrived(decision(proposal, helper, BallotNumber())), 22.0)
+    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
+    assert ballot > BallotNumber(1, 0)
+    state, _ = machine.step(state, SealReplyArrived(decision(proposal, helper, ballot)), 22.1)
+    assert state.accepted == proposal
+
+
+def test_an_older_vote_of_somebody_dead_is_not_waited_on() -> None:
+    """A vote at a lower ballot says nothing about the one that stands: its author is probed, and its loss is noticed."""
+    peers = names(3)
+    me, voter = leader(3, 1), leader(3, 2)
+    state, proposal = holding_everything(peers, me)
+    state, actions = machine.step(state, PeerLost(leader(3)), 2.0)
+    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
+    state, _ = machine.step(state, SealReplyArrived(SealReplyFacts(voter, ballot, None, False)), 2.1)
+    assert state.standing == ballot
+    state, _ = machine.step(state, ReadyArrived(voter, BallotNumber(), proposal.proposal_hash), 2.2)
+    assert not state.complete
+    state, actions = machine.step(state, Tick(), 3.0)
+    assert Probe(voter) in actions
+    state, actions = machine.step(state, PeerLost(voter), 3.1)
+    assert RequestGrant((me,)) in actions
+
+
 # --- helpers --------------------------------------------------------------------------------------------------------------
 
 
@@ -1184,6 +1252,21 @@ def decision(proposal: ProposalFacts, peer: str, ballot: BallotNumber) -> SealRe
     """A peer's proof that it completed a proposal."""
     facts = tuple(commit_of(item.peer) for item in proposal.commits)
     return SealReplyFacts(peer, ballot, proposal, True, facts, tuple(span_of(proposal, item.peer) for item in proposal.reducers))
+
+
+def waiting_in_vain(peers: tuple[str, ...], me: str, commits: tuple[str, ...], *first: Event) -> RoundState:
+    """A peer that lacks a quorum of commits and has begun to ask its leader, which is alive, for help."""
+    state = machine.begin(setup_of(me, peers), 0.0)
+    for event in (*(CommitArrived(commit_of(peer)) for peer in commits), *first):
+        state, _ = machine.step(state, event, 1.0)
+    asked: list[Action] = []
+    for tick in range(80):
+        now_s = 1.0 + tick / 4
+        state, actions = machine.step(state, PeerAlive(state.leader), now_s)
+        asked += [action for action in actions if isinstance(action, Complain)]
+    assert asked == [Complain(state.leader, state.leader, "left_behind")] * len(asked)
+    assert asked
+    return state
 
 
 def exchanging(peers: tuple[str, ...], me: str = "") -> tuple[RoundState, ProposalFacts]:
