@@ -51,6 +51,7 @@ class Presence:
         self.genesis = genesis
         self._alive: OrderedDict[str, Sighting] = OrderedDict()
         self._issued: OrderedDict[str, _Issue] = OrderedDict()
+        self._resuming = ""
         self._idle_since_s = started_s
 
     @property
@@ -128,15 +129,16 @@ class Presence:
         """Whether `peer_id` resumes a run whose peers were all gone. Call `expire` before.
 
         Nobody may be playing. The newest state that a majority of the roster of its round holds wins at once; after a time of
-        silence the newest that anybody holds. Of its holders the smallest peer id resumes, and stays chosen while it is alive.
+        silence the newest that anybody holds. Of its holders the smallest peer id resumes, and stays chosen while it is alive and
+        nobody plays. Who began the run is no better than others.
         """
         if any(sighting.playing for sighting in self._alive.values()):
-            self._idle_since_s = now_s
+            self._idle_since_s, self._resuming = now_s, ""
             return False
-        chosen = self._alive.get(self.genesis)
+        chosen = self._alive.get(self._resuming)
         if chosen is None or not chosen.state_root:
-            self.genesis = self._resumer(rosters, now_s - self._idle_since_s > self.silence_s)
-        return self.genesis == peer_id
+            self._resuming = self._resumer(rosters, now_s - self._idle_since_s > self.silence_s)
+        return self._resuming == peer_id
 
     def _resumer(self, rosters: Rosters, waited: bool) -> str:
         holders: dict[tuple[int, bytes], list[str]] = defaultdict(list)

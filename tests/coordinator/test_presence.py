@@ -65,6 +65,48 @@ def test_genesis_survives_a_restart() -> None:
     assert presence.choose_genesis("b")
 
 
+ROSTER = frozenset({"a", "b", "c"})
+
+
+def hold(presence: Presence, peer_id: str, now_s: float, round_index: int = 7, *, playing: bool = False) -> bool:
+    """Announce a state, and ask to resume the run unless playing; whether the peer may."""
+    sighting = Sighting(peer_id, ("/ip4/1.2.3.4",), round_index, now_s, b"root of %d" % round_index, playing)
+    presence.announced(sighting, int(now_s), f"{peer_id}{now_s}".encode())
+    return not playing and presence.choose_resumer(peer_id, lambda _: [ROSTER], now_s)
+
+
+def test_the_newest_state_of_a_majority_is_resumed() -> None:
+    """A majority of the roster decides at once; of its holders the smallest peer id resumes, and stays chosen."""
+    presence = Presence(TTL_S, 0.0)
+    assert not hold(presence, "c", 1.0)
+    assert not hold(presence, "a", 2.0, 9)
+    assert hold(presence, "b", 3.0)
+    assert not hold(presence, "c", 4.0)
+    assert not hold(presence, "a", 5.0)
+    assert hold(presence, "b", 6.0)
+
+
+def test_who_began_the_run_does_not_resume_it_alone_after_a_restart() -> None:
+    """The coordinator was away and the first peer is the first to speak, left out by the others, who go on playing."""
+    presence = Presence(TTL_S, 100.0, genesis="a")
+    assert not hold(presence, "a", 101.0)
+    assert not hold(presence, "b", 109.0, 8, playing=True)
+    assert not hold(presence, "a", 111.0)
+    assert not hold(presence, "a", 121.0)
+
+
+def test_whom_the_silence_favours_is_chosen_anew_once_somebody_has_played() -> None:
+    """A single holder resumes after the silence only; when the others have played and paused, their newer state wins."""
+    presence = Presence(TTL_S, 0.0)
+    assert not hold(presence, "a", 15.0)
+    assert hold(presence, "a", 15.1)
+    for peer in ("b", "c"):
+        assert not hold(presence, peer, 16.0, 9, playing=True)
+    assert not hold(presence, "a", 17.0)
+    assert not hold(presence, "c", 18.0, 9)
+    assert hold(presence, "b", 18.0, 9)
+
+
 def test_nobody_is_gone_right_after_a_restart() -> None:
     """Peers that weren't heard yet count as heard at the start."""
     presence = Presence(TTL_S, 100.0)
