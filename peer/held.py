@@ -91,6 +91,7 @@ class Waiting:
         self.holds = self.held.holds
         self.status = Status(PeerMetrics(CollectorRegistry()), history=self.directory / HISTORY_NAME)
         self.status.carry_on(self.held.status)
+        self._show_first()
         card = open_card(self.held.gpu_uuid) if self.held.gpu_uuid else None
         before = self.holds.governor
         state = GovernorState(reason=before.reason if before else "")
@@ -167,11 +168,10 @@ class Waiting:
     async def _until_free(self) -> None:
         while not self.ending:
             self.holds = self.holds.at(time.time())
-            first = self.holds.first
-            if first is None:
+            if self.holds.first is None:
                 self.status.state("starting")
                 return
-            self.status.state(first.reason, first.detail)
+            self._show_first()
             self._changed.clear()
             end_s = self.holds.next_end_s
             patience_s = None if end_s is None else min(LOOK_AT_HOLDS_S, max(0.0, end_s - time.time()))
@@ -180,10 +180,14 @@ class Waiting:
 
     def _put(self, who: str, hold: Hold | None) -> None:
         self.holds = self.holds.put(who, hold)
+        self._show_first()
+        self._changed.set()
+
+    def _show_first(self) -> None:
+        """Say what holds us: from the first moment, as the control socket answers before the rules are read."""
         first = self.holds.first
         if first is not None:
             self.status.state(first.reason, first.detail)
-        self._changed.set()
 
     def _on_rules(self, reason: str, detail: str) -> None:
         hold = Hold(reason, detail) if reason else None

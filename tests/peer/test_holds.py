@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from peer.governor import slept_for
-from peer.held import check_snooze
+from peer.held import Held, Waiting, check_snooze
 from peer.holds import Hold, Holds
 from swarm.cli.status import parse_duration
+from swarm.config import GovernorSettings
 from swarm.errors import UsageError
 
 
@@ -25,6 +28,13 @@ def test_a_snooze_ends_by_itself() -> None:
     assert holds.next_end_s == 100.0
     assert holds.at(99.9) == holds
     assert holds.at(100.0).first == Hold("too_hot")
+
+
+def test_a_paused_peer_says_why_from_the_first_moment(tmp_path: Path) -> None:
+    """Its socket is open all the time, so that it may be asked before the rules were read."""
+    held = Held(Holds(user=Hold("paused")), {}, None, -1)
+    status = Waiting(held, tmp_path, "", GovernorSettings()).describe()
+    assert (status["state"], status["hint"], status["waits_for"]) == ("paused", "swarm resume", "")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1h30m", 5400)])
