@@ -32,7 +32,7 @@ from peer.device import hardware_class
 from peer.faults import Faults
 from peer.finding import Finder
 from peer.governor import Governor, device_uuid
-from peer.gpu import Sensors, lower_disk_priority, lower_thread_priority, open_card
+from peer.gpu import Sensors, lower_disk_priority, lower_session_priority, lower_thread_priority, open_card
 from peer.held import Held, check_snooze
 from peer.holds import Hold, Holds
 from peer.lock import only_one
@@ -545,6 +545,7 @@ class Daemon:
             await self._obtain(parts, tree)
         training = await asyncio.to_thread(self._make_trainer, manifest, materials)
         self._stack.callback(training.close)
+        lower_session_priority(self.options.rules.nice)
         await training.in_thread(lambda: lower_thread_priority(self.options.rules.nice))
         self.governor.brake.is_stopped = training.is_stopped
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ SLOW_EVERY_S = 30.0
 TERMINALS = Path("/dev")
 POWER_SUPPLIES = Path("/sys/class/power_supply")
 LOGINS = Path("/run/utmp")
+AUTOGROUP = Path("/proc/self/autogroup")
 METERED = {1: True, 2: False, 3: True, 4: False}
 
 
@@ -226,3 +228,15 @@ def lower_disk_priority() -> None:
 def lower_thread_priority(nice: int) -> None:
     """Let everything else on the machine go before the calling thread, and those that it starts."""
     os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+def lower_session_priority(nice: int) -> None:
+    """Let everything else on the machine go before a session that is ours alone; nothing happens in one that others share.
+
+    Under Linux's autogroups (sched(7)) a process's nice value counts only within its session, and sessions are weighed against
+    each other by this one. We have our own as a service, in a container and after `setsid`, not in a terminal.
+    """
+    if os.getsid(0) != os.getpid():
+        return
+    with contextlib.suppress(OSError, ValueError):
+        AUTOGROUP.write_text(str(max(nice, int(AUTOGROUP.read_text().split()[-1]))))

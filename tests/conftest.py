@@ -14,7 +14,7 @@ from tests.waiting import eventually
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # as `swarm join` does: p2pd is started by fork and exec
 
 START_S = 170.0
-NICENESS = 5
+YIELDING = {"SWARM_GOVERNOR_NICE": "5"}
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +47,7 @@ def two_peer_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 async def _start(swarm: LocalSwarm, run: Run) -> LiveRun:
     await swarm.start_coordinator(run.path, run.owner_key)
     for name in ("peer-0", "peer-1"):
-        peer = await swarm.join(name, "--files", str(run.files))
-        os.setpriority(os.PRIO_PROCESS, peer.process.pid, NICENESS)
+        await swarm.join(name, "--files", str(run.files), environment=YIELDING)
     await eventually(lambda: _trained(swarm.peers), "two rounds", START_S - 10)
     statuses = [await peer.status() for peer in swarm.peers]
     return LiveRun(
