@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -171,7 +171,7 @@ class Transfer:
 
         Raises `MissingBlob` when no source is left and something is still missing.
         """
-        job = _Download(self, dict(sizes), keep, batch_bytes)
+        job = _Download(self, sizes, keep, batch_bytes)
         return await job.run(sources)
 
     async def _send_request(self, peer: str, writer: asyncio.StreamWriter, request: FetchRequest) -> None:
@@ -293,20 +293,29 @@ class Transfer:
 
 
 class _Download:
-    """One download from many sources: each takes a batch at a time, so that fast ones take more batches."""
+    """One download from many sources: each takes a batch at a time, so that fast ones take more batches.
+
+    Batches shrink with what is left (guided self-scheduling, Polychronopoulos and Kuck 1987), so that all end together; who has
+    nothing left to take fetches a blob that others still owe, one at a time.
+    """
 
     def __init__(
-        self, transfer: Transfer, sizes: dict[bytes, int], keep: Callable[[bytes, bytes], None], batch_bytes: int
+        self, transfer: Transfer, sizes: Mapping[bytes, int], keep: Callable[[bytes, bytes], None], batch_bytes: int
     ) -> None:
         self.transfer = transfer
-        self.wanted = sizes
+        self.sizes = sizes
+        self.wanted = dict(sizes)
         self.keep = keep
         self.batch_bytes = batch_bytes
         self.queue = deque(sizes)
+        self.queued_bytes = sum(sizes.values())
+        self.owed = Counter[bytes]()
+        self.working = 0
         self.failed: dict[str, str] = {}
 
     async def run(self, sources: Sequence[str]) -> dict[str, str]:
         fastest_first = sorted(sources, key=self.transfer.speed_of, reverse=True)
+        self.working = len(fastest_first)
         workers = [asyncio.create_task(self._work(source), name=f"download-{source}") for source in fastest_first]
         try:
             while self.wanted and (running := [worker for worker in workers if not worker.done()]):
@@ -323,38 +332,47 @@ class _Download:
         while self.wanted:
             if not self.transfer.may_move():
                 self.failed[source] = "quota_used"
-                return
+                break
             batch = self._next_batch(self._batch_bytes(source))
+            self.owed.update(batch)
             try:
                 await self.transfer.fetch(source, batch, keep=self._received)
             except (PeerFailure, Rejected) as error:
                 self.failed[source] = error.reason
                 log.info("source_dropped", source=source, reason=error.reason)
-                return
+                break
             finally:
-                self.queue.extend(name for name in batch if name in self.wanted and name not in self.queue)
+                self._give_back(batch)
+        self.working -= 1
 
     def _batch_bytes(self, source: str) -> int:
-        """About two seconds' worth, so that the end doesn't wait long for a slow source."""
+        """Half of this source's share of what is left, and at most about two seconds' worth."""
         speed = self.transfer.speed_of(source)
-        return min(self.batch_bytes, max(SMALLEST_BATCH_BYTES, int(speed * BATCH_S))) if speed else self.batch_bytes
+        most = min(self.batch_bytes, max(SMALLEST_BATCH_BYTES, int(speed * BATCH_S))) if speed else self.batch_bytes
+        return min(most, self.queued_bytes // (2 * self.working))
 
     def _next_batch(self, most_bytes: int) -> dict[bytes, int]:
-        """The next blobs that nobody works on; once all are taken, those that slower sources still owe."""
+        """Blobs that nobody works on, at least one; once all are taken, one that the fewest sources owe."""
         batch: dict[bytes, int] = {}
         size = 0
-        while self.queue and size < most_bytes:
+        while self.queue and (not batch or size < most_bytes):
             name = self.queue.popleft()
+            self.queued_bytes -= self.sizes[name]
             if name in self.wanted:
                 batch[name] = self.wanted[name]
                 size += batch[name]
         if not batch:
-            for name in list(self.wanted)[::-1]:
-                batch[name] = self.wanted[name]
-                size += batch[name]
-                if size >= most_bytes:
-                    break
+            name = min(reversed(self.wanted), key=self.owed.__getitem__)
+            batch[name] = self.wanted[name]
         return batch
+
+    def _give_back(self, batch: Mapping[bytes, int]) -> None:
+        """Let others take what a source was to give and didn't."""
+        self.owed.subtract(batch)
+        for name in batch:
+            if name in self.wanted and not self.owed[name]:
+                self.queue.append(name)
+                self.queued_bytes += self.wanted[name]
 
     def _received(self, name: bytes, content: bytes) -> None:
         if self.wanted.pop(name, None) is not None:

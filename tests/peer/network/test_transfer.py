@@ -166,6 +166,24 @@ async def test_several_sources_share_the_work(start_node) -> None:
     assert min(one.node.sent_bytes, two.node.sent_bytes) > 256 * KIB
 
 
+async def test_what_is_small_is_shared_too_and_hardly_anything_is_sent_twice(start_node) -> None:
+    """Less than one batch still comes from all sources, and only its last blobs come from more than one."""
+    servers = [await start_node() for _ in range(3)]
+    client = await start_node(knows=tuple(servers))
+    contents = blobs(36, 64 * KIB)
+    for server in servers:
+        serving = transfer_of(server.node, contents)
+        serving.upload = TokenBucket(2 * MIB)
+        await serving.start()
+    received: dict[bytes, bytes] = {}
+    sources = [server.peer for server in servers]
+    assert await transfer_of(client.node).download_all(sources, sizes_of(contents), received.__setitem__) == {}
+    assert len(received) == len(contents)
+    sent = [server.node.traffic.sent["bulk"] for server in servers]
+    assert min(sent) > 4 * 64 * KIB
+    assert sum(sent) < 46 * 64 * KIB
+
+
 @pytest.mark.parametrize("problem", ["not_admitted", "wrong_run", "too_large", "malformed", "bad_hash"])
 async def test_requests_that_break_a_rule_get_nothing(start_node, problem: str) -> None:
     """Strangers, other runs, oversized and malformed requests: the stream closes without a byte, and the rule is counted."""
