@@ -79,6 +79,21 @@ def wrong_root() -> None:
     Snapshots.lease = lambda self, root: tuple(bytes(reversed(name)) for name in lease(self, root))  # type: ignore
 
 
+def far_ahead() -> None:
+    """A peer that tells newcomers of a round that nobody has reached."""
+    from peer.rounds.engine import Engine
+    from swarm.rpc.v1.peer_pb2 import SyncReply
+
+    answer_honestly = Engine.answer_sync
+
+    async def answer(self: Engine, *given: Any) -> bytes:
+        reply = SyncReply.FromString(await answer_honestly(self, *given))
+        reply.round += 1_000_000
+        return reply.SerializeToString()
+
+    Engine.answer_sync = answer  # type: ignore
+
+
 def die_half_way() -> None:
     """A peer whose power fails when half of its first download of several chunks is there."""
     from peer.network.transfer import Transfer
@@ -99,13 +114,22 @@ def die_half_way() -> None:
     Transfer.download_all = download  # type: ignore
 
 
+MISDEEDS = {
+    "wrong_chunks": wrong_chunks,
+    "endless": endless,
+    "wrong_root": wrong_root,
+    "far_ahead": far_ahead,
+    "die_half_way": die_half_way,
+}
+
+
 def main() -> None:
     """Break what the first argument names, then be `swarm` with the others."""
     what, _, value = sys.argv.pop(1).partition(":")
     if what == "clock":
         clock(float(value))
     else:
-        {"wrong_chunks": wrong_chunks, "endless": endless, "wrong_root": wrong_root, "die_half_way": die_half_way}[what]()
+        MISDEEDS[what]()
     from swarm.cli.main import main as run
 
     run()

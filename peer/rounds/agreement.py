@@ -50,3 +50,13 @@ def newest(results: Sequence[tuple[int, bytes, str]]) -> tuple[int, bytes, tuple
         (key for key, names in signers.items() if 2 * len(names) > strongest), key=lambda key: (key[0], len(signers[key]), key[1])
     )
     return round_index, root, tuple(sorted(signers[round_index, root]))
+
+
+def present_rounds(claims: Mapping[str, int]) -> list[int]:
+    """Which round the swarm may be in, likeliest first, out of what each peer says of itself.
+
+    Those who play together are at most one round apart, so a round is as likely as there are peers that claim it or the one
+    before; of equally likely ones the newest comes first. With a majority of honest peers the first is theirs.
+    """
+    claimed = Counter(claims.values())
+    return sorted(claimed, key=lambda index: (claimed[index] + claimed[index - 1], index), reverse=True)

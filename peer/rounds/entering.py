@@ -69,17 +69,19 @@ class Entry:
     local: Callable[[], Snapshot | None]
 
     async def enter(self, host: Host) -> Entered:
-        """Try until we are in."""
+        """Try until we are in. What doesn't work with what most peers say is tried with what others say."""
+        attempt = 0
         while True:
             where = await self.find()
             if where.first:
                 return await self._begin_alone()
             replies = await self._ask(where.peers)
-            entered = await self._enter_with(host, replies) if replies else None
+            entered = await self._enter_with(host, replies, attempt) if replies else None
             if entered is not None:
                 return entered
             self.services.observer.state("waiting_for_peers")
             await asyncio.sleep(RETRY_S)
+            attempt += bool(replies)
 
     async def others_are_past(self, host: Host, round_index: int) -> bool:
         """Whether peers that discovery knows have finished this round without us."""
@@ -142,9 +144,11 @@ class Entry:
             except Rejected as error:
                 self.services.observer.refused(error.sender, error.reason)
 
-    async def _enter_with(self, host: Host, replies: dict[str, SyncReply]) -> Entered | None:
+    async def _enter_with(self, host: Host, replies: dict[str, SyncReply], attempt: int) -> Entered | None:
         me = self.services.identity.peer_id
-        newest = max(reply.round for reply in replies.values())
+        likely = agreement.present_rounds({peer: reply.round for peer, reply in replies.items()})
+        newest = likely[attempt % len(likely)]
+        replies = {peer: reply for peer, reply in replies.items() if abs(reply.round - newest) <= 1}
         host.inbox.advance(newest)
         for reply in replies.values():
             self._take_results(host, reply)

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.skipif(not AUTOGROUP.exists(), reason="a kernel without
 
 def niceness(*, own_session: bool) -> int:
     """Of a process's session after it wanted 7 and then 3."""
-    done = subprocess.run([sys.executable, "-c", LOWER], start_new_session=own_session, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOWER], start_new_session=own_session, capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 

@@ -75,3 +75,18 @@ async def test_a_peer_that_signs_another_root_convinces_nobody(scenario: Any) ->
         for name in ("p0", "p1", "n0"):
             peer = swarm.identity(name).peer_id
             assert credit[peer] == worked[peer] > 0
+
+
+async def test_a_peer_that_claims_a_later_round_keeps_nobody_out(scenario: Any) -> None:
+    """p2 says that the swarm is a million rounds further: a newcomer believes the two others and comes in with them."""
+    async with scenario(3) as swarm:
+        await swarm.start(1)
+        await eventually(lambda: waits_for_others(swarm.peers["p0"]), "the honest peer begins the run")
+        await swarm.join("p1")
+        await swarm.join("p2", program=program("far_ahead"))
+        honest = [swarm.peers["p0"], swarm.peers["p1"]]
+        await swarm.until_round(3, honest)
+        newcomer = await swarm.join("n0")
+        await swarm.until(lambda: last_contribution(newcomer) >= 0, "the newcomer contributes", 90)
+        assert swarm.missing_rounds() == []
+        assert swarm.differing_roots() == []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer.rounds.agreement import Agreement, count, newest
+from peer.rounds.agreement import Agreement, count, newest, present_rounds
 from tests.peer.rounds.simulation import names
 
 roots = st.sampled_from([b"a", b"b", b"c"])
@@ -58,3 +59,21 @@ def test_saying_it_twice_doesnt_count_twice(results: list[tuple[int, bytes, str]
     assert found is not None
     assert found == newest([*results, *results]) == newest(results[::-1])
     assert set(found[2]) == {signer for number, root, signer in results if (number, root) == found[:2]}
+
+
+@pytest.mark.parametrize(
+    ("claims", "first"),
+    [
+        ([7], 7),
+        ([7, 7, 8], 8),  # on their way from one round to the next
+        ([7, 7, 1_000_007], 7),
+        ([7, 8, 3], 8),
+        ([3, 3, 3, 8], 3),
+        ([7, 900], 900),  # word against word: the other one is tried next
+    ],
+)
+def test_the_present_round_is_that_of_most_peers(claims: list[int], first: int) -> None:
+    """One who claims a round that nobody else has reached, or is left behind, doesn't decide; every claim is tried in the end."""
+    likely = present_rounds({str(index): claim for index, claim in enumerate(claims)})
+    assert likely[0] == first
+    assert sorted(likely) == sorted(set(claims))
