@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from bench import report
 from bench.report import Report
 from peer.codec import Codec, Vector, make_codec
 from peer.codec.feedback import ErrorFeedback
+from peer.codec.on_device import BATCH_VALUES, decode_parts, encode_parts
 from swarm import manifest
 
 PARAMETERS = 124_000_000
@@ -23,6 +25,8 @@ THREADS = 2
 KINDS = ("fp16", "int8", "int4", "int2", "sparse")
 DENSITIES = (16, 32, 128, 256)
 SECONDS_GOALS = {"sparse": "<= 3", "int4": "<= 3"}
+GPU_GOALS = {"sparse": "<= 0.05", "int4": "<= 0.05"}
+GPU_TIMES = 6
 BITS_GOALS = {"sparse": "<= 0.25", "int4": "<= 4.5"}
 STANDARD_DEVIATION = 1e-3
 HOW = (
@@ -70,6 +74,42 @@ def measure_speed(out: Report) -> None:
             processor_s=statistics.median(run.cpu_s for run in runs[1:]) * to_full,
             lost_at_first=runs[0].lost,
         )
+
+
+def measure_gpu(out: Report) -> None:
+    """The same on a GPU: from values there to bytes here, and back."""
+    if not torch.cuda.is_available():
+        out.say("  no CUDA device: left out")
+        return
+    device = torch.device("cuda")
+    parameters = out.choose(PARAMETERS, QUICK_PARAMETERS)
+    for kind, goal in GPU_GOALS.items():
+        codec = make_codec(manifest.Codec.model_validate({"kind": kind}), parameters)
+        batches = _batches(torch.from_numpy(_update(parameters)).to(device), codec.part_values)
+        seconds = [_there_and_back(codec, batches, device) for _ in range(GPU_TIMES)]
+        how = (
+            f"{torch.cuda.get_device_name(device)}: whole parts of {parameters:,} normal values, from its memory to bytes in the "
+            "host's and back; wall time, median of the runs after the first"
+        )
+        total_s = statistics.median(seconds[1:]) * PARAMETERS / parameters
+        out.figure(f"{kind}_encode_decode_124m_gpu_s", total_s, how, goal)
+
+
+def _batches(values: torch.Tensor, part_values: int) -> list[torch.Tensor]:
+    """[parts, part values] each; a shorter last part is left out."""
+    whole = values[: values.numel() // part_values * part_values].view(-1, part_values)
+    most = BATCH_VALUES // part_values
+    return [whole[start : start + most] for start in range(0, len(whole), most)]
+
+
+def _there_and_back(codec: Codec, batches: Sequence[torch.Tensor], device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for batch in batches:
+        parts, _ = encode_parts(codec, batch)
+        decode_parts(codec, parts, device)
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 def measure_densities(out: Report) -> None:
@@ -121,7 +161,7 @@ def _lost(update: Vector, decoded: Vector) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure."""
-    return report.run("codec", __doc__, {"speed": measure_speed, "densities": measure_densities}, argv)
+    return report.run("codec", __doc__, {"speed": measure_speed, "gpu": measure_gpu, "densities": measure_densities}, argv)
 
 
 if __name__ == "__main__":

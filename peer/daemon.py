@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -430,7 +431,7 @@ class Daemon:
         store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
         store.provide(snapshots.lookup)
         store.provide(materials.lookup)
-        residuals = Residuals(options.directory, run.run_id.hex())
+        residuals = Residuals(options.directory, run.run_id.hex(), options.device)
         store.provide(residuals.lookup)
 
         def token() -> Any:
@@ -697,9 +698,12 @@ class Daemon:
         await asyncio.to_thread(save_quietly, parts.services.residuals, parts.checkpoints.standing()[0])
 
     def _on_moved(self, volume: Volume) -> None:
-        """Count traffic; pause before a round that the quota wouldn't outlast, until a new month begins."""
+        """Count traffic; pause before a round that the quota wouldn't outlast, until a new month begins.
+
+        Two are still to come: the one that goes on, and the one in which we leave the roster.
+        """
         self.usage.add(volume)
-        used_up = not self.usage.allows(min(used.total_bytes for used in self._rounds_used))
+        used_up = not self.usage.allows(2 * int(statistics.median_low(used.total_bytes for used in self._rounds_used)))
         if used_up != (self._holds.quota is not None):
             self._put("quota", Hold("quota_used", until_s=self.usage.next_month_s) if used_up else None)
 

@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from peer.codec import Codec, Vector
+from peer.codec import Codec, Vector, on_device
 from swarm.errors import CheckpointCorrupt, DiskFull
 from swarm.merkle import blob_hash
 
 FORMAT = "swarm-feedback-1"
 RESIDUAL = "residual"
+CPU = torch.device("cpu")
 DENSE_DECAY = 1.0
 SPARSE_DECAY = 0.95
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -76,14 +78,21 @@ class ErrorFeedback:
         self._residual[place] = fed.residual
         return fed
 
-    def encode(self, update: Vector, threads: int = 1) -> list[bytes]:
-        """All our parts of `update`, [values of our parts]. Raises `ValueError`; the residual is of no more use then."""
+    def encode(self, update: Vector, threads: int = 1, device: torch.device = CPU) -> list[bytes]:
+        """All our parts of `update`, [values of our parts]. Raises `ValueError`; the residual is of no more use then.
+
+        A GPU takes the work of the threads, as far as its memory allows.
+        """
         if update.shape != self._residual.shape:
             raise ValueError(f"an update of {update.shape} for {self._residual.size} values")
+        done: list[bytes] = []
+        if device.type != CPU.type and on_device.can_encode(self.codec):
+            done = on_device.feed_all(self.codec, update, self._residual, self.decay, device)
+        left = self.parts[len(done) :]
         if threads == 1:
-            return [self._encoded(update, index) for index in self.parts]
+            return [*done, *(self._encoded(update, index) for index in left)]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda index: self._encoded(update, index), self.parts))
+            return [*done, *pool.map(lambda index: self._encoded(update, index), left)]
 
     def residual(self, index: int) -> Vector:
         """The residual of part `index`, a read-only view."""

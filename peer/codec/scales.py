@@ -43,7 +43,11 @@ def checked_scale(scale: float, index: int) -> float:
 
 def largest_magnitude(magnitudes: NDArray[np.float32]) -> float:
     """The largest of a part's magnitudes. Raises `ValueError` where one is not finite."""
-    largest = float(np.max(magnitudes))
+    return finite(float(np.max(magnitudes)))
+
+
+def finite(largest: float) -> float:
+    """The number itself. Raises `ValueError` if it is not finite."""
     if not math.isfinite(largest):
         raise ValueError("an update that is not finite can't travel")
     return largest
@@ -51,11 +55,14 @@ def largest_magnitude(magnitudes: NDArray[np.float32]) -> float:
 
 def to_halves(multiples: NDArray[np.float32], scale: float, factor: int) -> NDArray[np.float16]:
     """The groups' scales, as multiples of the part's, in half precision: nearest, but never so large that `factor` overflows."""
+    return np.minimum(multiples, np.float32(largest_half(scale, factor))).astype(HALF)
+
+
+def largest_half(scale: float, factor: int) -> np.float16:
+    """The largest half-precision number whose `factor`-fold times `scale` is finite in float32."""
     limit = min(LARGEST_HALF, LARGEST_FLOAT / (scale * factor))
     largest = np.float16(limit)
-    if float(largest) > limit:
-        largest = np.nextafter(largest, np.float16(0))
-    return np.minimum(multiples, np.float32(largest)).astype(HALF)
+    return np.nextafter(largest, np.float16(0)) if float(largest) > limit else largest
 
 
 def group_scales(halves: NDArray[np.float16], scale: float) -> NDArray[np.float32]:

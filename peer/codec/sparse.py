@@ -53,7 +53,7 @@ MANY_CANDIDATES = 4
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
     """`chunks` chunks of `length` values, of which `kept` travel, from value `start` of a part on."""
 
     start: int
@@ -63,6 +63,7 @@ class _Section:
 
     @property
     def low_bits(self) -> int:
+        """Bits of an index that travel as they are."""
         return (self.length // self.kept).bit_length() - 1
 
     @property
@@ -80,6 +81,7 @@ class _Section:
 
     @property
     def size_bytes(self) -> int:
+        """All four tables."""
         return sum(self.table_bytes)
 
 
@@ -137,15 +139,15 @@ class Sparse(Parts):
         places, values = self.decode_pairs(data, index)
         out[places] += np.multiply(values, coefficient)
 
-    def _sections(self, index: int) -> Iterator[_Section]:
+    def _sections(self, index: int) -> Iterator[Section]:
         chunks, rest = divmod(self.part_length(index), CHUNK_VALUES)
         if chunks:
-            yield _Section(0, chunks, CHUNK_VALUES, self.top_k)
+            yield Section(0, chunks, CHUNK_VALUES, self.top_k)
         if rest:
-            yield _Section(chunks * CHUNK_VALUES, 1, rest, -(-rest * self.top_k // CHUNK_VALUES))
+            yield Section(chunks * CHUNK_VALUES, 1, rest, -(-rest * self.top_k // CHUNK_VALUES))
 
 
-def _encode(section: _Section, values: Vector, magnitudes: Vector, scale: float) -> list[bytes]:
+def _encode(section: Section, values: Vector, magnitudes: Vector, scale: float) -> list[bytes]:
     """The four tables."""
     indices = strongest(magnitudes.reshape(section.chunks, section.length), section.kept)
     places = indices + np.arange(section.chunks)[:, None] * section.length
@@ -159,7 +161,7 @@ def _encode(section: _Section, values: Vector, magnitudes: Vector, scale: float)
     return [halves.tobytes(), *(_packed(table) for table in (pairs, low, high))]
 
 
-def _decode(section: _Section, data: memoryview, scale: float, index: int) -> tuple[Indices, Vector]:
+def _decode(section: Section, data: memoryview, scale: float, index: int) -> tuple[Indices, Vector]:
     """Places within the part, and values there, each [chunks x kept]."""
     tables = []
     for size in section.table_bytes:
@@ -179,7 +181,7 @@ def _decode(section: _Section, data: memoryview, scale: float, index: int) -> tu
     return places.reshape(-1), values.reshape(-1)
 
 
-def _indices(section: _Section, low: Bits, high: Bits, index: int) -> Indices:
+def _indices(section: Section, low: Bits, high: Bits, index: int) -> Indices:
     """Indices within chunks, [chunks, kept]. Raises `Rejected("bad_part")` unless they ascend strictly and are in range."""
     if (np.count_nonzero(high, axis=1) != section.kept).any():
         raise Rejected("bad_part", f"part {index} has a chunk with another number of values than {section.kept}")

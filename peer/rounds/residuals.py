@@ -12,9 +12,10 @@ from threading import Lock
 
 import numpy as np
 import structlog
+import torch
 
-from peer.codec import Codec, Vector
-from peer.codec.feedback import ErrorFeedback, Fed
+from peer.codec import Codec, Vector, encode
+from peer.codec.feedback import CPU, ErrorFeedback, Fed
 from swarm.errors import CheckpointCorrupt, DiskFull
 from swarm.merkle import root_of
 
@@ -44,10 +45,14 @@ class SpanMerge:
 
 @dataclass
 class Residuals:
-    """What the peer's encodings have lost and still owe. `directory` is where the residual of its updates survives restarts."""
+    """What the peer's encodings have lost and still owe.
+
+    `directory` is where the residual of its updates survives restarts, `device` where they are encoded.
+    """
 
     directory: Path
     run_id: str
+    device: torch.device = CPU
     _lock: Lock = field(default_factory=Lock)
     _own: ErrorFeedback | None = None
     _merged: ErrorFeedback | None = None
@@ -58,12 +63,11 @@ class Residuals:
         """All parts of our update, [parameters], with what earlier rounds owe. Raises `ValueError` where it isn't finite."""
         if codec.kind == EXACT:
             self._own = None
-            spans = (codec.part_span(index) for index in range(codec.part_count))
-            return [codec.encode_part(update[start:end], index) for index, (start, end) in enumerate(spans)]
+            return encode(codec, update)
         with self._lock:
             feedback = self._own = self._continued(codec)
             try:
-                return feedback.encode(update, ENCODING_THREADS)
+                return feedback.encode(update, ENCODING_THREADS, self.device)
             except ValueError:
                 feedback.reset()
                 raise
