@@ -25,6 +25,7 @@ Vector = NDArray[np.float32]
 
 MAX_NAME_CHARACTERS = 80
 MAX_LISTED = 1000
+TEMPERATURE, TOP_P = 0.7, 0.95
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,21 @@ def _plain(text: str, limit: int = MAX_NAME_CHARACTERS) -> str:
 
 
 def generate_sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
-    """What a transformers model continues `prompt` with, always taking the likeliest token."""
+    """What a transformers model continues `prompt` with; the same each time, and nobody else's random numbers change.
+
+    Tokens are drawn, as small models repeat themselves for ever where the likeliest is always taken (Holtzman et al., 2020).
+    """
     inputs = tokenizer(prompt, return_tensors="pt")
     ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
