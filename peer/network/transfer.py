@@ -303,19 +303,18 @@ class _Download:
         self, transfer: Transfer, sizes: Mapping[bytes, int], keep: Callable[[bytes, bytes], None], batch_bytes: int
     ) -> None:
         self.transfer = transfer
-        self.sizes = sizes
         self.wanted = dict(sizes)
         self.keep = keep
         self.batch_bytes = batch_bytes
         self.queue = deque(sizes)
         self.queued_bytes = sum(sizes.values())
         self.owed = Counter[bytes]()
-        self.working = 0
+        self.source_count = 0
         self.failed: dict[str, str] = {}
 
     async def run(self, sources: Sequence[str]) -> dict[str, str]:
         fastest_first = sorted(sources, key=self.transfer.speed_of, reverse=True)
-        self.working = len(fastest_first)
+        self.source_count = len(fastest_first)
         workers = [asyncio.create_task(self._work(source), name=f"download-{source}") for source in fastest_first]
         try:
             while self.wanted and (running := [worker for worker in workers if not worker.done()]):
@@ -332,7 +331,7 @@ class _Download:
         while self.wanted:
             if not self.transfer.may_move():
                 self.failed[source] = "quota_used"
-                break
+                return
             batch = self._next_batch(self._batch_bytes(source))
             self.owed.update(batch)
             try:
@@ -340,16 +339,15 @@ class _Download:
             except (PeerFailure, Rejected) as error:
                 self.failed[source] = error.reason
                 log.info("source_dropped", source=source, reason=error.reason)
-                break
+                return
             finally:
                 self._give_back(batch)
-        self.working -= 1
 
     def _batch_bytes(self, source: str) -> int:
         """Half of this source's share of what is left, and at most about two seconds' worth."""
         speed = self.transfer.speed_of(source)
         most = min(self.batch_bytes, max(SMALLEST_BATCH_BYTES, int(speed * BATCH_S))) if speed else self.batch_bytes
-        return min(most, self.queued_bytes // (2 * self.working))
+        return min(most, self.queued_bytes // (2 * (self.source_count - len(self.failed))))
 
     def _next_batch(self, most_bytes: int) -> dict[bytes, int]:
         """Blobs that nobody works on, at least one; once all are taken, one that the fewest sources owe."""
@@ -357,10 +355,9 @@ class _Download:
         size = 0
         while self.queue and (not batch or size < most_bytes):
             name = self.queue.popleft()
-            self.queued_bytes -= self.sizes[name]
-            if name in self.wanted:
-                batch[name] = self.wanted[name]
-                size += batch[name]
+            batch[name] = self.wanted[name]
+            size += batch[name]
+        self.queued_bytes -= size
         if not batch:
             name = min(reversed(self.wanted), key=self.owed.__getitem__)
             batch[name] = self.wanted[name]
