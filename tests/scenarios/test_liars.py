@@ -23,6 +23,19 @@ async def waits_for_others(peer: LocalPeer) -> bool:
     return (await peer.status()).get("state") == "gathering"
 
 
+async def join_beside_a_liar(swarm: Scenario, lie: str, rounds: int) -> tuple[list[LocalPeer], LocalPeer]:
+    """p0 and p1 are honest, p2 isn't; after some rounds n0 comes and contributes. The honest ones, and the newcomer."""
+    await swarm.start(1)
+    await eventually(lambda: waits_for_others(swarm.peers["p0"]), "the honest peer begins the run")
+    await swarm.join("p1")
+    await swarm.join("p2", program=program(lie))
+    honest = [swarm.peers["p0"], swarm.peers["p1"]]
+    await swarm.until_round(rounds, honest)
+    newcomer = await swarm.join("n0")
+    await swarm.until(lambda: last_contribution(newcomer) >= 0, "the newcomer contributes", 90)
+    return honest, newcomer
+
+
 @pytest.mark.parametrize(("lie", "reason"), [("wrong_chunks", "wrong_bytes"), ("endless", "too_large")])
 async def test_a_donor_that_sends_wrong_bytes_is_named(tmp_path: Path, lie: str, reason: str) -> None:
     """p1 trains honestly but serves wrong chunks, or an endless one: newcomers get the state from the others and name it.
@@ -56,14 +69,7 @@ async def test_a_donor_that_sends_wrong_bytes_is_named(tmp_path: Path, lie: str,
 async def test_a_peer_that_signs_another_root_convinces_nobody(scenario: Any) -> None:
     """p2 signs a root that isn't its state's: nobody repairs towards it, a newcomer takes the majority's, it earns nothing."""
     async with scenario(3) as swarm:
-        await swarm.start(1)
-        await eventually(lambda: waits_for_others(swarm.peers["p0"]), "the honest peer begins the run")
-        await swarm.join("p1")
-        await swarm.join("p2", program=program("wrong_root"))
-        honest = [swarm.peers["p0"], swarm.peers["p1"]]
-        await swarm.until_round(4, honest)
-        newcomer = await swarm.join("n0")
-        await swarm.until(lambda: last_contribution(newcomer) >= 0, "the newcomer contributes", 90)
+        honest, newcomer = await join_beside_a_liar(swarm, "wrong_root", 4)
         await swarm.until_round(last_round(newcomer) + 2, [*honest, newcomer])
         assert [(await peer.status())["repairs"] for peer in [*honest, newcomer]] == [0, 0, 0]
         assert swarm.missing_rounds() == []
@@ -80,13 +86,6 @@ async def test_a_peer_that_signs_another_root_convinces_nobody(scenario: Any) ->
 async def test_a_peer_that_claims_a_later_round_keeps_nobody_out(scenario: Any) -> None:
     """p2 says that the swarm is a million rounds further: a newcomer believes the two others and comes in with them."""
     async with scenario(3) as swarm:
-        await swarm.start(1)
-        await eventually(lambda: waits_for_others(swarm.peers["p0"]), "the honest peer begins the run")
-        await swarm.join("p1")
-        await swarm.join("p2", program=program("far_ahead"))
-        honest = [swarm.peers["p0"], swarm.peers["p1"]]
-        await swarm.until_round(3, honest)
-        newcomer = await swarm.join("n0")
-        await swarm.until(lambda: last_contribution(newcomer) >= 0, "the newcomer contributes", 90)
+        await join_beside_a_liar(swarm, "far_ahead", 3)
         assert swarm.missing_rounds() == []
         assert swarm.differing_roots() == []

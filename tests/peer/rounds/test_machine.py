@@ -1166,11 +1166,7 @@ def test_a_leader_sends_an_adopted_proposal_again_as_adopted() -> None:
     """Who promised the ballot of an adoption would take the same proposal at its old ballot for stale."""
     peers = names(3)
     me, missed = leader(3, 1), leader(3, 2)
-    state, proposal = holding_everything(peers, me)
-    state, actions = machine.step(state, PeerLost(leader(3)), 2.0)
-    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
-    state, actions = machine.step(state, SealReplyArrived(SealReplyFacts(missed, ballot, None, False)), 2.1)
-    assert Adopt(ballot, None) in actions
+    state, proposal, ballot = adopting(peers, me, missed)
     _, actions = machine.step(state, ComplaintArrived(missed, me, "left_behind"), 2.2)
     assert Adopt(ballot, None, missed) in actions
     assert state.accepted == proposal
@@ -1207,10 +1203,7 @@ def test_an_older_vote_of_somebody_dead_is_not_waited_on() -> None:
     """A vote at a lower ballot says nothing about the one that stands: its author is probed, and its loss is noticed."""
     peers = names(3)
     me, voter = leader(3, 1), leader(3, 2)
-    state, proposal = holding_everything(peers, me)
-    state, actions = machine.step(state, PeerLost(leader(3)), 2.0)
-    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
-    state, _ = machine.step(state, SealReplyArrived(SealReplyFacts(voter, ballot, None, False)), 2.1)
+    state, proposal, ballot = adopting(peers, me, voter)
     assert state.standing == ballot
     state, _ = machine.step(state, ReadyArrived(voter, BallotNumber(), proposal.proposal_hash), 2.2)
     assert not state.complete
@@ -1252,6 +1245,16 @@ def decision(proposal: ProposalFacts, peer: str, ballot: BallotNumber) -> SealRe
     """A peer's proof that it completed a proposal."""
     facts = tuple(commit_of(item.peer) for item in proposal.commits)
     return SealReplyFacts(peer, ballot, proposal, True, facts, tuple(span_of(proposal, item.peer) for item in proposal.reducers))
+
+
+def adopting(peers: tuple[str, ...], me: str, other: str) -> tuple[RoundState, ProposalFacts, BallotNumber]:
+    """The second leader, which held everything when the first was lost, asked `other`, and proposed the same again."""
+    state, proposal = holding_everything(peers, me)
+    state, actions = machine.step(state, PeerLost(leader(len(peers))), 2.0)
+    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
+    state, actions = machine.step(state, SealReplyArrived(SealReplyFacts(other, ballot, None, False)), 2.1)
+    assert Adopt(ballot, None) in actions
+    return state, proposal, ballot
 
 
 def waiting_in_vain(peers: tuple[str, ...], me: str, commits: tuple[str, ...], *first: Event) -> RoundState:
