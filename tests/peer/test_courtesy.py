@@ -11,7 +11,17 @@ from peer.gpu import AUTOGROUP
 
 LOWER = "from peer.gpu import AUTOGROUP, lower_session_priority as lower; lower(7); lower(3); print(AUTOGROUP.read_text())"
 
-pytestmark = pytest.mark.skipif(not AUTOGROUP.exists(), reason="a kernel without autogroups")
+
+
+def has_autogroups() -> bool:
+    """Whether the kernel has them and tells; some sandboxes show an empty file."""
+    try:
+        return bool(AUTOGROUP.read_text().split())
+    except OSError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not has_autogroups(), reason="a kernel without autogroups")
 
 
 def niceness(*, own_session: bool) -> int:
