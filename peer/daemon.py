@@ -30,7 +30,7 @@ from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
 from peer.data import ShardReader
 from peer.device import hardware_class
-from peer.faults import Faults
+from peer.faults import Faults, break_device
 from peer.finding import Finder
 from peer.governor import Governor, device_uuid
 from peer.gpu import Sensors, lower_disk_priority, lower_session_priority, lower_thread_priority, open_card
@@ -92,6 +92,7 @@ RECEIPT_WAIT_S = 10.0
 GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
 QUOTA_CHECK_S = 30.0
+DEVICE_REST_S = 60.0
 RECENT_ROUNDS = 8
 REFUSALS_IN_A_ROW = 5
 ADMISSION_ATTEMPTS = 10
@@ -185,7 +186,7 @@ class Daemon:
         status = Status(PeerMetrics(registry), history=options.directory / HISTORY_NAME)
         usage = Usage.load(options.directory / USAGE_NAME, options.monthly_quota)
         daemon = cls(options, identity, status, registry, Faults.from_environment(), usage)
-        daemon.faults.actions["flip_bit"] = daemon.flip_bit
+        daemon.faults.actions.update(flip_bit=daemon.flip_bit, break_device=break_device)
         return daemon
 
     def flip_bit(self) -> None:
@@ -212,7 +213,7 @@ class Daemon:
             case "pause":
                 self._put("user", Hold("paused"))
             case "resume":
-                self._holds, self._refused = self._holds.put("rejections", None), 0
+                self._holds, self._refused = self._holds.put("rejections", None).put("device", None), 0
                 self._put("user", None)
             case _:
                 self._obey(verb)
@@ -250,7 +251,10 @@ class Daemon:
 
     async def _free_device(self, engine: Engine) -> None:
         """Give the device back as soon as the micro-batch is done; the round goes on with what was trained."""
-        await engine.training.release()
+        try:
+            await engine.training.release()
+        except torch.AcceleratorError as error:
+            log.warning("device_not_released", error=_first_line(error))  # the program that takes our place frees it
         await asyncio.to_thread(give_back)
         log.info("device_free")
 
@@ -609,6 +613,10 @@ class Daemon:
             log.error("disagreement", error=str(error))
             self.status.error = str(error)
             reason = "disagreement"
+        except torch.AcceleratorError as error:
+            log.exception("device_failed")
+            self._put("device", Hold("gpu_failed", _first_line(error), self.usage.clock.wall_s() + DEVICE_REST_S))
+            reason = "pause"
         if reason in ("run_complete", "disagreement"):
             self.status.state(reason)
         return reason
@@ -809,6 +817,10 @@ def _check_memory(manifest: Manifest) -> None:
             f"the run needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
             "close other programs, or join a run with a smaller model",
         )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextlib.asynccontextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import structlog
+import torch
 
 from swarm.errors import UsageError
 
@@ -51,6 +52,11 @@ def kill() -> None:
 def stop() -> None:
     """Freeze this process, as a sleeping laptop would."""
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def break_device() -> None:
+    """What torch says once a GPU has failed; nothing works on it any more in this process."""
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
 
 @dataclass

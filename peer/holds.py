@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-ORDER = ("user", "rejections", "governor", "quota")
+ORDER = ("user", "rejections", "device", "governor", "quota")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Holds:
 
     user: Hold | None = None
     rejections: Hold | None = None
+    device: Hold | None = None
     governor: Hold | None = None
     quota: Hold | None = None
 

@@ -215,22 +215,35 @@ class FlatParameters:
         """A copy of the gradients as one vector, [size]; zero where there is none."""
         return self._gather([parameter.grad for _, parameter in _trained(network)])
 
+    def read_difference(self, theta: Vector, network: nn.Module) -> Vector:
+        """`theta` minus the parameters, [size], tensor by tensor on the model's device."""
+        self._check_shape(theta)
+        out = np.empty(self.size, dtype=np.float32)
+        with torch.no_grad():
+            for entry, (_, parameter) in zip(self.table, _trained(network), strict=True):
+                piece = self._piece(theta, entry).to(parameter.device)
+                self._piece(out, entry).copy_(piece - parameter)
+        return out
+
     def write(self, network: nn.Module, vector: Vector) -> None:
         """Copy `vector`, [size], into the model's parameters in place."""
         self._check_shape(vector)
         with torch.no_grad():
             for entry, (_, parameter) in zip(self.table, _trained(network), strict=True):
-                piece = vector[entry.offset : entry.offset + entry.size]
-                source = piece if piece.flags.writeable else piece.copy()
-                parameter.copy_(torch.from_numpy(source).view(entry.shape))
+                parameter.copy_(self._piece(vector, entry))
 
     def _gather(self, tensors: Sequence[torch.Tensor | None]) -> Vector:
         out = np.zeros(self.size, dtype=np.float32)
         for entry, tensor in zip(self.table, tensors, strict=True):
             if tensor is not None:
-                target = torch.from_numpy(out[entry.offset : entry.offset + entry.size]).view(entry.shape)
-                target.copy_(tensor.detach())
+                self._piece(out, entry).copy_(tensor.detach())
         return out
+
+    @staticmethod
+    def _piece(vector: Vector, entry: TensorEntry) -> torch.Tensor:
+        """One tensor of a vector, in its shape; a view where the vector may be written to."""
+        piece = vector[entry.offset : entry.offset + entry.size]
+        return torch.from_numpy(piece if piece.flags.writeable else piece.copy()).view(entry.shape)
 
     def _check_shape(self, vector: Vector) -> None:
         if vector.shape != (self.size,) or vector.dtype != np.float32:

@@ -126,16 +126,33 @@ class _Assignment:
     total: int
 
 
+class _Loss:
+    """A loss on its way to the host, so that asking for it doesn't wait for what the GPU was given to do since."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self._value = loss.detach()
+        self._copied: torch.cuda.Event | None = None
+        if loss.is_cuda:
+            pinned = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            self._value = pinned.copy_(self._value, non_blocking=True)
+            self._copied = torch.cuda.current_stream(loss.device).record_event()
+
+    def __float__(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value)
+
+
 @dataclass
 class _Run:
-    """What has been done of a round so far; losses stay on the device until somebody asks."""
+    """What has been done of a round so far."""
 
     assignment: _Assignment
     quota_samples: int
     should_stop: ShouldStop
     progress: Callable[[Progress], None]
     done: int = 0
-    losses: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    losses: list[tuple[_Loss, int]] = field(default_factory=list)
     stopped: str | None = None
     steps: int = 0
     skipped_steps: int = 0
@@ -143,7 +160,7 @@ class _Run:
     def note(self, loss: torch.Tensor, samples: int) -> None:
         """Count a micro-batch and report the loss of the one before, which the device has finished."""
         before = float(self.losses[-1][0]) if self.losses else None
-        self.losses.append((loss.detach(), samples))
+        self.losses.append((_Loss(loss), samples))
         self.done += samples
         self.progress(Progress(self.done, self.quota_samples, before))
 
@@ -372,7 +389,7 @@ class Trainer:
         """`theta` minus where the inner steps lead."""
         while run.done < run.quota_samples and self._whole_step(strategy, run, tokens_so_far):
             pass
-        return theta - self.parameters.read(self._network)
+        return self.parameters.read_difference(theta, self._network)
 
     def _early_round(self, strategy: manifest.DiLoCo, run: _Run, early: Early, tokens_so_far: int) -> Vector:
         """The agreed weights minus where the inner steps lead; zero if the round before was never merged."""
@@ -391,7 +408,7 @@ class Trainer:
         if joined is None:
             run.rewind((0, 0))
             return np.zeros_like(base)
-        return base - self.parameters.read(self._network)
+        return self.parameters.read_difference(base, self._network)
 
     def _rebase(self, base: Vector, theta: Vector) -> Vector:
         """Keep what was trained since `base` and put it on top of `theta`; both [parameters]."""
@@ -501,7 +518,7 @@ class Trainer:
 
     def _report(self, run: _Run, update: Vector, seconds: float) -> TrainedUpdate:
         losses = [(float(loss), samples) for loss, samples in run.losses]
-        finite = bool(np.isfinite(update).all()) and all(math.isfinite(loss) for loss, _ in losses)
+        finite = _all_finite(update) and all(math.isfinite(loss) for loss, _ in losses)
         samples = run.done if finite else 0
         return TrainedUpdate(
             update=update if finite and samples else np.zeros_like(update),
@@ -529,6 +546,12 @@ def _recompute_activations(network: Any) -> None:
 def _ran_out(error: RuntimeError) -> bool:
     """Whether torch found no memory; its CPU allocator says so with a plain `RuntimeError`."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _all_finite(vector: Vector) -> bool:
+    """The sum of squares tells at once; only if it overflowed, every value is looked at."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(vector @ vector)) or bool(np.isfinite(vector).all())
 
 
 def _present(value: T | None) -> T:

@@ -129,6 +129,7 @@ class LocalSwarm:
         self,
         name: str,
         *options: str,
+        device: Sequence[str] = ("--cpu",),
         threads: int = 1,
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = (),
@@ -138,7 +139,7 @@ class LocalSwarm:
         """Start a peer in the folder `name`. `program` is run instead of `swarm`, `prefix` stands before the command."""
         directory = self.directory / name
         directory.mkdir(mode=0o700, exist_ok=True)
-        command = [*prefix, *(program or swarm_command()), "join", self.link, "--cpu", "--dir", str(directory)]
+        command = [*prefix, *(program or swarm_command()), "join", self.link, *device, "--dir", str(directory)]
         command += ["--threads", str(threads), "--listen", f"{address}:0", "--metrics", "127.0.0.1:0", *options]
         with (directory / "log").open("ab") as sink:
             process = await _spawn(command, {**NO_COURTESY, **self.environment, **(environment or {})}, stdout=sink, stderr=sink)

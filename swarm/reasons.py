@@ -39,6 +39,7 @@ TABLE: dict[str, Reason] = {
     "on_battery": Reason("the machine runs on battery", hint="plug it in, or set on_battery"),
     "metered_link": Reason("the network link is metered", hint="set on_metered"),
     "gpu_lost": Reason("the GPU doesn't answer; it goes on when it does", hint="swarm doctor"),
+    "gpu_failed": Reason("the GPU reported an error; training begins anew in a minute", hint="see `detail`, then: swarm doctor"),
     "contributions_rejected": Reason(
         "five contributions in a row were refused", by_itself=False, hint="see `detail`, then: swarm doctor, swarm resume"
     ),

@@ -13,8 +13,10 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from peer.codec import Codec, Vector
@@ -95,8 +97,7 @@ def encode_parts(codec: Codec, values: Tensor) -> tuple[list[bytes], Tensor]:
         rows, decoded = _encode_sparse(codec, values)
     else:
         rows, decoded = _encode_grouped(_grouped(codec), values)
-    content = rows.cpu().numpy()
-    return [row.tobytes() for row in content], decoded
+    return [row.tobytes() for row in _received(rows)], decoded
 
 
 def decode_parts(codec: Codec, parts: Sequence[bytes], device: torch.device) -> Tensor:
@@ -105,8 +106,7 @@ def decode_parts(codec: Codec, parts: Sequence[bytes], device: torch.device) -> 
     if any(len(part) != size for part in parts):
         return _decode_plainly(codec, parts)
     scales = [checked_scale(HEADER.unpack_from(part)[0], index) for index, part in enumerate(parts)]
-    rows = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8).view(len(parts), size).to(device)[:, HEADER.size :]
-    decoded = _decode_rows(codec, rows, scales)
+    decoded = _decode_rows(codec, _joined(parts, device)[:, HEADER.size :], scales)
     return _decode_plainly(codec, parts) if decoded is None else decoded
 
 
@@ -133,6 +133,22 @@ def _grouped(codec: Codec) -> Grouped:
 def _sent(values: Vector, device: torch.device) -> Tensor:
     """A copy on the device, also where that is the CPU."""
     return torch.from_numpy(values).to(device, copy=True)
+
+
+def _joined(parts: Sequence[bytes], device: torch.device) -> Tensor:
+    """[parts, bytes] on the device, of parts of one size; a GPU takes them from pinned memory, several times as fast."""
+    rows = torch.empty((len(parts), len(parts[0])), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for row, part in zip(rows.numpy(), parts, strict=True):
+        row[:] = np.frombuffer(part, dtype=np.uint8)
+    return rows.to(device, non_blocking=True)
+
+
+def _received(rows: Tensor) -> NDArray[np.uint8]:
+    """[parts, bytes] in the host's memory, by way of pinned memory."""
+    if rows.device.type != "cuda":
+        return rows.numpy()
+    pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    return pinned.copy_(rows).numpy()
 
 
 def _number(value: float, device: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ from peer.gpu import AUTOGROUP
 LOWER = "from peer.gpu import AUTOGROUP, lower_session_priority as lower; lower(7); lower(3); print(AUTOGROUP.read_text())"
 
 
-
 def has_autogroups() -> bool:
     """Whether the kernel has them and tells; some sandboxes show an empty file."""
     try:

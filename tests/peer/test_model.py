@@ -150,6 +150,16 @@ def test_a_vector_survives_being_written_and_read(config: dict[str, Any]) -> Non
     assert np.array_equal(flat.read(network), vector)
 
 
+def test_a_difference_is_that_of_the_vectors() -> None:
+    """To the bit, wherever the model is; a vector of another model is refused."""
+    network = build_model(model(LLAMA))
+    flat = FlatParameters(network)
+    theta = np.random.default_rng(1).standard_normal(flat.size).astype(np.float32)
+    assert np.array_equal(flat.read_difference(theta, network), theta - flat.read(network))
+    with pytest.raises(DataInvalid, match="doesn't fit"):
+        flat.read_difference(theta[1:], network)
+
+
 def test_the_table_is_sorted_by_name_without_gaps() -> None:
     """The order of parameters is fixed: by name, one after the other, tied ones once."""
     flat = FlatParameters(build_model(model(TIED)))
