@@ -24,7 +24,7 @@ from bench.settings import PEERS, longer, made
 from bench.single import held_out_loss, one_thread, open_shards
 from peer.codec import Codec, Vector, decode, make_codec
 from peer.codec.feedback import ErrorFeedback
-from peer.merge import clip_scales, norm, weighted_mean
+from peer.merge import merge_part
 from peer.model import initial_theta
 from peer.outer import apply, initial_state
 from peer.trainer import Trainer
@@ -91,7 +91,7 @@ def simulate(run: manifest.Manifest, files: Path, peers: int, *, told: Told = la
         codec = make_codec(phase.codec, state.theta.size)
         sent = [sender.pass_through(codec, update.update) for sender, update in zip(senders, updates, strict=True)]
         tokens = [update.tokens for update in updates]
-        merged = _merged(run, [values for values, _ in sent], tokens)
+        merged = merge_part([values for values, _ in sent], tokens, run.merge)
         if codec.topology == "butterfly":
             merged, size = reducers.pass_through(codec, merged)
             payload += (peers - 1) / peers * 2 * size
@@ -101,11 +101,6 @@ def simulate(run: manifest.Manifest, files: Path, peers: int, *, told: Told = la
         steps += phase.inner_steps
         told(round_index, float(np.mean([update.loss_mean for update in updates])))
     return Simulated(state.theta, payload, run.rounds.total, steps)
-
-
-def _merged(run: manifest.Manifest, updates: Sequence[Vector], weights: Sequence[int]) -> Vector:
-    scales = clip_scales([norm(update) for update in updates], run.merge.clip_ratio)
-    return weighted_mean(updates, weights, scales)
 
 
 @dataclass(frozen=True)

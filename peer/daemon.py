@@ -435,7 +435,7 @@ class Daemon:
         store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
         store.provide(snapshots.lookup)
         store.provide(materials.lookup)
-        residuals = Residuals(options.directory, run.run_id.hex(), options.device)
+        residuals = Residuals(options.directory, run.run_id.hex(), run.manifest.merge.worker_momentum, options.device)
         store.provide(residuals.lookup)
 
         def token() -> Any:

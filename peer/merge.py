@@ -7,12 +7,13 @@ operations, no sums whose order depends on a processor's vector width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swarm.errors import Rejected
+from swarm.manifest import Merge
 
 Vector = NDArray[np.float32]
 
@@ -26,6 +27,13 @@ def check_weight(weight: int, limit: int) -> int:
     return weight
 
 
+def merge_part(decoded: Sequence[Vector], weights: Sequence[int], rule: Merge) -> Vector:
+    """One part of every contributor, each [values of the part], merged by the manifest's rule."""
+    if rule.kind == "centered_clip":
+        return centered_clip(decoded, weights, rule.radius_ratio, rule.iterations)
+    return weighted_mean(decoded, weights, clip_scales([norm(vector) for vector in decoded], rule.clip_ratio))
+
+
 def weighted_mean(decoded: Sequence[Vector], weights: Sequence[int], scales: Sequence[float] | None = None) -> Vector:
     """The mean of vectors, each [n], by `weights`, each first multiplied by its scale (1 by default); in the given order.
 
@@ -34,15 +42,19 @@ def weighted_mean(decoded: Sequence[Vector], weights: Sequence[int], scales: Seq
     """
     if not decoded or len(decoded) != len(weights) or (scales is not None and len(scales) != len(weights)):
         raise ValueError(f"{len(decoded)} vectors with {len(weights)} weights")
-    if len({vector.shape for vector in decoded}) != 1:
+    return _combination(decoded, _coefficients(weights, scales or [1.0] * len(weights)))
+
+
+def _combination(vectors: Sequence[Vector], coefficients: Sequence[np.float32]) -> Vector:
+    """Each vector times its coefficient, added one after the other."""
+    if len({vector.shape for vector in vectors}) != 1:
         raise ValueError("vectors of different lengths")
-    coefficients = _coefficients(weights, scales or [1.0] * len(weights))
-    out = np.zeros(decoded[0].shape, dtype=np.float32)
+    out = np.zeros(vectors[0].shape, dtype=np.float32)
     product = np.empty(min(BLOCK_VALUES, out.size), dtype=np.float32)
     for start in range(0, out.size, BLOCK_VALUES):
         target = out[start : start + BLOCK_VALUES]
         term = product[: target.size]
-        for vector, coefficient in zip(decoded, coefficients, strict=True):
+        for vector, coefficient in zip(vectors, coefficients, strict=True):
             np.multiply(vector[start : start + target.size], coefficient, out=term)
             np.add(target, term, out=target)
     return out
@@ -53,6 +65,72 @@ def _coefficients(weights: Sequence[int], scales: Sequence[float]) -> list[np.fl
     if total == 0:
         return [np.float32(0)] * len(weights)
     return [np.float32(weight / total * scale) for weight, scale in zip(weights, scales, strict=True)]
+
+
+def centered_clip(decoded: Sequence[Vector], weights: Sequence[int], radius_ratio: float, iterations: int) -> Vector:
+    """Centered clipping (Karimireddy, He and Jaggi, 2012.10333) of vectors, each [n], by `weights`.
+
+    It starts at the median of each value. In every iteration a vector farther from the centre than `radius_ratio` x the median
+    of the first distances counts as if it lay at that distance, in its direction, and the weighted mean is the next centre. Where
+    nothing is too far it is `weighted_mean`, to the bit. So what a minority sends moves the outcome by a bounded amount,
+    whatever it sends.
+    """
+    centre, limit = coordinate_median(decoded), -1.0
+    for _ in range(iterations):
+        distances = [distance(vector, centre) for vector in decoded]
+        if limit < 0:
+            limit = radius_ratio * sorted(distances)[(len(distances) - 1) // 2]
+        scales = [limit / far if far > limit else 1.0 for far in distances]
+        if all(scale == 1 for scale in scales):
+            return weighted_mean(decoded, weights)
+        coefficients = _coefficients(weights, scales)
+        rest = np.float32(max(0.0, 1.0 - sum(float(coefficient) for coefficient in coefficients)))
+        centre = _combination([centre, *decoded], [rest, *coefficients])
+    return centre
+
+
+def coordinate_median(vectors: Sequence[Vector]) -> Vector:
+    """The median of each value, [n]; of an even number the mean of the two in the middle.
+
+    Rows are sorted by Batcher's odd-even mergesort, whole blocks at a time. Zeros come out positive.
+    """
+    if not vectors or len({vector.shape for vector in vectors}) != 1:
+        raise ValueError("no vectors, or of different lengths")
+    count, out = len(vectors), np.empty(vectors[0].shape, dtype=np.float32)
+    exchanges, half = tuple(_exchanges(count)), np.float32(0.5)
+    spare = np.empty(min(BLOCK_VALUES, out.size), dtype=np.float32)
+    for start in range(0, out.size, BLOCK_VALUES):
+        rows = [np.add(vector[start : start + BLOCK_VALUES], np.float32(0)) for vector in vectors]
+        larger = spare[: rows[0].size]
+        for low, high in exchanges:
+            np.maximum(rows[low], rows[high], out=larger)
+            np.minimum(rows[low], rows[high], out=rows[low])
+            rows[high][:] = larger
+        below, above = rows[(count - 1) // 2], rows[count // 2]
+        out[start : start + BLOCK_VALUES] = below if count % 2 else np.add(np.multiply(below, half), np.multiply(above, half))
+    return out
+
+
+def _exchanges(count: int) -> Iterator[tuple[int, int]]:
+    """The comparators of Batcher's network for so many rows, in order (Knuth, TAOCP 5.2.2, algorithm M)."""
+    block = 1
+    while block < count:
+        step = block
+        while step:
+            for start in range(step % block, count - step, 2 * step):
+                for low in range(start, start + min(step, count - start - step)):
+                    if low // (2 * block) == (low + step) // (2 * block):
+                        yield low, low + step
+            step //= 2
+        block *= 2
+
+
+def distance(one: Vector, other: Vector) -> float:
+    """The Euclidean distance of two vectors, [n]; subtracted, squared and added in float64."""
+    return _root_of_squares(
+        np.subtract(one[start : start + BLOCK_VALUES], other[start : start + BLOCK_VALUES], dtype=np.float64)
+        for start in range(0, one.size, BLOCK_VALUES)
+    )
 
 
 def clip_scales(norms: Sequence[float], ratio: float) -> list[float]:
@@ -82,13 +160,15 @@ def tree_sum(values: NDArray[np.floating]) -> float:
 
 def norm(vector: Vector) -> float:
     """The Euclidean norm, with squares and sum in float64."""
-    sums = np.array([_squares(vector[start : start + BLOCK_VALUES]) for start in range(0, vector.size, BLOCK_VALUES)])
-    return math.sqrt(tree_sum(sums))
+    return _root_of_squares(
+        vector[start : start + BLOCK_VALUES].astype(np.float64) for start in range(0, vector.size, BLOCK_VALUES)
+    )
 
 
-def _squares(block: Vector) -> float:
-    wide = block.astype(np.float64)
-    return _halve(np.multiply(wide, wide, out=wide))
+def _root_of_squares(blocks: Iterable[NDArray[np.float64]]) -> float:
+    """Overwrites the blocks."""
+    sums = [_halve(np.multiply(block, block, out=block)) for block in blocks]
+    return math.sqrt(tree_sum(np.array(sums)))
 
 
 def _halve(block: NDArray[np.float64]) -> float:

@@ -191,10 +191,18 @@ Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
 
 
 class Merge(Frozen):
-    """How the included updates become one. An update whose norm exceeds `clip_ratio` x the median norm is scaled down."""
+    """How the included updates become one.
 
-    kind: Literal["mean"] = "mean"
+    `mean`: by tokens, and an update whose norm exceeds `clip_ratio` x the median norm is scaled down. `centered_clip`, for runs
+    that strangers join: updates farther from the median than `radius_ratio` x the median distance are pulled in.
+    `worker_momentum` makes peers send a running average of their updates, so that honest ones differ less from each other.
+    """
+
+    kind: Literal["mean", "centered_clip"] = "mean"
     clip_ratio: float = Field(10.0, gt=1, le=1e6)
+    radius_ratio: float = Field(2.0, gt=1, le=1e6)
+    iterations: int = Field(3, ge=1, le=16)
+    worker_momentum: Fraction = 0.0
 
 
 class Rounds(Frozen):

@@ -11,13 +11,14 @@ from typing import TypeVar
 import numpy as np
 import structlog
 
-from peer import merge
 from peer.codec import Codec, Vector
+from peer.merge import merge_part
 from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
 from peer.rounds.residuals import Residuals, SpanMerge
 from peer.rounds.sharing import relays_of
 from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
+from swarm import manifest
 from swarm.errors import Rejected
 from swarm.merkle import blob_hash
 
@@ -34,7 +35,7 @@ class Exchange:
     codec: Codec
     transfer: Transfer
     pool: ThreadPoolExecutor
-    clip_ratio: float
+    rule: manifest.Merge
     residuals: Residuals
     _proposal_hash: bytes = b""
     _merged: Vector | None = None
@@ -199,7 +200,7 @@ class Exchange:
     ) -> bytes | None:
         contributors = proposal.contributors
         decoded = [self._decode(item.peer, commits[item.peer].part_hashes[part], part) for item in contributors]
-        merged = merge_part(decoded, [item.weight for item in contributors], self.clip_ratio)
+        merged = merge_part(decoded, [item.weight for item in contributors], self.rule)
         if not publish:
             self._place(proposal.proposal_hash, part, merged)
             return None
@@ -235,9 +236,3 @@ class Exchange:
 
     async def _in_pool(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
-
-
-def merge_part(decoded: Sequence[Vector], weights: Sequence[int], clip_ratio: float) -> Vector:
-    """The rule `mean` for one part: weighted, each update clipped to `clip_ratio` x the median norm. [values of the part]"""
-    scales = merge.clip_scales([merge.norm(vector) for vector in decoded], clip_ratio)
-    return merge.weighted_mean(decoded, weights, scales)

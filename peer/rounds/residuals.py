@@ -47,13 +47,16 @@ class SpanMerge:
 class Residuals:
     """What the peer's encodings have lost and still owe.
 
-    `directory` is where the residual of its updates survives restarts, `device` where they are encoded.
+    `directory` is where the residual of its updates survives restarts, `device` where they are encoded. With `momentum` what
+    travels is a running average of the updates, m = momentum x m + (1 - momentum) x update, which begins anew with each start.
     """
 
     directory: Path
     run_id: str
+    momentum: float = 0.0
     device: torch.device = CPU
     _lock: Lock = field(default_factory=Lock)
+    _average: Vector | None = None
     _own: ErrorFeedback | None = None
     _merged: ErrorFeedback | None = None
     _trees: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
@@ -61,6 +64,8 @@ class Residuals:
 
     def encode(self, codec: Codec, update: Vector) -> list[bytes]:
         """All parts of our update, [parameters], with what earlier rounds owe. Raises `ValueError` where it isn't finite."""
+        if self.momentum:
+            update = self._averaged(update)
         if codec.kind == EXACT:
             self._own = None
             return encode(codec, update)
@@ -107,6 +112,13 @@ class Residuals:
         with self._lock:
             if self._own is not None:
                 self._own.save(self.directory / FILE_NAME, self.run_id, round_index)
+
+    def _averaged(self, update: Vector) -> Vector:
+        """Worker momentum (Karimireddy, He and Jaggi, 2012.10333). An update that isn't finite leaves no trace."""
+        before = self._average if self._average is not None else update
+        average = np.add(np.multiply(before, np.float32(self.momentum)), np.multiply(update, np.float32(1 - self.momentum)))
+        self._average = average if np.isfinite(average).all() else None
+        return average
 
     def _continued(self, codec: Codec) -> ErrorFeedback:
         """The residual of our updates, taken over from the codec before, or from disk at the first round."""

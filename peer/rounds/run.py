@@ -156,7 +156,7 @@ class RoundRun:
             Codecs(services.manifest).at(self.setup.round_index),
             services.transfer,
             services.pool,
-            services.manifest.merge.clip_ratio,
+            services.manifest.merge,
             services.residuals,
         )
 

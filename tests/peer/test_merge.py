@@ -10,8 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from peer.merge import BLOCK_VALUES, arithmetic_is_ieee, check_weight, clip_scales, norm, tree_sum, weighted_mean
+from peer.merge import (
+    BLOCK_VALUES,
+    arithmetic_is_ieee,
+    centered_clip,
+    check_weight,
+    clip_scales,
+    coordinate_median,
+    distance,
+    merge_part,
+    norm,
+    tree_sum,
+    weighted_mean,
+)
 from swarm.errors import Rejected
+from swarm.manifest import Merge
 
 value = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6)
 any_finite = st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=65504 * 2.0**112, min_value=-65504 * 2.0**112)
@@ -129,6 +142,93 @@ def test_clipping_only_ever_shrinks(norms: list[float], ratio: float) -> None:
     scales = clip_scales(norms, ratio)
     assert all(0 < scale <= 1 for scale in scales)
     assert 2 * scales.count(1.0) >= len(norms)
+
+
+@given(st.lists(arrays(np.float32, 5, elements=any_finite), min_size=1, max_size=33))
+@settings(max_examples=100, deadline=None)
+def test_the_median_is_numpys(vectors: list[np.ndarray]) -> None:
+    """The sorting network sorts, for every number of rows; zeros come out positive, whichever sign they had."""
+    ranked = np.sort(np.stack(vectors).astype(np.float64), axis=0)
+    middle = ranked[[(len(vectors) - 1) // 2, len(vectors) // 2]]
+    median = coordinate_median(vectors)
+    assert np.allclose(median, middle.mean(axis=0), rtol=1e-6, atol=1e-44)
+    assert not np.signbit(median[median == 0]).any()
+
+
+def test_the_median_of_several_blocks() -> None:
+    """Each block by itself."""
+    vectors = list(np.random.default_rng(0).standard_normal((5, BLOCK_VALUES + 3), dtype=np.float32))
+    assert np.array_equal(coordinate_median(vectors), np.median(np.stack(vectors), axis=0))
+
+
+def updates_like(direction: np.ndarray, count: int, noise: float) -> list[np.ndarray]:
+    """What honest peers send: one direction with noise of each its own."""
+    drawn = np.random.default_rng(count)
+    return [(direction + noise * drawn.standard_normal(direction.size)).astype(np.float32) for _ in range(count)]
+
+
+DIRECTION = np.random.default_rng(7).standard_normal(3000).astype(np.float32)
+
+
+def plainly_clipped(vectors: list[np.ndarray], ratio: float, iterations: int) -> np.ndarray:
+    """The algorithm as the paper writes it, in float64, from the median on."""
+    stacked = np.stack(vectors).astype(np.float64)
+    centre = np.median(stacked, axis=0)
+    radius = ratio * np.sort(np.linalg.norm(stacked - centre, axis=1))[(len(vectors) - 1) // 2]
+    for _ in range(iterations):
+        away = stacked - centre
+        centre = centre + (away * np.minimum(1, radius / np.linalg.norm(away, axis=1))[:, None]).mean(axis=0)
+    return np.asarray(centre)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(
+    "attack",
+    [-DIRECTION, 1000 * DIRECTION, np.zeros_like(DIRECTION), np.full_like(DIRECTION, 3e38)],
+    ids=["sign flip", "scaling", "nothing", "huge"],
+)
+def test_a_minority_moves_the_outcome_by_little(attack: np.ndarray, iterations: int) -> None:
+    """Two of eight; it is what the paper's formula says, and near what the honest six would have got."""
+    honest = updates_like(DIRECTION, 6, 0.5)
+    vectors = [*honest, attack, attack]
+    merged = centered_clip(vectors, [1] * 8, 2.0, iterations)
+    with np.errstate(over="ignore"):
+        expected = plainly_clipped(vectors, 2.0, iterations)
+    assert np.allclose(merged, expected, rtol=1e-3, atol=1e-3)
+    far = distance(merged, weighted_mean(honest, [1] * 6))
+    assert far < 0.75 * norm(DIRECTION)
+    assert float(merged @ DIRECTION) > 0.5 * float(DIRECTION @ DIRECTION)
+
+
+def test_where_nobody_is_far_it_is_the_mean() -> None:
+    """To the bit, with any weights: honest peers lose nothing by it."""
+    honest = updates_like(DIRECTION, 8, 0.5)
+    weights = [3, 1, 4, 1, 5, 9, 2, 6]
+    assert np.array_equal(merge_part(honest, weights, Merge(kind="centered_clip")), weighted_mean(honest, weights))
+
+
+def test_one_or_two_updates_are_averaged() -> None:
+    """Nobody can say which of two is the liar."""
+    one, other = updates_like(DIRECTION, 2, 5.0)
+    assert np.array_equal(centered_clip([one], [7], 2.0, 3), weighted_mean([one], [7]))
+    assert np.array_equal(centered_clip([one, other], [1, 1], 2.0, 3), weighted_mean([one, other], [1, 1]))
+
+
+@given(group(any_finite))
+@settings(max_examples=100, deadline=None)
+def test_centered_clipping_stays_finite(updates: tuple[list[np.ndarray], list[int]]) -> None:
+    """Whatever the codecs let through, and for weights of zero."""
+    vectors, weights = updates
+    merged = centered_clip(vectors, weights, 2.0, 3)
+    assert np.isfinite(merged).all()
+
+
+def test_the_rule_is_the_manifests() -> None:
+    """`mean` scales what is too long down; `centered_clip` doesn't let it pull at all far."""
+    vectors = [*updates_like(DIRECTION, 6, 0.5), 1000 * DIRECTION, 1000 * DIRECTION]
+    mean, robust = (merge_part(vectors, [1] * 8, Merge(kind=kind)) for kind in ("mean", "centered_clip"))
+    assert norm(mean) > 3 * norm(DIRECTION)
+    assert norm(robust) < 1.5 * norm(DIRECTION)
 
 
 @given(arrays(np.float64, st.integers(0, 70), elements=st.floats(-1e9, 1e9)))

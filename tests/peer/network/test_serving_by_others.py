@@ -67,7 +67,9 @@ async def meet(start_node: Any, tmp_path: Path) -> AsyncIterator[Meet]:
                 transfer = Transfer(member.node, BlobStore(1 << 28), RUN, lambda peer, token: True, lambda: None, stall_s=20)
                 transfer.limit(upload, 0)
                 await transfer.start()
-                exchange = Exchange(ROUND, member.peer, CODEC, transfer, pool, 0.0, Residuals(tmp_path / str(number), RUN.hex()))
+                exchange = Exchange(
+                    ROUND, member.peer, CODEC, transfer, pool, manifest.Merge(), Residuals(tmp_path / str(number), RUN.hex())
+                )
                 update = np.random.default_rng(number).standard_normal(VALUES).astype(np.float32)
                 hashes = await exchange.publish(update)
                 commit = CommitFacts(member.peer, bytes(32), 1, hashes, upload_bytes_per_s=int(transfer.upload_meter.bytes_per_s))

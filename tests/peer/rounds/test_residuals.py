@@ -110,3 +110,16 @@ def test_a_merge_that_didnt_count_is_forgotten(tmp_path: Path) -> None:
     assert moved is not None
     assert np.array_equal(moved.before.residual(1), first.after.residual(1))
     assert not moved.before.residual(2).any()
+
+
+def test_worker_momentum_sends_a_running_average(tmp_path: Path) -> None:
+    """m = 0.5 m + 0.5 update from the second round on; an update that isn't finite leaves no trace."""
+    residuals, codec = Residuals(tmp_path, RUN, 0.5), codec_of("fp16")
+    one, other = normal(SIZE, 1), normal(SIZE, 2)
+    plain = Residuals(tmp_path, RUN)
+    assert residuals.encode(codec, one) == plain.encode(codec, one)
+    half = np.float32(0.5)
+    assert residuals.encode(codec, other) == plain.encode(codec, one * half + other * half)
+    with pytest.raises(ValueError, match="finite"):
+        residuals.encode(codec, np.full(SIZE, np.nan, dtype=np.float32))
+    assert residuals.encode(codec, other) == plain.encode(codec, other)
