@@ -74,6 +74,11 @@ def announcement(run_id: bytes, peer: Identity, now_s: float) -> Signed:
     return seal(peer, Announcement(run_id=run_id, issued_at=int(now_s), **values))
 
 
+def state_root(number: int) -> bytes:
+    """The root that everybody comes to in a round."""
+    return blob_hash(b"state %d" % number)
+
+
 def round_of(
     run_id: bytes, number: int, peers: Sequence[str], next_roster: Sequence[str], sign: Sealer
 ) -> tuple[Signed, list[Signed]]:
@@ -85,7 +90,7 @@ def round_of(
         "tokens": WEIGHT * SEQUENCE_LENGTH,
         "loss": 2.5,
     }
-    root = blob_hash(b"state %d" % number)
+    root = state_root(number)
     more: dict[str, Any] = {"base_root": root, "codec": "int4", "parts_root": root, "part_count": 7, "payload_bytes": 1 << 20}
     commits = [sign(peer, Commit(**values, **more, train_seconds=10.0, upload_bytes_per_s=2_500_000)) for peer in peers]
     references = [

@@ -80,7 +80,7 @@ from swarm.errors import (
     VersionTooOld,
 )
 from swarm.identity import Identity
-from swarm.manifest import Manifest, Tree
+from swarm.manifest import CenteredClip, Manifest, Tree
 from swarm.messages import JoinLink, parse
 from swarm.notify import keep_watchdog, notify
 from swarm.rpc.client import RunInfo
@@ -435,7 +435,9 @@ class Daemon:
         store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
         store.provide(snapshots.lookup)
         store.provide(materials.lookup)
-        residuals = Residuals(options.directory, run.run_id.hex(), run.manifest.merge.worker_momentum, options.device)
+        rule = run.manifest.merge
+        momentum = rule.worker_momentum if isinstance(rule, CenteredClip) else 0.0
+        residuals = Residuals(options.directory, run.run_id.hex(), momentum, options.device)
         store.provide(residuals.lookup)
 
         def token() -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.errors import Rejected
-from swarm.manifest import Merge
+from swarm.manifest import CenteredClip, Mean
 
 Vector = NDArray[np.float32]
 
@@ -27,9 +27,9 @@ def check_weight(weight: int, limit: int) -> int:
     return weight
 
 
-def merge_part(decoded: Sequence[Vector], weights: Sequence[int], rule: Merge) -> Vector:
+def merge_part(decoded: Sequence[Vector], weights: Sequence[int], rule: Mean | CenteredClip) -> Vector:
     """One part of every contributor, each [values of the part], merged by the manifest's rule."""
-    if rule.kind == "centered_clip":
+    if isinstance(rule, CenteredClip):
         return centered_clip(decoded, weights, rule.radius_ratio, rule.iterations)
     return weighted_mean(decoded, weights, clip_scales([norm(vector) for vector in decoded], rule.clip_ratio))
 

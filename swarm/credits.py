@@ -14,6 +14,7 @@ The state is owned by whoever folds; it holds no more of a settled round than is
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,9 +43,12 @@ from swarm.entries import (
     Opened,
     Opening,
     Permission,
+    check_signature,
+    open_body,
     open_entry,
 )
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
+from swarm.ledger import parse_entry
 from swarm.manifest import Manifest
 
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
 
 PARALLEL_FROM = 4096  # entries; below it a process pool costs more than it saves
 CHUNK_ENTRIES = 2048
+BROKEN = "the ledger breaks its own rules from this entry on"
 
 
 class CreditState:
@@ -320,36 +325,43 @@ def fold(entries: Iterable[bytes], coordinator: str, check_signatures: bool = Tr
     return state
 
 
-def verify_ledger(entries: Sequence[bytes], coordinator: str, workers: int = 0) -> CreditState:
-    """Check every signature and every rule, and return the balances. Raises `LedgerInvalid` naming the first fault.
+def verify_ledger(entries: Sequence[bytes], coordinator: str, workers: int = 0, *, every_signature: bool = False) -> CreditState:
+    """Check every entry's signature and every rule, and return the balances. Raises `LedgerInvalid` naming the first fault.
 
-    Signatures are checked by `workers` processes (0 = one per processor) where the ledger is long enough to gain by it.
+    Signatures are checked by `workers` processes (0 = one per processor) where the ledger is long enough to gain by it;
+    `every_signature` also checks those of commits and results, which the reports that they are in are signed over.
     """
     workers = workers or os.cpu_count() or 1
+    chunks = _chunks(entries, coordinator, every_signature)
     if workers == 1 or len(entries) < PARALLEL_FROM:
-        return fold(entries, coordinator)
+        return _folded(entries, coordinator, itertools.starmap(first_fault, chunks))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        faults = pool.map(first_fault, *zip(*_chunks(entries, coordinator), strict=True))
-        state = CreditState(coordinator)
-        for index, entry in enumerate(entries):
-            if index % CHUNK_ENTRIES == 0:
-                fault = next(faults)
-            if fault is not None and fault[0] == index:
-                raise LedgerInvalid(fault[1])
-            apply_entry(state, index, entry, check_signatures=False)
+        return _folded(entries, coordinator, pool.map(first_fault, *zip(*chunks, strict=True)))
+
+
+def _folded(entries: Sequence[bytes], coordinator: str, faults: Iterator[tuple[int, str] | None]) -> CreditState:
+    """The state after all entries, of which each chunk's first fault is found elsewhere."""
+    state, fault = CreditState(coordinator), None
+    for index, entry in enumerate(entries):
+        if index % CHUNK_ENTRIES == 0:
+            fault = next(faults)
+        if fault is not None and fault[0] == index:
+            raise LedgerInvalid(fault[1], BROKEN)
+        apply_entry(state, index, entry, check_signatures=False)
     return state
 
 
-def _chunks(entries: Sequence[bytes], coordinator: str) -> Iterator[tuple[int, list[bytes], str]]:
+def _chunks(entries: Sequence[bytes], coordinator: str, every_signature: bool) -> Iterator[tuple[int, list[bytes], str, bool]]:
     for first in range(0, len(entries), CHUNK_ENTRIES):
-        yield first, list(islice(entries, first, first + CHUNK_ENTRIES)), coordinator
+        yield first, list(islice(entries, first, first + CHUNK_ENTRIES)), coordinator, every_signature
 
 
-def first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int, str] | None:
-    """The first of some entries that is not valid by itself, and why; their indices start at `first`."""
+def first_fault(first: int, entries: list[bytes], coordinator: str, every_signature: bool = True) -> tuple[int, str] | None:
+    """The first of some entries whose signature isn't valid, and why; their indices start at `first`."""
+    check = open_body if every_signature else check_signature
     for index, entry in enumerate(entries, first):
         try:
-            open_entry(entry, coordinator)
+            check(parse_entry(entry), coordinator)
         except (Rejected, ManifestInvalid) as error:
             return index, _fault(index, error).message
     return None
@@ -357,7 +369,7 @@ def first_fault(first: int, entries: list[bytes], coordinator: str) -> tuple[int
 
 def _fault(index: int, error: Rejected | ManifestInvalid) -> LedgerInvalid:
     who = f" ({error.sender})" if isinstance(error, Rejected) and error.sender else ""
-    return LedgerInvalid(f"entry {index}: {error}{who}", "the ledger breaks its own rules from this entry on")
+    return LedgerInvalid(f"entry {index}: {error}{who}", BROKEN)
 
 
 def _roster_after(current: RoundRecord) -> frozenset[str] | None:

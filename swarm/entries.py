@@ -2,7 +2,7 @@
 
 `open_entry` checks what an entry says by itself: shapes, signatures, and that its parts belong together. Whether it may stand
 where it stands depends on the entries before it, which is `swarm.credits`. Checking signatures can be left out where that was
-done already, or is done by other processes.
+done already, or is done by other processes with `check_signature`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from swarm.identity import public_key_of
 from swarm.ledger import open_manifest, parse_entry
 from swarm.manifest import Manifest
 from swarm.merkle import HASH_BYTES
-from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, open_signed, parse, payload_hash
+from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, check_signed, open_signed, parse, payload_hash
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Commit, Grant, Proposal, Result, Signed
 
 MAX_ROUND = 1 << 48
+SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whether a peer signs it or the coordinator
+    "reported": (Report, True),
+    "proposed": (Proposal, True),
+    "confirmed": (RoundConfirmed, False),
+    "admitted": (AdmissionToken, False),
+    "granted": (Grant, False),
+}
 
 M = TypeVar("M", bound=Message)
 
@@ -118,6 +125,23 @@ def open_body(entry: LedgerEntry, coordinator: str, check_signatures: bool = Tru
         case "run_opened":
             return _open_run(entry.run_opened)
     raise Rejected("malformed", "an entry without a body")
+
+
+def check_signature(entry: LedgerEntry, coordinator: str) -> None:
+    """Check an entry's own signature and nothing else. Raises `Rejected` or `ManifestInvalid`.
+
+    A report's covers the commit and the result inside, byte for byte. Theirs, by the same key, matter to whoever gets a commit or
+    a result without the report.
+    """
+    body = entry.WhichOneof("body")
+    if body == "run_opened":
+        _open_run(entry.run_opened)
+        return
+    if body not in SIGNED_BODIES:
+        raise Rejected("malformed", "an entry without a body")
+    expected, by_peer = SIGNED_BODIES[body]
+    limit = SIZE_LIMITS.get(expected, DEFAULT_SIZE_LIMIT)
+    check_signed(getattr(entry, body), KINDS[expected], limit, None if by_peer else coordinator)
 
 
 def open_report(signed: Signed, check_signatures: bool = True) -> Claim:

@@ -104,6 +104,8 @@ def _signature_by(lines: str, name: str, public_key: bytes) -> bytes:
             marked = base64.b64decode(encoded, validate=True)
         except binascii.Error as error:
             raise _fault("the checkpoint has a malformed signature line") from error
+        if base64.b64encode(marked).decode() != encoded:
+            raise _fault("the checkpoint has a malformed signature line")
         if signer == name and marked[:KEY_HASH_BYTES] == wanted:
             return marked[KEY_HASH_BYTES:]
     raise _fault("the checkpoint is not signed by the coordinator's key")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from swarm.errors import LedgerInvalid, UsageError
+from swarm.errors import LedgerInvalid, Rejected, UsageError
 from swarm.ledger import MAX_ENTRY_BYTES, MAX_NOTE_BYTES, Checkpoint, origin_of, verify_checkpoint
 
 FORMAT = "swarm-ledger-1"
@@ -27,29 +27,36 @@ class LedgerCopy:
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, if the coordinator signed it. Raises `LedgerInvalid`."""
-        return verify_checkpoint(self.note, origin_of(self.run_id), self.coordinator)
+        try:
+            return verify_checkpoint(self.note, origin_of(self.run_id), self.coordinator)
+        except Rejected as error:
+            raise LedgerInvalid(f"the coordinator's id is none: {error}", "take the ledger from the coordinator again") from error
 
     def write(self, path: Path) -> None:
         """Write the file. Raises `UsageError` if that fails."""
-        header = {"format": FORMAT, "run_id": self.run_id.hex(), "coordinator": self.coordinator, "note": self.note}
         try:
             with path.open("wb") as file:
-                file.write(json.dumps(header).encode() + b"\n")
+                file.write(self._header())
                 for entry in self.entries:
                     file.write(LENGTH.pack(len(entry)) + entry)
         except OSError as error:
             raise UsageError(f"can't write {path}: {error.strerror}", "choose another path") from error
+
+    def _header(self) -> bytes:
+        fields = {"format": FORMAT, "run_id": self.run_id.hex(), "coordinator": self.coordinator, "note": self.note}
+        return json.dumps(fields).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> LedgerCopy:
         """Read the file. Raises `LedgerInvalid` if it is none, or cut short."""
         try:
             with path.open("rb") as file:
-                header = json.loads(file.readline(MAX_HEADER_BYTES))
-                if header["format"] != FORMAT:
-                    raise ValueError(header["format"])
-                entries = _read_entries(file)
-                return cls(bytes.fromhex(header["run_id"]), str(header["coordinator"]), str(header["note"]), entries)
+                line = file.readline(MAX_HEADER_BYTES)
+                header = json.loads(line)
+                copy = cls(bytes.fromhex(header["run_id"]), str(header["coordinator"]), str(header["note"]), [])
+                if line != copy._header():
+                    raise ValueError("not as `write` writes it")
+                return replace(copy, entries=_read_entries(file))
         except OSError as error:
             raise UsageError(f"can't read {path}: {error.strerror}", "check the path") from error
         except (ValueError, KeyError, TypeError) as error:

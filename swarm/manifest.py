@@ -190,19 +190,27 @@ class DiLoCo(Frozen):
 Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
 
 
-class Merge(Frozen):
-    """How the included updates become one.
+class Mean(Frozen):
+    """The mean by tokens; an update whose norm exceeds `clip_ratio` x the median norm is scaled down."""
 
-    `mean`: by tokens, and an update whose norm exceeds `clip_ratio` x the median norm is scaled down. `centered_clip`, for runs
-    that strangers join: updates farther from the median than `radius_ratio` x the median distance are pulled in.
-    `worker_momentum` makes peers send a running average of their updates, so that honest ones differ less from each other.
+    kind: Literal["mean"] = "mean"
+    clip_ratio: float = Field(10.0, gt=1, le=1e6)
+
+
+class CenteredClip(Frozen):
+    """Centered clipping, for runs that strangers join: updates far from the median are pulled in.
+
+    Far is more than `radius_ratio` x the median distance. With `worker_momentum` peers send a running average of their updates,
+    so that honest ones differ less from each other.
     """
 
-    kind: Literal["mean", "centered_clip"] = "mean"
-    clip_ratio: float = Field(10.0, gt=1, le=1e6)
+    kind: Literal["centered_clip"] = "centered_clip"
     radius_ratio: float = Field(2.0, gt=1, le=1e6)
     iterations: int = Field(3, ge=1, le=16)
     worker_momentum: Fraction = 0.0
+
+
+Merge = Annotated[Mean | CenteredClip, Field(discriminator="kind")]
 
 
 class Rounds(Frozen):
@@ -249,7 +257,7 @@ class Manifest(Frozen):
     objective: Literal["causal_lm"] = "causal_lm"
     strategy: Strategy
     codec: Codec = Codec()
-    merge: Merge = Merge()
+    merge: Merge = Mean()
     rounds: Rounds = Rounds()
     admission: Admission = Admission()
     credit: Credit

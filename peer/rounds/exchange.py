@@ -35,7 +35,7 @@ class Exchange:
     codec: Codec
     transfer: Transfer
     pool: ThreadPoolExecutor
-    rule: manifest.Merge
+    rule: manifest.Mean | manifest.CenteredClip
     residuals: Residuals
     _proposal_hash: bytes = b""
     _merged: Vector | None = None

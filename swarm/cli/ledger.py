@@ -33,15 +33,18 @@ def verify(
     file: Annotated[Path | None, typer.Option("--file", help="An exported ledger instead of the coordinator's.")] = None,
     receipts: Annotated[Path | None, typer.Option("--receipts", help=f"Folder with your receipts (*{RECEIPT_SUFFIX}).")] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes for signatures; 0 = one per core.")] = 0,
+    every_signature: Annotated[
+        bool, typer.Option("--every-signature", help="Also those of commits and results, which signed reports contain.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the tree against the signed checkpoint, every signature, every rule and your receipts; recompute balances."""
+    """Check the tree against the signed checkpoint, all signatures, every rule and your receipts; recompute balances."""
     promises = _read_receipts(receipts) if receipts else {}
     copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link)))
     reader = LedgerReader()
     reader.extend(copy.entries)
     reader.check_checkpoint(copy.checkpoint())
-    state = verify_ledger(copy.entries, copy.coordinator, workers)
+    state = verify_ledger(copy.entries, copy.coordinator, workers, every_signature=every_signature)
     if copy.run_id not in state.run_ids:
         raise LedgerInvalid("the ledger doesn't open the run that it is said to be of")
     _check_receipts(reader, promises, copy)

@@ -24,7 +24,7 @@ from peer.merge import (
     weighted_mean,
 )
 from swarm.errors import Rejected
-from swarm.manifest import Merge
+from swarm.manifest import CenteredClip, Mean
 
 value = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6)
 any_finite = st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=65504 * 2.0**112, min_value=-65504 * 2.0**112)
@@ -204,7 +204,7 @@ def test_where_nobody_is_far_it_is_the_mean() -> None:
     """To the bit, with any weights: honest peers lose nothing by it."""
     honest = updates_like(DIRECTION, 8, 0.5)
     weights = [3, 1, 4, 1, 5, 9, 2, 6]
-    assert np.array_equal(merge_part(honest, weights, Merge(kind="centered_clip")), weighted_mean(honest, weights))
+    assert np.array_equal(merge_part(honest, weights, CenteredClip()), weighted_mean(honest, weights))
 
 
 def test_one_or_two_updates_are_averaged() -> None:
@@ -226,7 +226,7 @@ def test_centered_clipping_stays_finite(updates: tuple[list[np.ndarray], list[in
 def test_the_rule_is_the_manifests() -> None:
     """`mean` scales what is too long down; `centered_clip` doesn't let it pull at all far."""
     vectors = [*updates_like(DIRECTION, 6, 0.5), 1000 * DIRECTION, 1000 * DIRECTION]
-    mean, robust = (merge_part(vectors, [1] * 8, Merge(kind=kind)) for kind in ("mean", "centered_clip"))
+    mean, robust = (merge_part(vectors, [1] * 8, rule) for rule in (Mean(), CenteredClip()))
     assert norm(mean) > 3 * norm(DIRECTION)
     assert norm(robust) < 1.5 * norm(DIRECTION)
 

@@ -16,7 +16,7 @@ from swarm.credits import Balance, CreditState, RoundSet, apply_entry, fold, ver
 from swarm.errors import LedgerInvalid
 from swarm.identity import Identity
 from swarm.messages import seal
-from swarm.rpc.v1.ledger_pb2 import LedgerEntry, RunOpened
+from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RunOpened
 from swarm.rpc.v1.signed_pb2 import Grant, Signed
 from tests.world import (
     COORDINATOR,
@@ -318,6 +318,32 @@ def test_signatures_can_be_left_to_others(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(LedgerInvalid, match=r"^entry 6: bad_signature"):
         verify_ledger(entries, COORDINATOR.peer_id, workers=2)
     fold(entries, COORDINATOR.peer_id, check_signatures=False)
+
+
+@pytest.mark.parametrize("body", ["reported", "proposed", "confirmed", "admitted"])
+def test_every_entrys_own_signature_is_checked(body: str) -> None:
+    """Also of the coordinator's own entries, which nobody else may sign."""
+    entries = WORLD.ledger(PEERS, 2)
+    index = next(index for index, raw in enumerate(entries) if LedgerEntry.FromString(raw).WhichOneof("body") == body)
+    damaged = LedgerEntry.FromString(entries[index])
+    getattr(damaged, body).signature = bytes(64)
+    changed = [*entries[:index], damaged.SerializeToString(), *entries[index + 1 :]]
+    with pytest.raises(LedgerInvalid, match=rf"^entry {index}: bad_signature"):
+        verify_ledger(changed, COORDINATOR.peer_id)
+
+
+def test_signatures_within_reports_are_checked_when_asked() -> None:
+    """A report that its peer signed over a commit whose own signature is wrong."""
+    entries = WORLD.ledger(PEERS, 1)
+    index = next(index for index, raw in enumerate(entries) if LedgerEntry.FromString(raw).WhichOneof("body") == "reported")
+    reported = LedgerEntry.FromString(entries[index]).reported
+    report = Report.FromString(reported.payload)
+    report.commit.signature = bytes(64)
+    author = next(peer for peer in PEERS if peer.peer_id == reported.signer)
+    entries[index] = entry(reported=seal(author, report))
+    assert verify_ledger(entries, COORDINATOR.peer_id).size == len(entries)
+    with pytest.raises(LedgerInvalid, match=rf"^entry {index}: bad_signature"):
+        verify_ledger(entries, COORDINATOR.peer_id, every_signature=True)
 
 
 def test_leaderboard() -> None:

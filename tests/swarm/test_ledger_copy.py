@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from swarm.credits import verify_ledger
 from swarm.errors import LedgerInvalid, UsageError
-from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
+from swarm.ledger import Checkpoint, LedgerReader, origin_of, sign_checkpoint
 from swarm.ledger_copy import LedgerCopy
 from swarm.merkle import root_of
 from tests.world import COORDINATOR, World, identity
@@ -39,6 +43,32 @@ def test_cut_short(tmp_path: Path) -> None:
         (tmp_path / "cut").write_bytes(content[:-missing])
         with pytest.raises(LedgerInvalid, match=r"entry \d+: the file is cut short"):
             LedgerCopy.read(tmp_path / "cut")
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_changed_byte_is_found(data: st.DataObject) -> None:
+    """Wherever it is: in the header, a length, an entry or a signature."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger"
+        make_copy().write(path)
+        content = bytearray(path.read_bytes())
+        header = content.index(b"\n") + 1
+        place = data.draw(st.integers(0, header - 1) | st.integers(0, len(content) - 1))
+        content[place] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        with pytest.raises(LedgerInvalid):
+            check(path)
+
+
+def check(path: Path) -> None:
+    """What `swarm ledger verify --file` checks of the tree."""
+    copy = LedgerCopy.read(path)
+    reader = LedgerReader()
+    reader.extend(copy.entries)
+    reader.check_checkpoint(copy.checkpoint())
+    if copy.run_id not in verify_ledger(copy.entries, copy.coordinator).run_ids or len(copy.entries) != copy.checkpoint().size:
+        raise LedgerInvalid("another ledger")
 
 
 def test_other_files(tmp_path: Path) -> None:

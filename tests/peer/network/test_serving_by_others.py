@@ -68,7 +68,7 @@ async def meet(start_node: Any, tmp_path: Path) -> AsyncIterator[Meet]:
                 transfer.limit(upload, 0)
                 await transfer.start()
                 exchange = Exchange(
-                    ROUND, member.peer, CODEC, transfer, pool, manifest.Merge(), Residuals(tmp_path / str(number), RUN.hex())
+                    ROUND, member.peer, CODEC, transfer, pool, manifest.Mean(), Residuals(tmp_path / str(number), RUN.hex())
                 )
                 update = np.random.default_rng(number).standard_normal(VALUES).astype(np.float32)
                 hashes = await exchange.publish(update)
