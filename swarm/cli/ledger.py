@@ -11,14 +11,13 @@ import typer
 from swarm.cli.output import format_credits, print_fields, print_json, print_table
 from swarm.config import find_link
 from swarm.credits import Balance, CreditState, verify_ledger
-from swarm.errors import LedgerInvalid, Rejected, UsageError
-from swarm.ledger import LedgerReader, verify_receipt
+from swarm.errors import LedgerInvalid
+from swarm.ledger import LedgerReader
 from swarm.ledger_copy import LedgerCopy
-from swarm.messages import JoinLink, parse
+from swarm.messages import JoinLink
+from swarm.receipts import SUFFIX, Kept, read_receipts
 from swarm.rpc.client import CoordinatorClient
-from swarm.rpc.v1.signed_pb2 import Signed
 
-RECEIPT_SUFFIX = ".receipt"
 SHOWN_BALANCES = 20
 
 app = typer.Typer(help="Check the public ledger, or export it.", no_args_is_help=True, rich_markup_mode=None)
@@ -31,7 +30,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 def verify(
     link: LinkArgument = None,
     file: Annotated[Path | None, typer.Option("--file", help="An exported ledger instead of the coordinator's.")] = None,
-    receipts: Annotated[Path | None, typer.Option("--receipts", help=f"Folder with your receipts (*{RECEIPT_SUFFIX}).")] = None,
+    receipts: Annotated[
+        Path | None, typer.Option("--receipts", help=f"Folder with your receipts (*{SUFFIX}), or a file of them.")
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes for signatures; 0 = one per core.")] = 0,
     every_signature: Annotated[
         bool, typer.Option("--every-signature", help="Also those of commits and results, which signed reports contain.")
@@ -39,7 +40,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check the tree against the signed checkpoint, all signatures, every rule and your receipts; recompute balances."""
-    promises = _read_receipts(receipts) if receipts else {}
+    promises = read_receipts(receipts) if receipts else []  # before the ledger: a peer goes on adding to both
     copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link)))
     reader = LedgerReader()
     reader.extend(copy.entries)
@@ -77,22 +78,13 @@ async def _download(link: JoinLink) -> LedgerCopy:
     return LedgerCopy(run.run_id, run.coordinator, note, entries)
 
 
-def _read_receipts(folder: Path) -> dict[str, bytes]:
-    """The receipts by path. Read before the ledger, which must hold all of them, while a peer goes on adding to both."""
-    receipts = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob(f"*{RECEIPT_SUFFIX}"))}
-    if not receipts:
-        raise UsageError(f"no receipts in {folder}", f"a peer keeps them as *{RECEIPT_SUFFIX} in its data folder")
-    return receipts
-
-
-def _check_receipts(reader: LedgerReader, receipts: dict[str, bytes], copy: LedgerCopy) -> None:
-    for name, raw in receipts.items():
+def _check_receipts(reader: LedgerReader, kept: list[Kept], copy: LedgerCopy) -> None:
+    for each in kept:
+        receipt = each.verified(copy.coordinator)
         try:
-            reader.check_receipt(verify_receipt(parse(Signed, raw), copy.coordinator))
-        except Rejected as error:
-            raise LedgerInvalid(f"{name} is damaged: {error}", "restore it from a backup, or leave it out") from error
+            reader.check_receipt(receipt)
         except LedgerInvalid as error:
-            raise LedgerInvalid(f"{name}: {error.message}", error.hint) from error
+            raise LedgerInvalid(f"{each.name}: {error.message}", error.hint) from error
 
 
 def _print_result(copy: LedgerCopy, state: CreditState, receipts: int, as_json: bool) -> None:

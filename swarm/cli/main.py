@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "credits": Command("swarm.cli.credits:command", "Credits of one peer: pending, verified and final."),
     "leaderboard": Command("swarm.cli.leaderboard:command", "Who has contributed most."),
     "ledger": Command("swarm.cli.ledger:app", "Check the public ledger, or export it."),
+    "receipts": Command("swarm.cli.receipts:app", "What you can prove offline: list, verify, export."),
     "identity": Command("swarm.cli.identity:app", "Make, show, back up and restore your key."),
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
