@@ -48,9 +48,11 @@ from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
 from peer.network.traffic import Volume
 from peer.network.transfer import Transfer
-from peer.outcome import CHECKPOINTS, FILES
+from peer.outcome import CHECKPOINTS, EVIDENCE, FILES
 from peer.outer import OuterState, initial_state
 from peer.reports import Outbox, Reporter
+from peer.rounds.auditor import Auditor
+from peer.rounds.docket import Docket
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
 from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
@@ -121,6 +123,7 @@ class DaemonOptions:
     max_upload: int = 0
     max_download: int = 0
     monthly_quota: int = 0
+    check_traffic: float = 0.02
     rules: GovernorSettings = field(default_factory=GovernorSettings)
     control_socket: int | None = None
 
@@ -186,7 +189,7 @@ class Daemon:
         status = Status(PeerMetrics(registry), history=options.directory / HISTORY_NAME)
         usage = Usage.load(options.directory / USAGE_NAME, options.monthly_quota)
         daemon = cls(options, identity, status, registry, Faults.from_environment(), usage)
-        daemon.faults.actions.update(flip_bit=daemon.flip_bit, break_device=break_device)
+        daemon.faults.actions.update(flip_bit=daemon.flip_bit, break_device=break_device, tamper=daemon.tamper)
         return daemon
 
     def flip_bit(self) -> None:
@@ -196,6 +199,11 @@ class Daemon:
             theta.setflags(write=True)
             theta.view(np.uint32)[theta.size // 2] ^= np.uint32(1 << 20)
             theta.setflags(write=False)
+
+    def tamper(self) -> None:
+        """Merge with the wrong sign in the present round, as a hostile reducer would; only fault scripts ask for it."""
+        if self.engine is not None and self.engine.current is not None:
+            self.engine.current.exchange.distort = np.negative
 
     @property
     def parts(self) -> Parts:
@@ -458,6 +466,7 @@ class Daemon:
         checker = Checker(manifest, run.run_id, run.coordinator, admissions.is_admitted)
         services = Services(
             manifest,
+            run.signed_manifest,
             self.identity,
             checker,
             admissions,
@@ -556,7 +565,10 @@ class Daemon:
         await training.in_thread(lambda: lower_thread_priority(self.options.rules.nice))
         self.governor.brake.is_stopped = training.is_stopped
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
-        self.engine = Engine(parts.services, training, parts.snapshots, entry, self._on_round, parts.coordination.nudge)
+        docket = Docket(self.options.directory / EVIDENCE, parts.run.run_id)
+        await asyncio.to_thread(docket.load)
+        auditor = Auditor(parts.services, docket, self.options.check_traffic)
+        self.engine = Engine(parts.services, training, parts.snapshots, entry, auditor, self._on_round, parts.coordination.nudge)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
         """Load the model and warm it up, so that the first round isn't slower than the others."""

@@ -18,6 +18,7 @@ from swarm.errors import CheckpointCorrupt
 from swarm.manifest import Manifest
 
 CHECKPOINTS = "checkpoints"
+EVIDENCE = "evidence"
 FILES = "files"
 PROMPT = "def "
 SAMPLE_TOKENS = 120

@@ -159,6 +159,12 @@ class StateDisputed(SwarmError):
     exit_code = 43
 
 
+class EvidenceInvalid(SwarmError):
+    """Evidence that proves nothing."""
+
+    exit_code = 44
+
+
 class NotRunning(SwarmError):
     """No daemon answers on the control socket."""
 

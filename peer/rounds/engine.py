@@ -18,6 +18,7 @@ from peer.codec import Codecs, Vector
 from peer.network.node import PeerFailure
 from peer.outer import OuterState
 from peer.rounds import agreement
+from peer.rounds.auditor import Auditor
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
 from peer.rounds.pacing import Pacing
@@ -95,6 +96,7 @@ class Engine:
     training: TrainingThread
     snapshots: Snapshots
     entry: Entry
+    auditor: Auditor
     on_round: Callable[[RoundReport], Awaitable[None]]
     on_entered: Callable[[], None] = lambda: None
     pacing: Pacing = field(init=False)
@@ -167,6 +169,8 @@ class Engine:
             self._on_result(self.services.checker.result(delivery.result))
         elif body == "join_request":
             self._on_join(delivery.join_request)
+        elif body == "evidence":
+            self._on_evidence(delivery.evidence)
         else:
             if body == "proposal":
                 self._learn_admissions(delivery.proposal.proposal)
@@ -211,6 +215,8 @@ class Engine:
         request = open_signed(signed, JoinRequest, run_id=self.services.checker.run_id)
         if self.services.admissions.admit(request.admission) != signed.signer:
             raise Rejected("wrong_signer", "admission", signed.signer)
+        if self.auditor.docket.bars(signed.signer):
+            raise Rejected("barred", "proven to have cheated", signed.signer)
         self.services.post.node.learn(signed.signer, request.addresses)
         member = self.place is not None and any(item.peer == signed.signer for item in self.place.roster)
         if member and (self.current is None or signed.signer not in self.current.state.lost):
@@ -219,6 +225,12 @@ class Engine:
             self.joiners[signed.signer] = request.admission
         if self.current is not None:
             self.current.put(JoinArrived(signed.signer, request.admission))
+
+    def _on_evidence(self, signed: Signed) -> None:
+        """Only members of the roster may take our time with it."""
+        if self.place is None or all(member.peer != signed.signer for member in self.place.roster):
+            raise Rejected("not_in_roster", "evidence", signed.signer)
+        self.services.post.spawn(self.auditor.hear(signed))
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
@@ -381,6 +393,7 @@ class Engine:
             full_quota=full_quota(manifest, place.round_index + 1),
             shared_quota=isinstance(manifest.strategy, Sync),
             scale_to_speed=manifest.rounds.scale_to_speed,
+            barred=self.auditor.docket.barred,
         )
 
     async def _contribute(self, run: RoundRun) -> None:
@@ -468,6 +481,7 @@ class Engine:
         self.inbox.advance(place.round_index + 1)
         if snapshot is not None:
             self._check_agreement(snapshot)
+        services.post.spawn(self.auditor.after(run, proposal))
 
     async def _apply(self, merged: Vector | None, tokens: int) -> Snapshot | None:
         """The next state, or None while our own is still being downloaded."""

@@ -26,9 +26,20 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
+class Undecodable(Rejected):
+    """A part that its author committed to, and that the codec refuses."""
+
+    def __init__(self, peer: str, part: int, content: bytes, error: Rejected) -> None:
+        super().__init__(error.reason, error.detail, peer)
+        self.part, self.content = part, content
+
+
 @dataclass
 class Exchange:
-    """Bulk work of one round. Merged values are collected per proposal; only the accepted one's are kept."""
+    """Bulk work of one round. Merged values are collected per proposal; only the accepted one's are kept.
+
+    `distort` is what a fault script makes a reducer do to what it has merged.
+    """
 
     round_index: int
     me: str
@@ -41,6 +52,7 @@ class Exchange:
     _merged: Vector | None = None
     _filled: set[int] = field(default_factory=set)
     _merges: dict[bytes, SpanMerge] = field(default_factory=dict)
+    distort: Callable[[Vector], Vector] = lambda merged: merged
 
     async def publish(self, update: Vector) -> tuple[bytes, ...]:
         """Encode our update, [parameters], and keep the parts where others can fetch them; their hashes."""
@@ -204,6 +216,7 @@ class Exchange:
         if not publish:
             self._place(proposal.proposal_hash, part, merged)
             return None
+        merged = self.distort(merged)
         if merge is not None:
             fed = merge.encode_part(merged, part)
             self._place(proposal.proposal_hash, part, fed.decoded)
@@ -224,7 +237,7 @@ class Exchange:
         try:
             return self.codec.decode_part(content, part)
         except Rejected as error:
-            raise Rejected(error.reason, error.detail, peer) from error
+            raise Undecodable(peer, part, bytes(content), error) from error
 
     def _place(self, proposal_hash: bytes, part: int, values: Vector) -> None:
         if proposal_hash != self._proposal_hash:

@@ -809,9 +809,9 @@ def _included(state: RoundState) -> tuple[IncludedCommit, ...]:
 
 
 def _next_members(state: RoundState) -> tuple[RosterMember, ...]:
-    """Who takes part next: those that are alive and stay, then joiners while there is room; ourselves if nobody does."""
+    """Who takes part next: those that are alive, stay and aren't barred, then joiners while there is room; ourselves at least."""
     setup = state.setup
-    leaving = {peer for peer, commit in state.commits.items() if commit.leaving}
+    leaving = {peer for peer, commit in state.commits.items() if commit.leaving} | (setup.barred - {setup.me})
     staying = [peer for peer in state.alive if peer not in leaving][: setup.max_peers]
     joiners = [peer for peer in sorted(state.joiners) if peer not in staying and peer not in leaving]
     members = sorted(staying + joiners[: setup.max_peers - len(staying)]) or [setup.me]

@@ -20,7 +20,7 @@ from peer.faults import Faults
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer
 from peer.rounds import machine
-from peer.rounds.exchange import Exchange
+from peer.rounds.exchange import Exchange, Undecodable
 from peer.rounds.planning import roster_hash
 from peer.rounds.post import Post
 from peer.rounds.residuals import Residuals
@@ -114,6 +114,7 @@ class Services:
     """What a round works with."""
 
     manifest: Manifest
+    signed_manifest: Signed
     identity: Identity
     checker: Checker
     admissions: Admissions
@@ -141,6 +142,7 @@ class RoundRun:
     train_started_s: float = 0.0
     committed_s: float = 0.0
     accepted_s: float = 0.0
+    undecodable: list[tuple[AnnouncedCommit, int, bytes]] = field(default_factory=list)
     _events: asyncio.Queue[Event] = field(init=False)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _bulk: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -379,6 +381,8 @@ class RoundRun:
             hashes = await self.exchange.reduce(proposal, commits, parts, publish=not everything, holders=holders)
             before, after = self.exchange.residual_roots(proposal.proposal_hash)
         except (PeerFailure, Rejected) as error:
+            if isinstance(error, Undecodable):
+                self.undecodable.append((commits[error.sender].signed, error.part, error.content))
             self._fetch_failed(proposal.proposal_hash, error, merged=False)
             return
         self.services.observer.phase("merge", self.services.clock.monotonic_s() - started)

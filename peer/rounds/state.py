@@ -28,7 +28,10 @@ def _nothing() -> Mapping[Any, Any]:
 
 @dataclass(frozen=True)
 class RoundSetup:
-    """What is fixed for a round. All durations are seconds; they come from recent rounds, never from a constant."""
+    """What is fixed for a round. All durations are seconds; they come from recent rounds, never from a constant.
+
+    We give no place in the next roster to those who are `barred`.
+    """
 
     me: str
     run_id: bytes
@@ -45,6 +48,7 @@ class RoundSetup:
     full_quota: int = 1
     shared_quota: bool = False
     scale_to_speed: bool = True
+    barred: frozenset[str] = frozenset()
 
     @property
     def peers(self) -> tuple[str, ...]:

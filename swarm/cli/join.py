@@ -183,6 +183,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         max_upload=settings.max_upload,
         max_download=settings.max_download,
         monthly_quota=settings.monthly_quota,
+        check_traffic=settings.check_traffic,
         rules=rules,
         control_socket=held.control_socket if held is not None else None,
     )

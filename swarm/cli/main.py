@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "leaderboard": Command("swarm.cli.leaderboard:command", "Who has contributed most."),
     "ledger": Command("swarm.cli.ledger:app", "Check the public ledger, or export it."),
     "receipts": Command("swarm.cli.receipts:app", "What you can prove offline: list, verify, export."),
+    "evidence": Command("swarm.cli.evidence:app", "What was proven against peers: list, verify."),
     "identity": Command("swarm.cli.identity:app", "Make, show, back up and restore your key."),
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),

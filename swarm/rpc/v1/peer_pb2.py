@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from swarm.rpc.v1 import signed_pb2 as swarm_dot_v1_dot_signed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13swarm/v1/peer.proto\x12\x08swarm.v1\x1a\x15swarm/v1/signed.proto\"c\n\x11\x41nnouncedProposal\x12\"\n\x08proposal\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\x12*\n\x07\x63ommits\x18\x02 \x03(\x0b\x32\x19.swarm.v1.AnnouncedCommit\"\xa1\x03\n\x08\x44\x65livery\x12+\n\x06\x63ommit\x18\x01 \x01(\x0b\x32\x19.swarm.v1.AnnouncedCommitH\x00\x12/\n\x08proposal\x18\x02 \x01(\x0b\x32\x1b.swarm.v1.AnnouncedProposalH\x00\x12\'\n\x0bmerged_span\x18\x03 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12\"\n\x06result\x18\x04 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12 \n\x04seal\x18\x05 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12&\n\nseal_reply\x18\x06 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12%\n\tcomplaint\x18\x07 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12(\n\x0cjoin_request\x18\x08 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12!\n\x05ready\x18\t \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08\x61\x64option\x18\n \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x42\x06\n\x04\x62ody\"n\n\x0cRelayRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\n\n\x02to\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x03 \x01(\t\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12#\n\tadmission\x18\x05 \x01(\x0b\x32\x10.swarm.v1.Signed\"-\n\nRelayReply\x12\x0e\n\x06\x66\x61iled\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\'\n\x03\x41\x63k\x12\x10\n\x08rejected\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"s\n\x0c\x46\x65tchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12#\n\tadmission\x18\x04 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x0e\n\x06origin\x18\x05 \x01(\t\"V\n\x0bSyncRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12#\n\tadmission\x18\x02 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x12\n\nstate_root\x18\x03 \x01(\x0c\"\xbf\x02\n\tSyncReply\x12\r\n\x05round\x18\x01 \x01(\x04\x12 \n\x06roster\x18\x02 \x03(\x0b\x32\x10.swarm.v1.Member\x12!\n\x07results\x18\x03 \x03(\x0b\x32\x10.swarm.v1.Signed\x12\"\n\x08proposal\x18\x04 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x14\n\x0c\x63hunk_hashes\x18\x05 \x01(\x0c\x12\x35\n\taddresses\x18\x06 \x03(\x0b\x32\".swarm.v1.SyncReply.AddressesEntry\x12$\n\nadmissions\x18\x07 \x03(\x0b\x32\x10.swarm.v1.Signed\x1aG\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.swarm.v1.AddressList:\x02\x38\x01\" \n\x0b\x41\x64\x64ressList\x12\x11\n\taddresses\x18\x01 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13swarm/v1/peer.proto\x12\x08swarm.v1\x1a\x15swarm/v1/signed.proto\"c\n\x11\x41nnouncedProposal\x12\"\n\x08proposal\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\x12*\n\x07\x63ommits\x18\x02 \x03(\x0b\x32\x19.swarm.v1.AnnouncedCommit\"\xc7\x03\n\x08\x44\x65livery\x12+\n\x06\x63ommit\x18\x01 \x01(\x0b\x32\x19.swarm.v1.AnnouncedCommitH\x00\x12/\n\x08proposal\x18\x02 \x01(\x0b\x32\x1b.swarm.v1.AnnouncedProposalH\x00\x12\'\n\x0bmerged_span\x18\x03 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12\"\n\x06result\x18\x04 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12 \n\x04seal\x18\x05 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12&\n\nseal_reply\x18\x06 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12%\n\tcomplaint\x18\x07 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12(\n\x0cjoin_request\x18\x08 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12!\n\x05ready\x18\t \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08\x61\x64option\x18\n \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08\x65vidence\x18\x0b \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x42\x06\n\x04\x62ody\"n\n\x0cRelayRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\n\n\x02to\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x03 \x01(\t\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12#\n\tadmission\x18\x05 \x01(\x0b\x32\x10.swarm.v1.Signed\"-\n\nRelayReply\x12\x0e\n\x06\x66\x61iled\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\'\n\x03\x41\x63k\x12\x10\n\x08rejected\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"s\n\x0c\x46\x65tchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12#\n\tadmission\x18\x04 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x0e\n\x06origin\x18\x05 \x01(\t\"V\n\x0bSyncRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12#\n\tadmission\x18\x02 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x12\n\nstate_root\x18\x03 \x01(\x0c\"\xbf\x02\n\tSyncReply\x12\r\n\x05round\x18\x01 \x01(\x04\x12 \n\x06roster\x18\x02 \x03(\x0b\x32\x10.swarm.v1.Member\x12!\n\x07results\x18\x03 \x03(\x0b\x32\x10.swarm.v1.Signed\x12\"\n\x08proposal\x18\x04 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x14\n\x0c\x63hunk_hashes\x18\x05 \x01(\x0c\x12\x35\n\taddresses\x18\x06 \x03(\x0b\x32\".swarm.v1.SyncReply.AddressesEntry\x12$\n\nadmissions\x18\x07 \x03(\x0b\x32\x10.swarm.v1.Signed\x1aG\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.swarm.v1.AddressList:\x02\x38\x01\" \n\x0b\x41\x64\x64ressList\x12\x11\n\taddresses\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANNOUNCEDPROPOSAL']._serialized_start=56
   _globals['_ANNOUNCEDPROPOSAL']._serialized_end=155
   _globals['_DELIVERY']._serialized_start=158
-  _globals['_DELIVERY']._serialized_end=575
-  _globals['_RELAYREQUEST']._serialized_start=577
-  _globals['_RELAYREQUEST']._serialized_end=687
-  _globals['_RELAYREPLY']._serialized_start=689
-  _globals['_RELAYREPLY']._serialized_end=734
-  _globals['_ACK']._serialized_start=736
-  _globals['_ACK']._serialized_end=775
-  _globals['_FETCHREQUEST']._serialized_start=777
-  _globals['_FETCHREQUEST']._serialized_end=892
-  _globals['_SYNCREQUEST']._serialized_start=894
-  _globals['_SYNCREQUEST']._serialized_end=980
-  _globals['_SYNCREPLY']._serialized_start=983
-  _globals['_SYNCREPLY']._serialized_end=1302
-  _globals['_SYNCREPLY_ADDRESSESENTRY']._serialized_start=1231
-  _globals['_SYNCREPLY_ADDRESSESENTRY']._serialized_end=1302
-  _globals['_ADDRESSLIST']._serialized_start=1304
-  _globals['_ADDRESSLIST']._serialized_end=1336
+  _globals['_DELIVERY']._serialized_end=613
+  _globals['_RELAYREQUEST']._serialized_start=615
+  _globals['_RELAYREQUEST']._serialized_end=725
+  _globals['_RELAYREPLY']._serialized_start=727
+  _globals['_RELAYREPLY']._serialized_end=772
+  _globals['_ACK']._serialized_start=774
+  _globals['_ACK']._serialized_end=813
+  _globals['_FETCHREQUEST']._serialized_start=815
+  _globals['_FETCHREQUEST']._serialized_end=930
+  _globals['_SYNCREQUEST']._serialized_start=932
+  _globals['_SYNCREQUEST']._serialized_end=1018
+  _globals['_SYNCREPLY']._serialized_start=1021
+  _globals['_SYNCREPLY']._serialized_end=1340
+  _globals['_SYNCREPLY_ADDRESSESENTRY']._serialized_start=1269
+  _globals['_SYNCREPLY_ADDRESSESENTRY']._serialized_end=1340
+  _globals['_ADDRESSLIST']._serialized_start=1342
+  _globals['_ADDRESSLIST']._serialized_end=1374
 # @@protoc_insertion_point(module_scope)

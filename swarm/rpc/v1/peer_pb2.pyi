@@ -65,6 +65,7 @@ class Delivery(_message.Message):
     JOIN_REQUEST_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     ADOPTION_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def commit(self) -> _signed_pb2.AnnouncedCommit: ...
     @_builtins.property
@@ -85,6 +86,8 @@ class Delivery(_message.Message):
     def ready(self) -> _signed_pb2.Signed: ...
     @_builtins.property
     def adoption(self) -> _signed_pb2.Signed: ...
+    @_builtins.property
+    def evidence(self) -> _signed_pb2.Signed: ...
     def __init__(
         self,
         *,
@@ -98,12 +101,13 @@ class Delivery(_message.Message):
         join_request: _signed_pb2.Signed | None = ...,
         ready: _signed_pb2.Signed | None = ...,
         adoption: _signed_pb2.Signed | None = ...,
+        evidence: _signed_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adoption", b"adoption", "body", b"body", "commit", b"commit", "complaint", b"complaint", "join_request", b"join_request", "merged_span", b"merged_span", "proposal", b"proposal", "ready", b"ready", "result", b"result", "seal", b"seal", "seal_reply", b"seal_reply"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adoption", b"adoption", "body", b"body", "commit", b"commit", "complaint", b"complaint", "evidence", b"evidence", "join_request", b"join_request", "merged_span", b"merged_span", "proposal", b"proposal", "ready", b"ready", "result", b"result", "seal", b"seal", "seal_reply", b"seal_reply"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoption", b"adoption", "body", b"body", "commit", b"commit", "complaint", b"complaint", "join_request", b"join_request", "merged_span", b"merged_span", "proposal", b"proposal", "ready", b"ready", "result", b"result", "seal", b"seal", "seal_reply", b"seal_reply"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoption", b"adoption", "body", b"body", "commit", b"commit", "complaint", b"complaint", "evidence", b"evidence", "join_request", b"join_request", "merged_span", b"merged_span", "proposal", b"proposal", "ready", b"ready", "result", b"result", "seal", b"seal", "seal_reply", b"seal_reply"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["commit", "proposal", "merged_span", "result", "seal", "seal_reply", "complaint", "join_request", "ready", "adoption"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["commit", "proposal", "merged_span", "result", "seal", "seal_reply", "complaint", "join_request", "ready", "adoption", "evidence"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

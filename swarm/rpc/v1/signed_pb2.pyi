@@ -744,3 +744,98 @@ class AnnouncedCommit(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AnnouncedCommit: _TypeAlias = AnnouncedCommit  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    """A proof of misbehaviour that anybody can check from these bytes alone. See docs/protocol.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    COMMITS_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    CONTENTS_FIELD_NUMBER: _builtins.int
+    PROPOSAL_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    RESIDUAL_HASHES_FIELD_NUMBER: _builtins.int
+    RESIDUAL_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"bad_part" or "wrong_merge"."""
+    part: _builtins.int
+    residual: _builtins.bytes
+    @_builtins.property
+    def manifest(self) -> Global___Signed:
+        """The run's, signed by its owner."""
+
+    @_builtins.property
+    def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnnouncedCommit]:
+        """bad_part: the accused's commit. wrong_merge: those of the proposal's contributors, in its order."""
+
+    @_builtins.property
+    def contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The encoded part of each of these commits."""
+
+    @_builtins.property
+    def proposal(self) -> Global___Signed:
+        """wrong_merge: the proposal, and the span that the accused signed for it."""
+
+    @_builtins.property
+    def span(self) -> Global___Signed: ...
+    @_builtins.property
+    def residual_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The hashes of the parts of the accused's residual before its merge, and this part of it, as little-endian float32."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        manifest: Global___Signed | None = ...,
+        commits: _abc.Iterable[Global___AnnouncedCommit] | None = ...,
+        part: _builtins.int = ...,
+        contents: _abc.Iterable[_builtins.bytes] | None = ...,
+        proposal: Global___Signed | None = ...,
+        span: Global___Signed | None = ...,
+        residual_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        residual: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "proposal", b"proposal", "span", b"span"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "contents", b"contents", "kind", b"kind", "manifest", b"manifest", "part", b"part", "proposal", b"proposal", "residual", b"residual", "residual_hashes", b"residual_hashes", "span", b"span"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
+
+@_typing.final
+class EvidenceNotice(_message.Message):
+    """The sender has proven something, and serves the evidence as a blob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ACCUSED_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    round: _builtins.int
+    hash: _builtins.bytes
+    size_bytes: _builtins.int
+    accused: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        hash: _builtins.bytes = ...,
+        size_bytes: _builtins.int = ...,
+        accused: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accused", b"accused", "hash", b"hash", "round", b"round", "run_id", b"run_id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceNotice: _TypeAlias = EvidenceNotice  # noqa: Y015

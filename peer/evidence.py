@@ -1,0 +1,151 @@
+"""Proofs of misbehaviour that anybody can check from signed bytes alone: offline, without tolerance, whoever shows them.
+
+    bad_part     a peer committed to a part that its run's codec refuses to decode
+    wrong_merge  a reducer signed a merged part that isn't the merge of the parts that its proposal names
+
+Both follow from what the accused has signed: an honest peer can't have, whatever happened to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peer.codec import Codec, Codecs, Vector
+from peer.codec.feedback import default_decay, feed
+from peer.merge import merge_part
+from swarm.errors import ManifestInvalid, Rejected
+from swarm.ledger import open_manifest
+from swarm.manifest import Manifest
+from swarm.merkle import blob_hash, root_of
+from swarm.messages import open_signed, parse, payload_hash, split_hashes
+from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Commit, Evidence, MergedSpan, Proposal
+
+BAD_PART = "bad_part"
+WRONG_MERGE = "wrong_merge"
+EXACT = "fp16"
+MAX_EVIDENCE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who did what, where, and what shows it."""
+
+    accused: str
+    kind: str
+    run_id: bytes
+    round_index: int
+    part: int
+    why: str
+
+
+def merged_bytes(
+    codec: Codec, manifest: Manifest, part: int, contents: Sequence[bytes], weights: Sequence[int], residual: Vector
+) -> bytes:
+    """The one encoding of a merged part: the contributors' encoded `contents` in the proposal's order, by their weights.
+
+    `residual`, [values of the part], is the reducer's from before; it isn't used for fp16. Raises `Rejected` where a part can't
+    be decoded, and `ValueError` where values aren't finite.
+    """
+    merged = merge_part([codec.decode_part(content, part) for content in contents], weights, manifest.merge)
+    if codec.kind == EXACT:
+        return codec.encode_part(merged, part)
+    return feed(codec, part, merged, residual, default_decay(codec)).part
+
+
+def verify_evidence(raw: bytes) -> Verdict:
+    """What the bytes prove. Raises `Rejected` where they prove nothing: `not_proven`, or what is wrong with them."""
+    if len(raw) > MAX_EVIDENCE_BYTES:
+        raise Rejected("too_large", f"{len(raw)} bytes of evidence")
+    evidence = parse(Evidence, raw)
+    try:
+        manifest = open_manifest(evidence.manifest)
+    except ManifestInvalid as error:
+        raise Rejected("malformed", f"the manifest: {error.message}") from error
+    run_id = payload_hash(evidence.manifest)
+    match evidence.kind:
+        case "bad_part":
+            return _bad_part(evidence, manifest, run_id)
+        case "wrong_merge":
+            return _wrong_merge(evidence, manifest, run_id)
+    raise Rejected("malformed", f"evidence of the kind {evidence.kind[:32]!r}")
+
+
+def _bad_part(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:
+    if len(evidence.commits) != 1 or len(evidence.contents) != 1:
+        raise Rejected("malformed", "a bad part has one commit and one content")
+    announced, content = evidence.commits[0], evidence.contents[0]
+    commit = _committed(announced, content, evidence.part, run_id)
+    codec = Codecs(manifest).at(commit.round)
+    accused = announced.commit.signer
+    if evidence.part >= codec.part_count:
+        raise Rejected("not_proven", "no part of the run's")
+    try:
+        codec.decode_part(content, evidence.part)
+    except Rejected as error:
+        why = f"part {evidence.part} of the commit can't be decoded: {error}"
+        return Verdict(accused, BAD_PART, run_id, commit.round, evidence.part, why)
+    raise Rejected("not_proven", "the part can be decoded", accused)
+
+
+def _wrong_merge(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:
+    span = open_signed(evidence.span, MergedSpan, run_id=run_id)
+    accused, part = evidence.span.signer, evidence.part
+    codec = Codecs(manifest).at(span.round)
+    place = part - span.first_part
+    if not 0 <= place < len(span.part_hashes) or part >= codec.part_count:
+        raise Rejected("not_proven", "the span doesn't hold the part", accused)
+    weights = _weights(evidence, span, accused, run_id)
+    residual = _residual(evidence, span, codec, place, accused)
+    try:
+        expected = merged_bytes(codec, manifest, part, list(evidence.contents), weights, residual)
+    except ValueError as error:
+        why = f"part {part} of the span: its residual or its merge has values that aren't finite ({error})"
+        return Verdict(accused, WRONG_MERGE, run_id, span.round, part, why)
+    if blob_hash(expected) == span.part_hashes[place]:
+        raise Rejected("not_proven", "the merge is right", accused)
+    signed, right = span.part_hashes[place].hex()[:12], blob_hash(expected).hex()[:12]
+    why = f"part {part} of the span is signed as {signed}, the merge of what the proposal names is {right}"
+    return Verdict(accused, WRONG_MERGE, run_id, span.round, part, why)
+
+
+def _weights(evidence: Evidence, span: MergedSpan, accused: str, run_id: bytes) -> list[int]:
+    """The weights of the proposal's contributors, once it is clear that the evidence is about just their parts."""
+    proposal = open_signed(evidence.proposal, Proposal, run_id=run_id)
+    if payload_hash(evidence.proposal) != span.proposal_hash or proposal.round != span.round:
+        raise Rejected("not_proven", "the span follows another proposal", accused)
+    assigned = next((item for item in proposal.commits if item.peer_id == accused), None)
+    if assigned is None or (assigned.first_part, assigned.part_span) != (span.first_part, len(span.part_hashes)):
+        raise Rejected("not_proven", "the proposal gave the accused another span", accused)
+    contributors = [item for item in proposal.commits if item.weight]
+    if not len(contributors) == len(evidence.commits) == len(evidence.contents):
+        raise Rejected("not_proven", "not the commits that the proposal names", accused)
+    for item, announced, content in zip(contributors, evidence.commits, evidence.contents, strict=True):
+        if announced.commit.signer != item.peer_id or payload_hash(announced.commit) != item.commit_hash:
+            raise Rejected("not_proven", "not the commits that the proposal names", accused)
+        _committed(announced, content, evidence.part, run_id)
+    return [item.weight for item in contributors]
+
+
+def _committed(announced: AnnouncedCommit, content: bytes, part: int, run_id: bytes) -> Commit:
+    """The commit, if its author committed to just this content."""
+    commit = open_signed(announced.commit, Commit, run_id=run_id)
+    hashes = split_hashes(announced.part_hashes)
+    fits = part < len(hashes) == commit.part_count and root_of(hashes) == commit.parts_root
+    if not fits or blob_hash(content) != hashes[part]:
+        raise Rejected("not_proven", "the commit is to something else", announced.commit.signer)
+    return commit
+
+
+def _residual(evidence: Evidence, span: MergedSpan, codec: Codec, place: int, accused: str) -> Vector:
+    start, end = codec.part_span(evidence.part)
+    if codec.kind == EXACT:
+        return np.zeros(end - start, dtype=np.float32)
+    hashes, content = list(evidence.residual_hashes), evidence.residual
+    if len(hashes) != len(span.part_hashes) or root_of(hashes) != span.residual_before or blob_hash(content) != hashes[place]:
+        raise Rejected("not_proven", "not the residual that the span names", accused)
+    if len(content) != 4 * (end - start):
+        raise Rejected("not_proven", "the residual has another size", accused)
+    return np.frombuffer(content, dtype="<f4").astype(np.float32)

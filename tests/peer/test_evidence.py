@@ -1,0 +1,265 @@
+"""Proofs of misbehaviour: what holds, and everything that doesn't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer.codec import Codec, Codecs
+from peer.codec.feedback import ErrorFeedback
+from peer.evidence import Verdict, merged_bytes, verify_evidence
+from peer.rounds.auditor import chance
+from peer.rounds.docket import SUFFIX, Docket
+from swarm.cli.main import run as swarm
+from swarm.errors import Rejected
+from swarm.manifest import Manifest
+from swarm.merkle import blob_hash, root_of
+from swarm.messages import payload_hash, seal
+from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Ballot, CommitReference, Evidence, MergedSpan, Proposal
+from tests.peer.codec.codec_cases import normal
+from tests.world import World, identity, manifest
+
+PEERS = sorted((identity(number) for number in range(4)), key=lambda peer: peer.peer_id)
+REDUCER = PEERS[2]
+ROUND, PARTS, PART_VALUES = 7, 6, 4096
+FIRST, SPAN, PART = 2, 3, 3  # the reducer's span, and the part that is looked at
+KINDS = ("fp16", "int8", "int4", "int2")
+Change = Callable[[Evidence], None]
+
+
+def run_of(kind: str, merge: str = "mean") -> Manifest:
+    """A run of six parts."""
+    changed = {"model": {"config": {"model_type": "llama"}, "parameters": PARTS * PART_VALUES}}
+    codec = {"codec": {"kind": kind, "part_values": PART_VALUES}, "merge": {"kind": merge}}
+    return manifest(**changed, **codec)
+
+
+def announced(world: World, author: int, codec: Codec, weight: int, part_of: Callable[[int], bytes]) -> AnnouncedCommit:
+    """A commit to six parts."""
+    hashes = [blob_hash(part_of(index)) for index in range(PARTS)]
+    body = {"codec": codec.kind, "parts_root": root_of(hashes), "part_count": PARTS}
+    signed = world.commit(PEERS[author], ROUND, weight, **body)
+    return AnnouncedCommit(commit=signed, part_hashes=b"".join(hashes))
+
+
+def evidence_of_merge(kind: str, merge: str = "mean", wrong: bool = True) -> Evidence:
+    """A round of four, of whom one contributes nothing, and what the reducer signed for its span."""
+    world = World(run_of(kind, merge))
+    codec = Codecs(world.manifest).at(ROUND)
+    weights = [4, 0, 2, 1]
+    updates = [normal(PARTS * PART_VALUES, seed) for seed in range(4)]
+
+    def part_of(author: int, index: int) -> bytes:
+        return codec.encode_part(updates[author][slice(*codec.part_span(index))], index)
+
+    empty = world.commit(PEERS[1], ROUND, 0)
+    commits = [
+        announced(world, author, codec, weight, partial(part_of, author)) if weight else AnnouncedCommit(commit=empty)
+        for author, weight in enumerate(weights)
+    ]
+    named = [each.commit for each in commits]
+    spans = {2: (FIRST, SPAN)}
+    references = [
+        CommitReference(
+            peer_id=signed.signer,
+            commit_hash=payload_hash(signed),
+            weight=weight,
+            first_part=spans.get(place, (0, 0))[0],
+            part_span=spans.get(place, (0, 0))[1],
+        )
+        for place, (signed, weight) in enumerate(zip(named, weights, strict=True))
+    ]
+    proposal = seal(PEERS[0], Proposal(run_id=world.run_id, round=ROUND, ballot=Ballot(), commits=references))
+    contributors = [place for place, weight in enumerate(weights) if weight]
+    before = ErrorFeedback(codec, range(FIRST, FIRST + SPAN)) if kind != "fp16" else None
+    if before is not None:
+        for index in before.parts:
+            before.encode_part(normal(PART_VALUES, 90 + index), index)
+    hashes, residuals = list[bytes](), list[bytes]()
+    for index in range(FIRST, FIRST + SPAN):
+        residual = before.residual(index).copy() if before is not None else np.zeros(PART_VALUES, dtype=np.float32)
+        contents = [part_of(author, index) for author in contributors]
+        content = merged_bytes(codec, world.manifest, index, contents, [weights[author] for author in contributors], residual)
+        hashes.append(blob_hash(b"mine" if wrong and index == PART else content))
+        residuals.append(residual.tobytes())
+    residual_hashes = [blob_hash(each) for each in residuals] if before is not None else []
+    span = MergedSpan(
+        run_id=world.run_id,
+        round=ROUND,
+        proposal_hash=payload_hash(proposal),
+        first_part=FIRST,
+        part_hashes=hashes,
+        residual_before=root_of(residual_hashes) if residual_hashes else b"",
+    )
+    return Evidence(
+        kind="wrong_merge",
+        manifest=world.signed_manifest,
+        commits=[commits[author] for author in contributors],
+        part=PART,
+        contents=[part_of(author, PART) for author in contributors],
+        proposal=proposal,
+        span=seal(REDUCER, span),
+        residual_hashes=residual_hashes,
+        residual=residuals[PART - FIRST] if residual_hashes else b"",
+    )
+
+
+def evidence_of_part(content: bytes = b"\xff" * 100) -> Evidence:
+    """A commit of which one part is not what any encoder makes."""
+    world = World(run_of("int4"))
+    codec = Codecs(world.manifest).at(ROUND)
+    good = codec.encode_part(normal(PART_VALUES), 0)
+    commit = announced(world, 3, codec, 1, lambda index: content if index == PART else good)
+    return Evidence(kind="bad_part", manifest=world.signed_manifest, commits=[commit], part=PART, contents=[content])
+
+
+def verified(evidence: Evidence) -> Verdict:
+    return verify_evidence(evidence.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("merge", ["mean", "centered_clip"])
+def test_a_wrong_merge_is_proven(kind: str, merge: str) -> None:
+    """By the reducer's signature over something else than the merge; an honest reducer's proves nothing."""
+    verdict = verified(evidence_of_merge(kind, merge))
+    assert (verdict.accused, verdict.kind, verdict.round_index, verdict.part) == (REDUCER.peer_id, "wrong_merge", ROUND, PART)
+    with pytest.raises(Rejected, match="the merge is right"):
+        verified(evidence_of_merge(kind, merge, wrong=False))
+
+
+def test_a_part_that_nobody_can_decode_is_proven() -> None:
+    """And a good one isn't."""
+    verdict = verified(evidence_of_part())
+    assert (verdict.accused, verdict.kind, verdict.part) == (PEERS[3].peer_id, "bad_part", PART)
+    good = Codecs(run_of("int4")).at(ROUND).encode_part(normal(PART_VALUES), 0)
+    with pytest.raises(Rejected, match="can be decoded"):
+        verified(evidence_of_part(good))
+
+
+def _swap_contents(evidence: Evidence) -> None:
+    first, second = evidence.contents[0], evidence.contents[1]
+    evidence.contents[0], evidence.contents[1] = second, first
+
+
+def _swap_commits(evidence: Evidence) -> None:
+    _swap_contents(evidence)
+    first = AnnouncedCommit.FromString(evidence.commits[0].SerializeToString())
+    evidence.commits[0].CopyFrom(evidence.commits[1])
+    evidence.commits[1].CopyFrom(first)
+
+
+def _other_residual(evidence: Evidence) -> None:
+    evidence.residual = bytes(4 * PART_VALUES)
+
+
+def _all_other_residuals(evidence: Evidence) -> None:
+    evidence.residual = bytes(4 * PART_VALUES)
+    del evidence.residual_hashes[:]
+    evidence.residual_hashes.extend([blob_hash(evidence.residual)] * SPAN)
+
+
+def _other_weight(evidence: Evidence) -> None:
+    proposal = Proposal.FromString(evidence.proposal.payload)
+    proposal.commits[0].weight = 1
+    evidence.proposal.CopyFrom(seal(PEERS[0], proposal))
+
+
+def _other_span(evidence: Evidence) -> None:
+    span = MergedSpan.FromString(evidence.span.payload)
+    span.part_hashes[PART - FIRST] = b"\0" * 32
+    evidence.span.payload = span.SerializeToString()
+
+
+def _left_out(evidence: Evidence) -> None:
+    del evidence.commits[0]
+    del evidence.contents[0]
+
+
+def _other_run(evidence: Evidence) -> None:
+    evidence.manifest.CopyFrom(World(run_of("int8")).signed_manifest)
+
+
+def _outside(evidence: Evidence) -> None:
+    evidence.part = PARTS - 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swap_contents,
+        _swap_commits,
+        _other_residual,
+        _all_other_residuals,
+        _other_weight,
+        _other_span,
+        _left_out,
+        _other_run,
+        _outside,
+    ],
+)
+def test_no_innocent_is_convicted_by_other_inputs(change: Change) -> None:
+    """Whatever an accuser exchanges so that the merge comes out different, it isn't what the reducer has signed about."""
+    evidence = evidence_of_merge("int4", wrong=False)
+    change(evidence)
+    with pytest.raises(Rejected):
+        verified(evidence)
+
+
+def test_evidence_of_nothing() -> None:
+    """Bytes, empty messages, other kinds, and far too much."""
+    for raw in (b"", b"\xff\xff", Evidence(kind="grudge").SerializeToString(), bytes((64 << 20) + 1)):
+        with pytest.raises(Rejected):
+            verify_evidence(raw)
+    evidence = evidence_of_part()
+    evidence.kind = "grudge"
+    with pytest.raises(Rejected, match="malformed"):
+        verified(evidence)
+
+
+def test_a_docket_keeps_one_proof_for_each(tmp_path: Path) -> None:
+    """Across restarts, checked again; damaged files and other runs' evidence prove nothing."""
+    evidence = evidence_of_merge("int4")
+    run_id, raw = payload_hash(evidence.manifest), evidence.SerializeToString()
+    docket = Docket(tmp_path / "evidence", run_id)
+    assert docket.add(raw) is not None
+    assert docket.add(raw) is None
+    assert docket.bars(REDUCER.peer_id)
+    assert not docket.bars(PEERS[0].peer_id)
+    (tmp_path / "evidence" / f"other{SUFFIX}").write_bytes(raw[:-1])
+    (tmp_path / "evidence" / f"part{SUFFIX}").write_bytes(evidence_of_part().SerializeToString())
+    again = Docket(tmp_path / "evidence", run_id)
+    again.load()
+    assert again.barred == {REDUCER.peer_id, PEERS[3].peer_id}
+    elsewhere = Docket(tmp_path / "evidence", b"\1" * 32)
+    elsewhere.load()
+    assert not elsewhere.barred
+
+
+def test_the_command_says_by_whom_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the file alone."""
+    path = tmp_path / f"someone{SUFFIX}"
+    path.write_bytes(evidence_of_merge("int2").SerializeToString())
+    assert swarm(["evidence", "verify", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert REDUCER.peer_id in said
+    assert "the merge of what the proposal names is" in said
+    assert swarm(["evidence", "list", "--dir", str(tmp_path), "--json"]) == 0
+    assert '"kind": "wrong_merge"' in capsys.readouterr().out
+    path.write_bytes(evidence_of_merge("int2", wrong=False).SerializeToString())
+    assert swarm(["evidence", "verify", str(path)]) == 44
+    assert "proves nothing" in capsys.readouterr().err
+    assert swarm(["evidence", "verify", str(tmp_path / "missing")]) == 2
+
+
+def test_checks_cost_a_share_of_the_traffic() -> None:
+    """With 124 M parameters every round brings one; in tiny runs few do; alone there is nothing to check."""
+    large = Codecs(manifest(model={"config": {"model_type": "llama"}, "parameters": 124_000_000}, codec={"kind": "int4"})).at(1)
+    assert chance(large, 8, 0.02) == 1
+    tiny = Codecs(run_of("int4")).at(ROUND)
+    assert 0 < chance(tiny, 3, 0.02) < 0.1
+    assert chance(tiny, 3, 100) == 1
+    assert chance(tiny, 1, 0.02) == 0
