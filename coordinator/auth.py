@@ -35,6 +35,7 @@ TABLE: dict[str, Rule] = {
     SERVICE + "GetProgress": Rule(Policy.PUBLIC),
     SERVICE + "ListEntries": Rule(Policy.PUBLIC),
     SERVICE + "GetCheckpoint": Rule(Policy.PUBLIC),
+    SERVICE + "AddCosignature": Rule(Policy.PUBLIC),  # signed in a format of its own, by keys that the operator names
     SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
     SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
     SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),

@@ -140,6 +140,16 @@ class ReplicaService(PeerService):
         """Grants are the writer's."""
         return await self._by_writer("RequestGrant", request, context, super().RequestGrant)
 
+    async def AddCosignature(self, request: pb.AddCosignatureRequest, context: Any) -> pb.AddCosignatureResponse:  # noqa: N802
+        """Cosignatures come together at the writer."""
+        return await self._by_writer("AddCosignature", request, context, super().AddCosignature)
+
+    async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: Any) -> pb.GetCheckpointResponse:  # noqa: N802
+        """The checkpoint that witnesses sign is the writer's; any other is answered here."""
+        if request.to_cosign or request.cosigned:
+            return await self._by_writer("GetCheckpoint", request, context, super().GetCheckpoint)
+        return await super().GetCheckpoint(request, context)
+
     async def GetProgress(self, request: pb.GetProgressRequest, context: Any) -> pb.GetProgressResponse:  # noqa: N802
         """The writer knows who is alive; without one, the ledger as far as it is known here."""
         try:

@@ -32,6 +32,7 @@ from coordinator.snapshot import SNAPSHOT_FILE, Source, keep_fresh
 from coordinator.store.interface import Store
 from coordinator.store.memory import MemoryStore
 from coordinator.tls import Certificate, require_tls_1_3
+from coordinator.witnesses import Witnessed
 from swarm.clock import Clock, SystemClock
 from swarm.config import CoordinatorSettings, data_path
 from swarm.errors import AlreadyRunning, DatabaseCorrupt, PortBusy, Rejected, UsageError
@@ -44,6 +45,8 @@ from swarm.rpc.v1.signed_pb2 import Signed
 KEY_FILE = "coordinator.key"
 DATABASE_FILE = "coordinator.db"
 LOCK_FILE = "lock"
+ADMIN_HINT = "name the peer ids that `swarm admin key` prints in SWARM_COORDINATOR_ADMIN_KEYS"
+WITNESS_HINT = "name the peer ids that `swarm identity show` prints in SWARM_COORDINATOR_WITNESSES"
 ADMIN_FOLDER = "admin"
 ADMIN_CALLS = 16
 MEMORY_URL = "memory://"
@@ -133,7 +136,8 @@ class Coordinator:
             checker = await stack.enter_async_context(SignatureChecker())
             guard = _guard(settings, journal, identity, clock, metrics)
             kind = ReplicaService if shared else PeerService
-            service = kind(journal, store, identity, manifest, clock, metrics, guard, checker)
+            witnessed = Witnessed(_peer_ids(settings.witnesses, "a witness's key", WITNESS_HINT))
+            service = kind(journal, store, identity, manifest, clock, metrics, guard, checker, witnessed)
             await stack.enter_async_context(_background(journal.run()))
             await stack.enter_async_context(_background(_ticks(journal, metrics, clock)))
             listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings))
@@ -283,8 +287,9 @@ async def _admin(
     if not settings.admin_listen:
         yield None
         return
-    admins = frozenset(filter(None, (key.strip() for key in settings.admin_keys.split(","))))
-    _check_admins(admins)
+    admins = _peer_ids(settings.admin_keys, "an admin's key", ADMIN_HINT)
+    if not admins:
+        raise UsageError("an admin address without an admin's key", ADMIN_HINT)
     (folder / ADMIN_FOLDER).mkdir(mode=0o700, exist_ok=True)
     certificate = Certificate.load_or_create(folder / ADMIN_FOLDER, datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC))
     guard = Guard(clock, metrics, admins.__contains__, ceilings=Ceilings(ADMIN_CALLS, ADMIN_CALLS, settings.slow_call_s))
@@ -296,15 +301,15 @@ async def _admin(
         yield JoinLink(host, address.port, journal.run_id, certificate.fingerprint)
 
 
-def _check_admins(admins: frozenset[str]) -> None:
-    hint = "name the peer ids that `swarm admin key` prints in SWARM_COORDINATOR_ADMIN_KEYS"
-    if not admins:
-        raise UsageError("an admin address without an admin's key", hint)
-    for key in sorted(admins):
+def _peer_ids(listed: str, what: str, hint: str) -> frozenset[str]:
+    """The peer ids of a setting. Raises `UsageError` where one isn't."""
+    keys = frozenset(filter(None, (key.strip() for key in listed.split(","))))
+    for key in sorted(keys):
         try:
             public_key_of(key)
         except Rejected as error:
-            raise UsageError(f"not an admin's key: {key!r}", hint) from error
+            raise UsageError(f"not {what}: {key!r}", hint) from error
+    return keys
 
 
 def _bind(server: grpc.aio.Server, certificate: Certificate, wanted: Address) -> int:

@@ -22,6 +22,7 @@ from coordinator.presence import NOT_PLAYING, Sighting
 from coordinator.signatures import SignatureChecker
 from coordinator.state import Announced, Decision, GrantAsked, Reported, decide
 from coordinator.store.interface import Store
+from coordinator.witnesses import Witnessed
 from swarm import __version__
 from swarm.clock import Clock
 from swarm.credits import Balance
@@ -53,6 +54,7 @@ class PeerService(PeerServiceServicer):
         metrics: Metrics,
         guard: Guard,
         checker: SignatureChecker,
+        witnessed: Witnessed,
     ) -> None:
         self._journal = journal
         self._store = store
@@ -62,6 +64,7 @@ class PeerService(PeerServiceServicer):
         self._metrics = metrics
         self._guard = guard
         self._checker = checker
+        self._witnessed = witnessed
         self._proposals: OrderedDict[bytes, asyncio.Future[tuple[Nomination, Signed] | None]] = OrderedDict()
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
@@ -152,13 +155,27 @@ class PeerService(PeerServiceServicer):
             position += len(entries)
 
     async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: Any) -> pb.GetCheckpointResponse:  # noqa: N802
-        """The newest signed checkpoint, and proof that it extends an older one."""
+        """The newest signed checkpoint or one that witnesses sign, and proof that it extends an older one."""
         tree, old_size = self._journal.tree, request.old_size
         if old_size > len(tree):
             raise Rejected("malformed", f"the ledger has {len(tree)} entries")
+        note, size = self._note_asked_for(request)
+        proof = tree.consistency_proof(old_size, size) if old_size and old_size <= size else []
+        return pb.GetCheckpointResponse(note=note, consistency_proof=proof)
+
+    def _note_asked_for(self, request: pb.GetCheckpointRequest) -> tuple[str, int]:
+        if request.to_cosign:
+            return self._witnessed.to_cosign(self._signed_checkpoint, request.old_size, self._clock.monotonic_s())
+        return (self._witnessed.cosigned() if request.cosigned else None) or self._signed_checkpoint()
+
+    def _signed_checkpoint(self) -> tuple[str, int]:
+        tree = self._journal.tree
         checkpoint = Checkpoint(origin_of(self._journal.run_id), len(tree), tree.root())
-        proof = tree.consistency_proof(old_size) if old_size else []
-        return pb.GetCheckpointResponse(note=sign_checkpoint(self._identity, checkpoint), consistency_proof=proof)
+        return sign_checkpoint(self._identity, checkpoint), checkpoint.size
+
+    async def AddCosignature(self, request: pb.AddCosignatureRequest, context: Any) -> pb.AddCosignatureResponse:  # noqa: N802
+        """Keep a witness's cosignature."""
+        return pb.AddCosignatureResponse(cosignatures=self._witnessed.add(request.line))
 
     def _check_run(self, run_id: bytes) -> None:
         if run_id and run_id != self._journal.run_id:

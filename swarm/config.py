@@ -94,6 +94,7 @@ class CoordinatorSettings(Settings):
     db: str = Field("", description="database URL; empty = SQLite in the state folder")
     admin_listen: str = Field("", description="address for `swarm admin`; empty = none")
     admin_keys: str = Field("", description="peer ids of the admins' keys, separated by commas")
+    witnesses: str = Field("", description="peer ids of witnesses whose cosignatures are taken, separated by commas")
     replica_address: str = Field("", description="host:port at which other replicas reach this one; empty = as it listens")
     state_dir: Path | None = Field(None, description="keys and database; empty = per run in the user's data folder")
     calls_per_address_per_s: float = Field(2000.0, gt=0, description="calls that one address may make, on average")

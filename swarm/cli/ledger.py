@@ -17,6 +17,7 @@ from swarm.ledger_copy import LedgerCopy
 from swarm.messages import JoinLink
 from swarm.receipts import SUFFIX, Kept, read_receipts
 from swarm.rpc.client import CoordinatorClient
+from swarm.witness import cosigners
 
 SHOWN_BALANCES = 20
 
@@ -37,11 +38,14 @@ def verify(
     every_signature: Annotated[
         bool, typer.Option("--every-signature", help="Also those of commits and results, which signed reports contain.")
     ] = False,
+    witness: Annotated[
+        list[str] | None, typer.Option("--witness", help="Peer id of a witness that must have cosigned it; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check the tree against the signed checkpoint, all signatures, every rule and your receipts; recompute balances."""
     promises = read_receipts(receipts) if receipts else []  # before the ledger: a peer goes on adding to both
-    copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link)))
+    copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link), cosigned=bool(witness)))
     reader = LedgerReader()
     reader.extend(copy.entries)
     reader.check_checkpoint(copy.checkpoint())
@@ -49,15 +53,24 @@ def verify(
     if copy.run_id not in state.run_ids:
         raise LedgerInvalid("the ledger doesn't open the run that it is said to be of")
     _check_receipts(reader, promises, copy)
+    seen = cosigners(copy.note)
+    missing = [peer for peer in witness or [] if peer not in seen]
+    if missing:
+        raise LedgerInvalid(f"witness {missing[0]} hasn't cosigned this checkpoint", "has it looked yet? swarm witness --once")
     _print_result(copy, state, len(promises), as_json)
 
 
 @app.command()
 def export(
-    to: Annotated[Path, typer.Option("--to", help="File to write.")], link: LinkArgument = None, as_json: JsonOption = False
+    to: Annotated[Path, typer.Option("--to", help="File to write.")],
+    link: LinkArgument = None,
+    cosigned: Annotated[
+        bool, typer.Option("--cosigned", help="Up to the checkpoint with the most witnesses' cosignatures.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the ledger with its signed checkpoint to a file that `swarm ledger verify --file` checks offline."""
-    copy = asyncio.run(_download(find_link(link)))
+    copy = asyncio.run(_download(find_link(link), cosigned))
     copy.write(to)
     fields: dict[str, object] = {"entries": len(copy.entries), "path": str(to)}
     print_json(fields) if as_json else print_fields(fields)
@@ -70,10 +83,10 @@ def _read_copy(path: Path, link: str | None) -> LedgerCopy:
     return copy
 
 
-async def _download(link: JoinLink) -> LedgerCopy:
+async def _download(link: JoinLink, cosigned: bool = False) -> LedgerCopy:
     async with await CoordinatorClient.connect(link) as client:
         run = await client.get_run()
-        checkpoint, note, _ = await client.checkpoint()
+        checkpoint, note, _ = await client.checkpoint(cosigned=cosigned)
         entries = [entry async for entry in client.entries(0, checkpoint.size)]
     return LedgerCopy(run.run_id, run.coordinator, note, entries)
 

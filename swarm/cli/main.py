@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "credits": Command("swarm.cli.credits:command", "Credits of one peer: pending, verified and final."),
     "leaderboard": Command("swarm.cli.leaderboard:command", "Who has contributed most."),
     "ledger": Command("swarm.cli.ledger:app", "Check the public ledger, or export it."),
+    "witness": Command("swarm.cli.witness:command", "Watch that a ledger only grows, and sign it."),
     "receipts": Command("swarm.cli.receipts:app", "What you can prove offline: list, verify, export."),
     "evidence": Command("swarm.cli.evidence:app", "What was proven against peers: list, verify."),
     "identity": Command("swarm.cli.identity:app", "Make, show, back up and restore your key."),

@@ -33,6 +33,7 @@ from swarm.ledger import Checkpoint, open_manifest, origin_of, verify_checkpoint
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink, open_signed, payload_hash
 from swarm.rpc.v1.coordinator_pb2 import (
+    AddCosignatureRequest,
     AnnounceRequest,
     AnnounceResponse,
     GetCheckpointRequest,
@@ -198,13 +199,22 @@ class CoordinatorClient:
             expected += len(answer.entries)
             yield list(answer.entries)
 
-    async def checkpoint(self, old_size: int = 0) -> tuple[Checkpoint, str, list[bytes]]:
-        """The newest checkpoint (checked), its signed note, and the consistency proof from `old_size`."""
+    async def checkpoint(
+        self, old_size: int = 0, *, to_cosign: bool = False, cosigned: bool = False
+    ) -> tuple[Checkpoint, str, list[bytes]]:
+        """The newest checkpoint (checked), its signed note, and the consistency proof from `old_size`.
+
+        `to_cosign`: the one that witnesses sign at present; `cosigned`: the one with the most cosignatures, unchecked.
+        """
         run = await self.get_run()
-        request = GetCheckpointRequest(old_size=old_size)
+        request = GetCheckpointRequest(old_size=old_size, to_cosign=to_cosign, cosigned=cosigned)
         answer = await self._call(self._stub.GetCheckpoint, request)
         checkpoint = verify_checkpoint(answer.note, origin_of(run.run_id), run.coordinator)
         return checkpoint, answer.note, list(answer.consistency_proof)
+
+    async def add_cosignature(self, line: str) -> int:
+        """Hand in a witness's line; how many have cosigned the checkpoint. Raises `Rejected`."""
+        return int((await self._call(self._stub.AddCosignature, AddCosignatureRequest(line=line))).cosignatures)
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         try:

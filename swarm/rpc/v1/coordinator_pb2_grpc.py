@@ -75,6 +75,11 @@ class PeerServiceStub:
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointRequest.SerializeToString,
                 response_deserializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointResponse.FromString,
                 _registered_method=True)
+        self.AddCosignature = channel.unary_unary(
+                '/swarm.v1.PeerService/AddCosignature',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
@@ -137,6 +142,13 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddCosignature(self, request, context):
+        """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +191,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.GetCheckpoint,
                     request_deserializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointRequest.FromString,
                     response_serializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointResponse.SerializeToString,
+            ),
+            'AddCosignature': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddCosignature,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +415,33 @@ class PeerService:
             '/swarm.v1.PeerService/GetCheckpoint',
             swarm_dot_v1_dot_coordinator__pb2.GetCheckpointRequest.SerializeToString,
             swarm_dot_v1_dot_coordinator__pb2.GetCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddCosignature(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/AddCosignature',
+            swarm_dot_v1_dot_coordinator__pb2.AddCosignatureRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.AddCosignatureResponse.FromString,
             options,
             channel_credentials,
             insecure,

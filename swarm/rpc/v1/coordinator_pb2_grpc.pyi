@@ -49,6 +49,8 @@ class PeerServiceStub:
     """The ledger's entries, in order. Public."""
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetCheckpointRequest, _coordinator_pb2.GetCheckpointResponse]
     """The newest signed checkpoint, with a consistency proof from an older size. Public."""
+    AddCosignature: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]
+    """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -71,6 +73,8 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """The ledger's entries, in order. Public."""
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetCheckpointRequest, _coordinator_pb2.GetCheckpointResponse]  # type: ignore[assignment]
     """The newest signed checkpoint, with a consistency proof from an older size. Public."""
+    AddCosignature: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]  # type: ignore[assignment]
+    """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The control plane. No tensor passes through it."""
@@ -138,6 +142,14 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.GetCheckpointResponse, _abc.Awaitable[_coordinator_pb2.GetCheckpointResponse]]:
         """The newest signed checkpoint, with a consistency proof from an older size. Public."""
+
+    @_abc_1.abstractmethod
+    def AddCosignature(
+        self,
+        request: _coordinator_pb2.AddCosignatureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.AddCosignatureResponse, _abc.Awaitable[_coordinator_pb2.AddCosignatureResponse]]:
+        """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
