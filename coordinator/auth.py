@@ -38,6 +38,7 @@ TABLE: dict[str, Rule] = {
     SERVICE + "AddCosignature": Rule(Policy.PUBLIC),  # signed in a format of its own, by keys that the operator names
     SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
     SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
+    SERVICE + "RevokeKey": Rule(Policy.SIGNED_BY_PEER, "revocation"),
     SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),
     ADMIN + "Execute": Rule(Policy.ADMITTED, "command"),  # by a guard of its own, which admits the admins' keys
     HEALTH + "Check": Rule(Policy.PUBLIC),

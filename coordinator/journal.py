@@ -24,11 +24,11 @@ from coordinator.metrics import Metrics
 from coordinator.orders import NO_ORDERS, Orders
 from coordinator.presence import Presence
 from coordinator.snapshot import restore
-from coordinator.state import Admit, Append, Decision, Event, GrantAsked, Now, Reported, State, decide
+from coordinator.state import Admit, Announced, Append, Decision, Event, GrantAsked, Now, Reported, RevocationAsked, State, decide
 from coordinator.store.interface import Found, Note, Row, Store
 from swarm.clock import Clock
 from swarm.credits import CreditState, apply_entry
-from swarm.entries import Admission, Claim, Confirmation, Nomination, Opening, Permission
+from swarm.entries import Admission, Claim, Confirmation, Nomination, Opened, Opening, Permission, Revocation
 from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
@@ -325,7 +325,9 @@ class Journal:
     def _body(self, append: Append, event: Event) -> LedgerEntry:
         match append:
             case Admit():
-                return LedgerEntry(admitted=self.admission(append.peer_id))
+                return LedgerEntry(admitted=self._admission(append, event))
+            case Revocation():
+                return LedgerEntry(revoked=event.signed if isinstance(event, RevocationAsked) else None)
             case Nomination():
                 return LedgerEntry(proposed=event.proposal if isinstance(event, Reported) else None)
             case Claim():
@@ -337,12 +339,22 @@ class Journal:
                 return LedgerEntry(granted=seal(self._identity, Grant(**append._asdict(), issued_at=issued_at)))
 
     def admission(self, peer_id: str) -> Signed:
-        """A token for an admitted key."""
+        """A token for an admitted key. Raises `Rejected` for others."""
+        account, _ = self.credits.account(self.run_id, peer_id)
+        return self._token(peer_id, account)
+
+    def _admission(self, admit: Admit, event: Event) -> Signed:
+        """The token that stands in the ledger: where it is for an account, with the certificate."""
+        held = event.announcement.held if isinstance(event, Announced) and admit.expires_at else None
+        return self._token(admit.peer_id, admit.account, held)
+
+    def _token(self, peer_id: str, account: str, held: Signed | None = None) -> Signed:
         now_s = int(self._clock.wall_s())
         token = AdmissionToken(
             run_id=self.run_id,
             peer_id=peer_id,
-            account=peer_id,
+            account=account,
+            held=held,
             issued_at=now_s,
             expires_at=now_s + self.manifest.admission.valid_s,
         )
@@ -385,7 +397,7 @@ def _name(*parts: str) -> bytes:
     return hashlib.blake2b("/".join(parts).encode(), digest_size=16).digest()
 
 
-def _opened(append: Append, run_id: bytes) -> Admission | Nomination | Claim | Confirmation | Permission:
+def _opened(append: Append, run_id: bytes) -> Opened:
     if isinstance(append, Admit):
-        return Admission(run_id, append.peer_id, append.peer_id, 0)
+        return Admission(run_id, append.peer_id, append.account, 0, append.expires_at)
     return append

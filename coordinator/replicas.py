@@ -140,6 +140,10 @@ class ReplicaService(PeerService):
         """Grants are the writer's."""
         return await self._by_writer("RequestGrant", request, context, super().RequestGrant)
 
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:  # noqa: N802
+        """Revocations are written by the writer."""
+        return await self._by_writer("RevokeKey", request, context, super().RevokeKey)
+
     async def AddCosignature(self, request: pb.AddCosignatureRequest, context: Any) -> pb.AddCosignatureResponse:  # noqa: N802
         """Cosignatures come together at the writer."""
         return await self._by_writer("AddCosignature", request, context, super().AddCosignature)

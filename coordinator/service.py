@@ -20,13 +20,14 @@ from coordinator.limits import (
 from coordinator.metrics import Metrics
 from coordinator.presence import NOT_PLAYING, Sighting
 from coordinator.signatures import SignatureChecker
-from coordinator.state import Announced, Decision, GrantAsked, Reported, decide
+from coordinator.state import Announced, Decision, GrantAsked, Reported, RevocationAsked, decide
 from coordinator.store.interface import Store
 from coordinator.witnesses import Witnessed
 from swarm import __version__
+from swarm.accounts import open_held
 from swarm.clock import Clock
 from swarm.credits import Balance
-from swarm.entries import Claim, Nomination, open_proposal, take_report_apart
+from swarm.entries import Claim, Nomination, open_proposal, open_revocation, take_report_apart
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
@@ -82,7 +83,8 @@ class PeerService(PeerServiceServicer):
         signed = request.announcement
         announcement = open_signed(signed, pb.Announcement, run_id=self._journal.run_id)
         self._guard.take(signed.signer)
-        event = Announced(signed.signer, announcement, payload_hash(signed))
+        certified = open_held(announcement.held, signed.signer) if announcement.HasField("held") else None
+        event = Announced(signed.signer, announcement, payload_hash(signed), certified)
         decision = decide(self._journal.state, event, self._journal.now())
         if decision.append:
             decision = (await self._journal.submit(event)).decision
@@ -117,6 +119,17 @@ class PeerService(PeerServiceServicer):
             reason = f"{decision.reason}: {decision.detail}" if decision.detail else decision.reason
             return pb.RequestGrantResponse(retry_after_s=decision.retry_after_s, reason=reason)
         return pb.RequestGrantResponse(grant=_answer(outcome, signed.signer), reason=decision.reason)
+
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:  # noqa: N802
+        """An account takes back its word for a key."""
+        signed = request.revocation
+        revocation = open_revocation(signed)
+        if revocation.run_id != self._journal.run_id:
+            raise Rejected("wrong_run", "revocation", signed.signer)
+        self._guard.take(signed.signer)
+        decision = (await self._journal.submit(RevocationAsked(revocation, signed))).decision
+        _raise_refusal(decision, signed.signer)
+        return pb.RevokeKeyResponse(repeated=not decision.append)
 
     async def GetCredits(self, request: pb.GetCreditsRequest, context: Any) -> pb.GetCreditsResponse:  # noqa: N802
         """One balance, or the leaderboard."""

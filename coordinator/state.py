@@ -13,8 +13,9 @@ from typing import NamedTuple
 from coordinator.limits import check_fresh
 from coordinator.orders import NO_ORDERS, PAUSED, RUNNING, Orders
 from coordinator.presence import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, Presence
+from swarm.accounts import CLOCK_SLACK_S, Certified
 from swarm.credits import CreditState
-from swarm.entries import Claim, Confirmation, Nomination, Permission
+from swarm.entries import Admission, Claim, Confirmation, Nomination, Permission, Revocation
 from swarm.errors import Rejected
 from swarm.manifest import Manifest
 from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
@@ -43,6 +44,7 @@ class Announced:
     peer_id: str
     announcement: Announcement
     payload_hash: bytes
+    certified: Certified | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,6 @@ class GrantAsked:
     request: GrantRequest
 
 
-Event = Announced | Reported | GrantAsked
-
-
 class Now(NamedTuple):
     """The time by both clocks: the wall's for what peers sign, the steady one for how long ago something was."""
 
@@ -74,13 +73,26 @@ class Now(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RevocationAsked:
+    """An account doesn't vouch for a key any more."""
+
+    revocation: Revocation
+    signed: Signed
+
+
+Event = Announced | Reported | GrantAsked | RevocationAsked
+
+
+@dataclass(frozen=True)
 class Admit:
-    """Admit a key for the first time."""
+    """Admit a key for the first time, or for an account that has certified it since."""
 
     peer_id: str
+    account: str
+    expires_at: int = 0
 
 
-Append = Admit | Nomination | Claim | Confirmation | Permission
+Append = Admit | Nomination | Claim | Confirmation | Permission | Revocation
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,8 @@ def decide(state: State, event: Event, now: Now) -> Decision:
                 return _decide_reported(state, event)
             case GrantAsked():
                 return _decide_grant(state, event, now)
+            case RevocationAsked():
+                return _decide_revocation(state, event)
     except Rejected as error:
         return Decision(False, error.reason, error.detail)
 
@@ -116,13 +130,37 @@ def _decide_announced(state: State, event: Announced, now: Now) -> Decision:
     _check_version(announcement.client_version, state.manifest.min_client_version)
     if state.presence.is_repeat(event.peer_id, announcement.issued_at, event.payload_hash):
         return Decision(True, "repeated")
+    certified = event.certified
+    if certified is not None and not certified.holds_at(now.wall_s):
+        raise Rejected("certificate_expired", "certify the key anew: swarm identity certify", event.peer_id)
+    account, expires_at = (certified.account, certified.expires_at) if certified is not None else (event.peer_id, 0)
+    admit = Admit(event.peer_id, account, expires_at)
     if state.credits.is_admitted(state.run_id, event.peer_id):
-        return Decision(True, "renewed")
+        return _decide_renewal(state, admit, now)
     _check_running(state, event.peer_id)
     admission = state.manifest.admission
     if admission.kind == "allow_list" and event.peer_id not in (*admission.allow, *state.orders.invited):
         return Decision(False, "not_on_allow_list", event.peer_id)
-    return Decision(True, "admitted", append=(Admit(event.peer_id),))
+    return Decision(True, "admitted", append=(admit,))
+
+
+def _decide_renewal(state: State, admit: Admit, now: Now) -> Decision:
+    """A key that is admitted stays so while its certificate holds; a newer one goes into the ledger."""
+    _, until = state.credits.account(state.run_id, admit.peer_id)
+    if admit.expires_at > until:
+        state.credits.judge(Admission(state.run_id, admit.peer_id, admit.account, 0, admit.expires_at))
+        return Decision(True, "certified", append=(admit,))
+    if until and now.wall_s > until + CLOCK_SLACK_S:
+        raise Rejected("certificate_expired", "certify the key anew: swarm identity certify", admit.peer_id)
+    return Decision(True, "renewed")
+
+
+def _decide_revocation(state: State, event: RevocationAsked) -> Decision:
+    try:
+        state.credits.judge(event.revocation)
+    except Rejected as error:
+        return Decision(error.reason == "revoked", error.reason, error.detail)
+    return Decision(True, "revoked_now", append=(event.revocation,))
 
 
 def _check_suspended(state: State, peer_id: str) -> None:

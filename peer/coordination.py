@@ -45,11 +45,15 @@ class Standing:
 
 @dataclass
 class Coordination:
-    """One run's coordinator as this peer sees it. `last` is its newest answer; None until it has answered once."""
+    """One run's coordinator as this peer sees it. `last` is its newest answer; None until it has answered once.
+
+    `held` is the certificate of the account that we earn for; None where we earn for ourselves.
+    """
 
     link: JoinLink
     identity: Identity
     directory: Path
+    held: Signed | None = None
     clock: Clock = SystemClock()
     client: CoordinatorClient | None = None
     last: AnnounceResponse | None = None
@@ -89,6 +93,7 @@ class Coordination:
             leaving=leaving,
             reachable=standing.reachable,
             state_root=standing.state_root,
+            held=self.held,
         )
         client = await self.connected()
         try:

@@ -68,6 +68,7 @@ from peer.usage import FILE_NAME as USAGE_NAME
 from peer.usage import Usage, month_of
 from peer.vitals import Vitals
 from swarm import __version__
+from swarm.accounts import CERTIFICATE_SUFFIX, hold
 from swarm.clock import SystemClock
 from swarm.config import GovernorSettings
 from swarm.control import HISTORY_NAME, STATUS_NAME
@@ -410,7 +411,8 @@ class Daemon:
         if self._wish == "pause":
             return
         self.status.state("connecting")
-        coordination = Coordination(options.link, self.identity, options.directory)
+        held = hold(self.identity, options.identity_path.with_suffix(CERTIFICATE_SUFFIX))
+        coordination = Coordination(options.link, self.identity, options.directory, held)
         self._stack.push_async_callback(coordination.close)
         self.run = await coordination.describe()
         _check_version(self.run.manifest)

@@ -136,11 +136,13 @@ class Standings:
 
 @dataclass(slots=True)
 class Member:
-    """An admitted key."""
+    """An admitted key; with a certificate, what it earns goes to an account until it expires or is revoked."""
 
     tally: Tally
     weight_limit: int
     reported: RoundSet = field(default_factory=RoundSet)
+    expires_at: int = 0
+    revoked: bool = False
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from swarm.entries import Claim, Commitment, Confirmation, Nomination, Permissio
 from swarm.errors import LedgerInvalid
 from swarm.manifest import Manifest
 
-VERSION = 1
+VERSION = 2
 
 Json = Any  # what json.loads gives; a snapshot that doesn't have the expected shape is refused as a whole
 
@@ -47,7 +47,7 @@ def _dump_run(run: RunRecord) -> Json:
         "manifest": run.manifest.canonical_bytes.decode(),
         "tallies": [[tally.account, tally.pending, tally.verified, tally.final, tally.rounds] for tally in run.tallies.values()],
         "members": [
-            [peer_id, places[id(member.tally)], member.weight_limit, member.reported.bounds]
+            [peer_id, places[id(member.tally)], member.weight_limit, member.reported.bounds, member.expires_at, member.revoked]
             for peer_id, member in run.members.items()
         ],
         "rounds": [[number, _dump_round(record, places)] for number, record in run.rounds.items()],
@@ -65,7 +65,10 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
     return RunRecord(
         manifest=manifest,
         terms=Terms.of(manifest),
-        members={peer_id: Member(tallies[place], limit, RoundSet(bounds)) for peer_id, place, limit, bounds in values["members"]},
+        members={
+            peer_id: Member(tallies[place], limit, RoundSet(bounds), expires_at, revoked)
+            for peer_id, place, limit, bounds, expires_at, revoked in values["members"]
+        },
         tallies={tally.account: tally for tally in tallies},
         standings=Standings(tallies),
         rounds={number: _load_round(run_id, number, record, tallies) for number, record in values["rounds"]},

@@ -1,7 +1,8 @@
 """Credits as a pure fold over the ledger's entries: what anyone recomputes, and what the coordinator itself goes by.
 
     RunOpened   opens a run under an owner-signed manifest
-    Admitted    a key may take part
+    Admitted    a key may take part, for itself or for an account whose certificate it has
+    Revoked     by that account: the key earns nothing from here on
     Proposed    by a peer of the roster: which commits make up the round
     Reported    by a peer of the proposal: its contribution is *pending*
     Confirmed   a strict majority of the proposal's peers came to one state: contributions to it are *verified*, others void
@@ -43,6 +44,7 @@ from swarm.entries import (
     Opened,
     Opening,
     Permission,
+    Revocation,
     check_signature,
     open_body,
     open_entry,
@@ -103,6 +105,13 @@ class CreditState:
         run = self._runs.get(run_id)
         return run is not None and peer_id in run.members
 
+    def account(self, run_id: bytes, peer_id: str) -> tuple[str, int]:
+        """Whom an admitted key earns for, and until when (0 = for ever). Raises `Rejected` for others, and for revoked ones."""
+        member = self._member(self._run(run_id), peer_id)
+        if member.revoked:
+            raise Rejected("revoked", "the account has revoked this key", peer_id)
+        return member.tally.account, member.expires_at
+
     def member_count(self, run_id: bytes) -> int:
         """Number of keys that were admitted."""
         return len(self._run(run_id).members)
@@ -145,10 +154,11 @@ class CreditState:
         return Progress(newest.confirmed.round, newest.confirmed.state_root, run.tokens, loss)
 
     def balance(self, run_id: bytes, peer_id: str) -> Balance:
-        """What the peer's account has; nothing if it was never admitted."""
+        """What the peer's account has, or the account itself; nothing if it was never admitted."""
         run = self._run(run_id)
         member = run.members.get(peer_id)
-        return Balance(peer_id, peer_id) if member is None else _balance(run, peer_id, member.tally)
+        tally = run.tallies.get(peer_id) if member is None else member.tally
+        return Balance(peer_id, peer_id) if tally is None else _balance(run, peer_id, tally)
 
     def leaderboard(self, run_id: bytes, limit: int) -> list[Balance]:
         """The accounts that earned most, best first."""
@@ -171,8 +181,9 @@ class CreditState:
             case Confirmation():
                 self._judge_confirmation(opened)
             case Admission():
-                if opened.peer_id in self._run(opened.run_id).members:
-                    raise Rejected("already_admitted", "a key is admitted once", opened.peer_id)
+                self._judge_admission(opened)
+            case Revocation():
+                self._judge_revocation(opened)
             case Permission():
                 if opened.round in self._run(opened.run_id).grants:
                     raise Rejected("already_granted", f"round {opened.round}", opened.peer_id)
@@ -201,6 +212,8 @@ class CreditState:
                 _admit(self._runs[opened.run_id], opened)
             case Permission():
                 self._runs[opened.run_id].grants[opened.round] = opened
+            case Revocation():
+                self._runs[opened.run_id].members[opened.peer_id].revoked = True
             case Opening():
                 self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest))
         self.size += 1
@@ -235,8 +248,27 @@ class CreditState:
             raise Rejected("round_closed", f"round {number} is settled", sender)
         return current
 
+    def _judge_admission(self, admission: Admission) -> None:
+        """A key is admitted once; after that only a certificate that lasts longer, or its first one, changes anything."""
+        member = self._run(admission.run_id).members.get(admission.peer_id)
+        if member is None:
+            return
+        if member.revoked:
+            raise Rejected("revoked", "the account has revoked this key", admission.peer_id)
+        if member.tally.account not in (admission.peer_id, admission.account):
+            raise Rejected("other_account", "the key earns for another account", admission.peer_id)
+        if admission.expires_at <= member.expires_at:
+            raise Rejected("already_admitted", "a key is admitted once", admission.peer_id)
+
+    def _judge_revocation(self, revocation: Revocation) -> None:
+        account, _ = self.account(revocation.run_id, revocation.peer_id)
+        if account != revocation.account or account == revocation.peer_id:
+            raise Rejected("other_account", "only the account that certified a key revokes it", revocation.account)
+
     def _judge_claimant(self, claim: Claim) -> Member:
         member = self._member(self._run(claim.run_id), claim.peer_id)
+        if member.revoked:
+            raise Rejected("revoked", "the account has revoked this key", claim.peer_id)
         if claim.round in member.reported:
             raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
         return member
@@ -392,7 +424,8 @@ def _judge_roster(run: RunRecord, nomination: Nomination) -> None:
 
 def _admit(run: RunRecord, admission: Admission) -> None:
     tally = run.tallies.setdefault(admission.account, Tally(admission.account))
-    run.members[admission.peer_id] = Member(tally, admission.weight_limit)
+    member = run.members.setdefault(admission.peer_id, Member(tally, admission.weight_limit))
+    member.tally, member.weight_limit, member.expires_at = tally, admission.weight_limit, admission.expires_at
     run.standings.offer(tally)
 
 

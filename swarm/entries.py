@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
+from swarm.accounts import open_held
 from swarm.errors import Rejected
 from swarm.identity import public_key_of
 from swarm.ledger import open_manifest, parse_entry
@@ -19,7 +20,7 @@ from swarm.manifest import Manifest
 from swarm.merkle import HASH_BYTES
 from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, check_signed, open_signed, parse, payload_hash
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
-from swarm.rpc.v1.signed_pb2 import AdmissionToken, Commit, Grant, Proposal, Result, Signed
+from swarm.rpc.v1.signed_pb2 import AdmissionToken, Commit, Grant, KeyRevocation, Proposal, Result, Signed
 
 MAX_ROUND = 1 << 48
 SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whether a peer signs it or the coordinator
@@ -28,6 +29,7 @@ SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whe
     "confirmed": (RoundConfirmed, False),
     "admitted": (AdmissionToken, False),
     "granted": (Grant, False),
+    "revoked": (KeyRevocation, True),
 }
 
 M = TypeVar("M", bound=Message)
@@ -41,12 +43,13 @@ class Opening(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """A key may take part; what it earns goes to `account`."""
+    """A key may take part; what it earns goes to `account`, by a certificate until `expires_at`, or to itself (then 0)."""
 
     run_id: bytes
     peer_id: str
     account: str
     weight_limit: int
+    expires_at: int = 0
 
 
 class Commitment(NamedTuple):
@@ -91,6 +94,14 @@ class Confirmation(NamedTuple):
     state_root: bytes
 
 
+class Revocation(NamedTuple):
+    """An account doesn't vouch for a key any more."""
+
+    run_id: bytes
+    account: str
+    peer_id: str
+
+
 class Permission(NamedTuple):
     """A coordinator's grant to go on without a quorum."""
 
@@ -101,7 +112,7 @@ class Permission(NamedTuple):
     present: tuple[str, ...]
 
 
-Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission
+Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission | Revocation
 
 
 def open_entry(entry: bytes, coordinator: str, check_signatures: bool = True) -> Opened:
@@ -122,6 +133,8 @@ def open_body(entry: LedgerEntry, coordinator: str, check_signatures: bool = Tru
             return _open_admitted(entry.admitted, coordinator, check_signatures)
         case "granted":
             return _open_granted(entry.granted, coordinator, check_signatures)
+        case "revoked":
+            return open_revocation(entry.revoked, check_signatures)
         case "run_opened":
             return _open_run(entry.run_opened)
     raise Rejected("malformed", "an entry without a body")
@@ -213,7 +226,23 @@ def _open_run(opened: RunOpened) -> Opening:
 def _open_admitted(signed: Signed, coordinator: str, check_signatures: bool) -> Admission:
     token = _open(signed, AdmissionToken, coordinator, check_signatures)
     public_key_of(token.peer_id)
-    return Admission(token.run_id, token.peer_id, token.account or token.peer_id, token.weight_limit)
+    account = token.account or token.peer_id
+    if not token.HasField("held"):
+        if account != token.peer_id:
+            raise Rejected("uncertified", f"nobody certified the key for the account {account[:64]}", token.peer_id)
+        return Admission(token.run_id, token.peer_id, account, token.weight_limit)
+    certified = open_held(token.held, token.peer_id)  # by other keys than the entry: checked in any case
+    if certified.account != account or not certified.holds_at(token.issued_at):
+        raise Rejected("bad_certificate", "for another account or another time", token.peer_id)
+    return Admission(token.run_id, token.peer_id, account, token.weight_limit, certified.expires_at)
+
+
+def open_revocation(signed: Signed, check_signatures: bool = True) -> Revocation:
+    """Read an account's revocation. Raises `Rejected`."""
+    revocation = _open(signed, KeyRevocation, None, check_signatures)
+    if revocation.account != signed.signer:
+        raise Rejected("wrong_signer", "only the account that certified a key revokes it", signed.signer)
+    return Revocation(revocation.run_id, revocation.account, revocation.peer_id)
 
 
 def _open_confirmed(signed: Signed, coordinator: str, check_signatures: bool) -> Confirmation:

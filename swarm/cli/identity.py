@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from swarm.accounts import LONGEST_DAYS
+from swarm.accounts import certify as certify_key
+from swarm.accounts import revoke as revoke_key
 from swarm.cli.output import print_fields, print_json
 from swarm.config import PeerSettings, load
-from swarm.errors import KeyFileError, UsageError
+from swarm.errors import KeyFileError, Rejected, UsageError
 from swarm.identity import Identity
+from swarm.messages import JoinLink
 
 PASSPHRASE_VARIABLE = "SWARM_PASSPHRASE"  # noqa: S105 - the name of a variable
 
@@ -89,6 +94,68 @@ def restore(
     identity = decrypt(content, _passphrase(confirm=False))
     identity.save(place)
     _show(identity, place, as_json)
+
+
+@app.command()
+def certify(
+    peer_id: Annotated[str, typer.Argument(help="The machine's peer id: swarm identity show, on that machine.")],
+    to: Annotated[Path, typer.Option("--to", help="File to write, to lie beside the machine's key as identity.certificate.")],
+    days: Annotated[int, typer.Option("--days", min=1, max=LONGEST_DAYS, help="How long it holds.")] = 365,
+    path: PathOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Certify a machine's key with this key as the account: what the machine earns from then on is the account's.
+
+    Examples:
+
+      swarm identity certify 12D3KooW... --path account.key --to identity.certificate
+    """
+    account = Identity.load(_place(path))
+    try:
+        certificate = certify_key(account, peer_id, time.time(), days)
+    except Rejected as error:
+        raise UsageError(f"not a peer id: {error}", "on the machine: swarm identity show") from error
+    try:
+        to.write_bytes(certificate.SerializeToString())
+    except OSError as error:
+        raise KeyFileError(f"can't write {to}: {error.strerror}", "choose another path") from error
+    fields: dict[str, object] = {"account": account.peer_id, "peer_id": peer_id, "days": days, "path": str(to)}
+    print_json(fields) if as_json else print_fields(fields)
+
+
+@app.command()
+def revoke(
+    peer_id: Annotated[str, typer.Argument(help="The machine key that is lost or stolen.")],
+    link: Annotated[
+        str | None, typer.Argument(help="Join link of the run; by default SWARM_LINK or the configuration's.")
+    ] = None,
+    path: PathOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Revoke a machine's key in a run, with the account key that certified it: it earns nothing from then on.
+
+    Examples:
+
+      swarm identity revoke 12D3KooW... 'swarm://host:4300/...' --path account.key
+    """
+    import asyncio
+
+    from swarm.config import find_link
+
+    account, target = Identity.load(_place(path)), find_link(link)
+    try:
+        repeated = asyncio.run(_revoke(account, peer_id, target))
+    except Rejected as error:
+        raise UsageError(f"not revoked: {error}", "only the account that certified a key, in a run that it joined") from error
+    fields: dict[str, object] = {"account": account.peer_id, "peer_id": peer_id, "revoked": True, "before": repeated}
+    print_json(fields) if as_json else print_fields(fields)
+
+
+async def _revoke(account: Identity, peer_id: str, link: JoinLink) -> bool:
+    from swarm.rpc.client import CoordinatorClient
+
+    async with await CoordinatorClient.connect(link) as client:
+        return await client.revoke_key(revoke_key(account, peer_id, link.run_id, time.time()))
 
 
 def _show_words(identity: Identity) -> None:

@@ -46,6 +46,7 @@ from swarm.rpc.v1.coordinator_pb2 import (
     ListEntriesRequest,
     RequestGrantRequest,
     RequestGrantResponse,
+    RevokeKeyRequest,
     SubmitReportRequest,
 )
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
@@ -212,6 +213,10 @@ class CoordinatorClient:
         checkpoint = verify_checkpoint(answer.note, origin_of(run.run_id), run.coordinator)
         return checkpoint, answer.note, list(answer.consistency_proof)
 
+    async def revoke_key(self, revocation: Signed) -> bool:
+        """Hand in an account's revocation of a key; whether it was revoked before. Raises `Rejected`."""
+        return bool((await self._call(self._stub.RevokeKey, RevokeKeyRequest(revocation=revocation))).repeated)
+
     async def add_cosignature(self, line: str) -> int:
         """Hand in a witness's line; how many have cosigned the checkpoint. Raises `Rejected`."""
         return int((await self._call(self._stub.AddCosignature, AddCosignatureRequest(line=line))).cosignatures)
@@ -253,6 +258,8 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
             return UnknownRun(details, "ask the run's owner for the present join link")
         case "not_admitted" | "not_on_allow_list":
             return NotAdmitted(details, "show your peer id with: swarm identity show")
+        case "certificate_expired" | "bad_certificate" | "other_account" | "revoked":
+            return NotAdmitted(details, "certify the key anew, or make another: swarm identity certify")
         case "version_too_old":
             return VersionTooOld(details, "update with: pip install --upgrade swarm-train")
     return Rejected(reason or error.code().name.lower(), details)

@@ -56,7 +56,8 @@ def kinds(decision: Decision) -> list[type]:
 
 def test_open_run_admits_a_key_once() -> None:
     """A new key is admitted with a ledger entry, a known one without."""
-    assert decide(make_state(), announced(identity(9)), NOW) == Decision(True, "admitted", append=(Admit(identity(9).peer_id),))
+    new = identity(9).peer_id
+    assert decide(make_state(), announced(identity(9)), NOW) == Decision(True, "admitted", append=(Admit(new, new),))
     assert decide(make_state(), announced(ALICE), NOW) == Decision(True, "renewed")
 
 

@@ -105,6 +105,7 @@ class Announcement(_message.Message):
     LEAVING_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
     STATE_ROOT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     state: _builtins.str
@@ -120,6 +121,10 @@ class Announcement(_message.Message):
     """Root of the newest state that the peer holds whole; `round` counts the rounds behind it. Empty if it has none."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def held(self) -> _signed_pb2.Signed:
+        """The certificate by which the peer earns for an account, as a HeldCertificate; empty where it earns for itself."""
+
     def __init__(
         self,
         *,
@@ -133,10 +138,11 @@ class Announcement(_message.Message):
         leaving: _builtins.bool = ...,
         reachable: _builtins.bool = ...,
         state_root: _builtins.bytes = ...,
+        held: _signed_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state", "state_root", b"state_root"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state", "state_root", b"state_root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -581,6 +587,48 @@ class GetCheckpointRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetCheckpointRequest: _TypeAlias = GetCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class RevokeKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revocation(self) -> _signed_pb2.Signed:
+        """Signed KeyRevocation."""
+
+    def __init__(
+        self,
+        *,
+        revocation: _signed_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revocation", b"revocation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocation", b"revocation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeKeyRequest: _TypeAlias = RevokeKeyRequest  # noqa: Y015
+
+@_typing.final
+class RevokeKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPEATED_FIELD_NUMBER: _builtins.int
+    repeated: _builtins.bool
+    """Whether it was revoked before."""
+    def __init__(
+        self,
+        *,
+        repeated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["repeated", b"repeated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
 
 @_typing.final
 class AddCosignatureRequest(_message.Message):

@@ -75,6 +75,11 @@ class PeerServiceStub:
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointRequest.SerializeToString,
                 response_deserializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointResponse.FromString,
                 _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/swarm.v1.PeerService/RevokeKey',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
         self.AddCosignature = channel.unary_unary(
                 '/swarm.v1.PeerService/AddCosignature',
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureRequest.SerializeToString,
@@ -142,6 +147,13 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RevokeKey(self, request, context):
+        """An account key revokes one of its machines' keys. Signed by the account key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddCosignature(self, request, context):
         """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named.
         """
@@ -191,6 +203,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.GetCheckpoint,
                     request_deserializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointRequest.FromString,
                     response_serializer=swarm_dot_v1_dot_coordinator__pb2.GetCheckpointResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyResponse.SerializeToString,
             ),
             'AddCosignature': grpc.unary_unary_rpc_method_handler(
                     servicer.AddCosignature,
@@ -415,6 +432,33 @@ class PeerService:
             '/swarm.v1.PeerService/GetCheckpoint',
             swarm_dot_v1_dot_coordinator__pb2.GetCheckpointRequest.SerializeToString,
             swarm_dot_v1_dot_coordinator__pb2.GetCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/RevokeKey',
+            swarm_dot_v1_dot_coordinator__pb2.RevokeKeyRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.RevokeKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class PeerServiceStub:
     """The ledger's entries, in order. Public."""
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetCheckpointRequest, _coordinator_pb2.GetCheckpointResponse]
     """The newest signed checkpoint, with a consistency proof from an older size. Public."""
+    RevokeKey: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeKeyRequest, _coordinator_pb2.RevokeKeyResponse]
+    """An account key revokes one of its machines' keys. Signed by the account key."""
     AddCosignature: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]
     """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
@@ -73,6 +75,8 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """The ledger's entries, in order. Public."""
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetCheckpointRequest, _coordinator_pb2.GetCheckpointResponse]  # type: ignore[assignment]
     """The newest signed checkpoint, with a consistency proof from an older size. Public."""
+    RevokeKey: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeKeyRequest, _coordinator_pb2.RevokeKeyResponse]  # type: ignore[assignment]
+    """An account key revokes one of its machines' keys. Signed by the account key."""
     AddCosignature: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]  # type: ignore[assignment]
     """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
@@ -142,6 +146,14 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.GetCheckpointResponse, _abc.Awaitable[_coordinator_pb2.GetCheckpointResponse]]:
         """The newest signed checkpoint, with a consistency proof from an older size. Public."""
+
+    @_abc_1.abstractmethod
+    def RevokeKey(
+        self,
+        request: _coordinator_pb2.RevokeKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.RevokeKeyResponse, _abc.Awaitable[_coordinator_pb2.RevokeKeyResponse]]:
+        """An account key revokes one of its machines' keys. Signed by the account key."""
 
     @_abc_1.abstractmethod
     def AddCosignature(

@@ -32,6 +32,7 @@ class LedgerEntry(_message.Message):
     REPORTED_FIELD_NUMBER: _builtins.int
     CONFIRMED_FIELD_NUMBER: _builtins.int
     GRANTED_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
     appended_at_us: _builtins.int
     """Unix microseconds at which the coordinator appended the entry."""
     @_builtins.property
@@ -56,6 +57,10 @@ class LedgerEntry(_message.Message):
     def granted(self) -> _signed_pb2.Signed:
         """A coordinator-signed Grant."""
 
+    @_builtins.property
+    def revoked(self) -> _signed_pb2.Signed:
+        """An account-signed KeyRevocation."""
+
     def __init__(
         self,
         *,
@@ -66,12 +71,13 @@ class LedgerEntry(_message.Message):
         reported: _signed_pb2.Signed | None = ...,
         confirmed: _signed_pb2.Signed | None = ...,
         granted: _signed_pb2.Signed | None = ...,
+        revoked: _signed_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "body", b"body", "confirmed", b"confirmed", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "run_opened", b"run_opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "body", b"body", "confirmed", b"confirmed", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "revoked", b"revoked", "run_opened", b"run_opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "appended_at_us", b"appended_at_us", "body", b"body", "confirmed", b"confirmed", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "run_opened", b"run_opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "appended_at_us", b"appended_at_us", "body", b"body", "confirmed", b"confirmed", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "revoked", b"revoked", "run_opened", b"run_opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["run_opened", "admitted", "proposed", "reported", "confirmed", "granted"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["run_opened", "admitted", "proposed", "reported", "confirmed", "granted", "revoked"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -615,6 +615,7 @@ class AdmissionToken(_message.Message):
     ISSUED_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     WEIGHT_LIMIT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     peer_id: _builtins.str
     account: _builtins.str
@@ -622,6 +623,10 @@ class AdmissionToken(_message.Message):
     expires_at: _builtins.int
     weight_limit: _builtins.int
     """The most samples that one commit of this key may claim; 0 = the manifest's own limit."""
+    @_builtins.property
+    def held(self) -> Global___Signed:
+        """In the ledger, where the account isn't the key itself: the HeldCertificate, signed by the key."""
+
     def __init__(
         self,
         *,
@@ -631,14 +636,101 @@ class AdmissionToken(_message.Message):
         issued_at: _builtins.int = ...,
         expires_at: _builtins.int = ...,
         weight_limit: _builtins.int = ...,
+        held: Global___Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "issued_at", b"issued_at", "peer_id", b"peer_id", "run_id", b"run_id", "weight_limit", b"weight_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "peer_id", b"peer_id", "run_id", b"run_id", "weight_limit", b"weight_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdmissionToken: _TypeAlias = AdmissionToken  # noqa: Y015
+
+@_typing.final
+class KeyCertificate(_message.Message):
+    """An account key's word for a machine's key: what that one earns is the account's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    peer_id: _builtins.str
+    issued_at: _builtins.int
+    """Unix seconds."""
+    expires_at: _builtins.int
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        peer_id: _builtins.str = ...,
+        issued_at: _builtins.int = ...,
+        expires_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "issued_at", b"issued_at", "peer_id", b"peer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyCertificate: _TypeAlias = KeyCertificate  # noqa: Y015
+
+@_typing.final
+class HeldCertificate(_message.Message):
+    """The machine's key accepts a certificate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def certificate(self) -> Global___Signed:
+        """A KeyCertificate, signed by the account key."""
+
+    def __init__(
+        self,
+        *,
+        certificate: Global___Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldCertificate: _TypeAlias = HeldCertificate  # noqa: Y015
+
+@_typing.final
+class KeyRevocation(_message.Message):
+    """The account key takes its word back: from here on the key earns nothing in this run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    account: _builtins.str
+    peer_id: _builtins.str
+    issued_at: _builtins.int
+    """Unix seconds."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        account: _builtins.str = ...,
+        peer_id: _builtins.str = ...,
+        issued_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "issued_at", b"issued_at", "peer_id", b"peer_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyRevocation: _TypeAlias = KeyRevocation  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
