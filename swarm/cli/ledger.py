@@ -45,7 +45,7 @@ def verify(
 ) -> None:
     """Check the tree against the signed checkpoint, all signatures, every rule and your receipts; recompute balances."""
     promises = read_receipts(receipts) if receipts else []  # before the ledger: a peer goes on adding to both
-    copy = _read_copy(file, link) if file else asyncio.run(_download(find_link(link), cosigned=bool(witness)))
+    copy = read_copy(file, link) if file else asyncio.run(download(find_link(link), cosigned=bool(witness)))
     reader = LedgerReader()
     reader.extend(copy.entries)
     reader.check_checkpoint(copy.checkpoint())
@@ -70,20 +70,22 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the ledger with its signed checkpoint to a file that `swarm ledger verify --file` checks offline."""
-    copy = asyncio.run(_download(find_link(link), cosigned))
+    copy = asyncio.run(download(find_link(link), cosigned))
     copy.write(to)
     fields: dict[str, object] = {"entries": len(copy.entries), "path": str(to)}
     print_json(fields) if as_json else print_fields(fields)
 
 
-def _read_copy(path: Path, link: str | None) -> LedgerCopy:
+def read_copy(path: Path, link: str | None) -> LedgerCopy:
+    """An exported ledger, of the link's run where there is a link. Raises `LedgerInvalid` and `UsageError`."""
     copy = LedgerCopy.read(path)
     if link is not None and JoinLink.parse(link).run_id != copy.run_id:
         raise LedgerInvalid(f"{path} is the ledger of another run than the link's")
     return copy
 
 
-async def _download(link: JoinLink, cosigned: bool = False) -> LedgerCopy:
+async def download(link: JoinLink, cosigned: bool = False) -> LedgerCopy:
+    """The coordinator's ledger, up to its newest checkpoint or to the one with the most cosignatures."""
     async with await CoordinatorClient.connect(link) as client:
         run = await client.get_run()
         checkpoint, note, _ = await client.checkpoint(cosigned=cosigned)

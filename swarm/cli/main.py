@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command("swarm.cli.doctor:command", "Check whether this machine can join, and how well."),
     "service": Command("swarm.cli.service:app", "Start with the machine: print, install, uninstall."),
     "credits": Command("swarm.cli.credits:command", "Credits of one peer: pending, verified and final."),
+    "explain": Command("swarm.cli.explain:command", "Why you earned what you did in a round."),
     "leaderboard": Command("swarm.cli.leaderboard:command", "Who has contributed most."),
     "ledger": Command("swarm.cli.ledger:app", "Check the public ledger, or export it."),
     "witness": Command("swarm.cli.witness:command", "Watch that a ledger only grows, and sign it."),
