@@ -34,6 +34,7 @@ from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.merkle import MerkleTree, leaf_hash
 from swarm.messages import payload_hash, seal
+from swarm.rpc.v1.coordinator_pb2 import Announcement
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Receipt, RoundConfirmed, RunOpened
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 
@@ -205,7 +206,7 @@ class Journal:
         body = LedgerEntry(run_opened=RunOpened(run_id=self.run_id, manifest=self._signed_manifest))
         row = self._row(body, None)
         self._store.append([row])
-        self.credits.apply(Opening(self.run_id, self.manifest))
+        self.credits.apply(Opening(self.run_id, self.manifest, self._signed_manifest.signer))
         self._adopt([row])
 
     async def _write(self, group: list[_Pending]) -> None:
@@ -344,17 +345,19 @@ class Journal:
         return self._token(peer_id, account)
 
     def _admission(self, admit: Admit, event: Event) -> Signed:
-        """The token that stands in the ledger: where it is for an account, with the certificate."""
-        held = event.announcement.held if isinstance(event, Announced) and admit.expires_at else None
-        return self._token(admit.peer_id, admit.account, held)
+        """The token that stands in the ledger: for an account with the certificate, by invitation with the ticket."""
+        said = event.announcement if isinstance(event, Announced) else Announcement()
+        held = said.held if admit.expires_at else None
+        return self._token(admit.peer_id, admit.account, held, said.ticket if admit.invited is not None else None)
 
-    def _token(self, peer_id: str, account: str, held: Signed | None = None) -> Signed:
+    def _token(self, peer_id: str, account: str, held: Signed | None = None, ticket: Signed | None = None) -> Signed:
         now_s = int(self._clock.wall_s())
         token = AdmissionToken(
             run_id=self.run_id,
             peer_id=peer_id,
             account=account,
             held=held,
+            ticket=ticket,
             issued_at=now_s,
             expires_at=now_s + self.manifest.admission.valid_s,
         )
@@ -399,5 +402,5 @@ def _name(*parts: str) -> bytes:
 
 def _opened(append: Append, run_id: bytes) -> Opened:
     if isinstance(append, Admit):
-        return Admission(run_id, append.peer_id, append.account, 0, append.expires_at)
+        return Admission(run_id, append.peer_id, append.account, 0, append.expires_at, append.invited)
     return append

@@ -36,6 +36,7 @@ from swarm.messages import open_signed, payload_hash
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer
 from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.tickets import open_ticket
 
 READ_AHEAD_ENTRIES = 512
 DEFAULT_LEADERBOARD = 20
@@ -84,7 +85,8 @@ class PeerService(PeerServiceServicer):
         announcement = open_signed(signed, pb.Announcement, run_id=self._journal.run_id)
         self._guard.take(signed.signer)
         certified = open_held(announcement.held, signed.signer) if announcement.HasField("held") else None
-        event = Announced(signed.signer, announcement, payload_hash(signed), certified)
+        invited = open_ticket(announcement.ticket, self._journal.run_id) if announcement.HasField("ticket") else None
+        event = Announced(signed.signer, announcement, payload_hash(signed), certified, invited)
         decision = decide(self._journal.state, event, self._journal.now())
         if decision.append:
             decision = (await self._journal.submit(event)).decision

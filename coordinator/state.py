@@ -7,7 +7,7 @@ to be appended, still unsigned where the coordinator signs, and why.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from coordinator.limits import check_fresh
@@ -20,6 +20,7 @@ from swarm.errors import Rejected
 from swarm.manifest import Manifest
 from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
 from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.tickets import Invited
 
 MAX_ROSTER = 4096
 RETRY_S = 1.0
@@ -45,6 +46,7 @@ class Announced:
     announcement: Announcement
     payload_hash: bytes
     certified: Certified | None = None
+    invited: Invited | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Admit:
     peer_id: str
     account: str
     expires_at: int = 0
+    invited: Invited | None = None
 
 
 Append = Admit | Nomination | Claim | Confirmation | Permission | Revocation
@@ -141,7 +144,16 @@ def _decide_announced(state: State, event: Announced, now: Now) -> Decision:
     admission = state.manifest.admission
     if admission.kind == "allow_list" and event.peer_id not in (*admission.allow, *state.orders.invited):
         return Decision(False, "not_on_allow_list", event.peer_id)
+    if admission.kind == "invitation":
+        admit = _with_ticket(state, admit, event.invited, now)
     return Decision(True, "admitted", append=(admit,))
+
+
+def _with_ticket(state: State, admit: Admit, invited: Invited | None, now: Now) -> Admit:
+    if invited is not None and now.wall_s > invited.expires_at:
+        raise Rejected("ticket_expired", "", admit.peer_id)
+    state.credits.judge(Admission(state.run_id, admit.peer_id, admit.account, 0, admit.expires_at, invited))
+    return replace(admit, invited=invited)
 
 
 def _decide_renewal(state: State, admit: Admit, now: Now) -> Decision:

@@ -47,13 +47,14 @@ class Standing:
 class Coordination:
     """One run's coordinator as this peer sees it. `last` is its newest answer; None until it has answered once.
 
-    `held` is the certificate of the account that we earn for; None where we earn for ourselves.
+    `held` is the certificate of the account that we earn for, None where we earn for ourselves; `ticket` an invitation.
     """
 
     link: JoinLink
     identity: Identity
     directory: Path
     held: Signed | None = None
+    ticket: Signed | None = None
     clock: Clock = SystemClock()
     client: CoordinatorClient | None = None
     last: AnnounceResponse | None = None
@@ -94,6 +95,7 @@ class Coordination:
             reachable=standing.reachable,
             state_root=standing.state_root,
             held=self.held,
+            ticket=self.ticket,
         )
         client = await self.connected()
         try:

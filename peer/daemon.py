@@ -89,6 +89,7 @@ from swarm.notify import keep_watchdog, notify
 from swarm.rpc.client import RunInfo
 from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
 from swarm.rpc.v1.peer_pb2 import RelayRequest, SyncReply, SyncRequest
+from swarm.rpc.v1.signed_pb2 import Signed
 
 FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
@@ -125,6 +126,7 @@ class DaemonOptions:
     max_download: int = 0
     monthly_quota: int = 0
     check_traffic: float = 0.02
+    ticket: Signed | None = None
     rules: GovernorSettings = field(default_factory=GovernorSettings)
     control_socket: int | None = None
 
@@ -412,7 +414,7 @@ class Daemon:
             return
         self.status.state("connecting")
         held = hold(self.identity, options.identity_path.with_suffix(CERTIFICATE_SUFFIX))
-        coordination = Coordination(options.link, self.identity, options.directory, held)
+        coordination = Coordination(options.link, self.identity, options.directory, held, options.ticket)
         self._stack.push_async_callback(coordination.close)
         self.run = await coordination.describe()
         _check_version(self.run.manifest)

@@ -65,6 +65,7 @@ class PeerSettings(Settings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="SWARM_")
 
     link: str = Field("", description="join link of the run")
+    ticket: str = Field("", description="invitation of the run's owner, where the run asks for one")
     link_file: Path | None = Field(None, description="file that holds the join link, waited for at start")
     files: Path | None = Field(None, description="folder where the run's data files may lie already")
     identity: Path = Field(default_factory=lambda: data_path() / "identity.key", description="the peer's key file")

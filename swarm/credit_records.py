@@ -182,6 +182,8 @@ class RunRecord:
 
     manifest: Manifest
     terms: Terms
+    owner: str = ""
+    tickets: dict[bytes, int] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)
     standings: Standings = field(default_factory=Standings)

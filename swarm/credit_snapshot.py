@@ -45,6 +45,8 @@ def _dump_run(run: RunRecord) -> Json:
     places = {id(tally): place for place, tally in enumerate(run.tallies.values())}
     return {
         "manifest": run.manifest.canonical_bytes.decode(),
+        "owner": run.owner,
+        "tickets": [[ticket.hex(), uses] for ticket, uses in run.tickets.items()],
         "tallies": [[tally.account, tally.pending, tally.verified, tally.final, tally.rounds] for tally in run.tallies.values()],
         "members": [
             [peer_id, places[id(member.tally)], member.weight_limit, member.reported.bounds, member.expires_at, member.revoked]
@@ -65,6 +67,8 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
     return RunRecord(
         manifest=manifest,
         terms=Terms.of(manifest),
+        owner=values["owner"],
+        tickets={bytes.fromhex(ticket): uses for ticket, uses in values["tickets"]},
         members={
             peer_id: Member(tallies[place], limit, RoundSet(bounds), expires_at, revoked)
             for peer_id, place, limit, bounds, expires_at, revoked in values["members"]

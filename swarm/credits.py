@@ -215,7 +215,7 @@ class CreditState:
             case Revocation():
                 self._runs[opened.run_id].members[opened.peer_id].revoked = True
             case Opening():
-                self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest))
+                self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest), opened.owner)
         self.size += 1
 
     def confirms(self, claim: Claim, nomination: Nomination | None = None) -> Confirmation | None:
@@ -250,8 +250,11 @@ class CreditState:
 
     def _judge_admission(self, admission: Admission) -> None:
         """A key is admitted once; after that only a certificate that lasts longer, or its first one, changes anything."""
-        member = self._run(admission.run_id).members.get(admission.peer_id)
+        run = self._run(admission.run_id)
+        member = run.members.get(admission.peer_id)
         if member is None:
+            if run.manifest.admission.kind == "invitation":
+                _judge_ticket(run, admission)
             return
         if member.revoked:
             raise Rejected("revoked", "the account has revoked this key", admission.peer_id)
@@ -422,7 +425,20 @@ def _judge_roster(run: RunRecord, nomination: Nomination) -> None:
         raise Rejected("not_in_roster", f"{min(strangers)} in round {nomination.round}", nomination.leader)
 
 
+def _judge_ticket(run: RunRecord, admission: Admission) -> None:
+    invited = admission.invited
+    if invited is None:
+        raise Rejected("not_invited", "the run is by invitation", admission.peer_id)
+    if invited.owner != run.owner:
+        raise Rejected("bad_ticket", "not of the run's owner", admission.peer_id)
+    if run.tickets.get(invited.ticket, 0) >= invited.uses:
+        raise Rejected("ticket_used_up", f"{invited.uses} keys have used it", admission.peer_id)
+
+
 def _admit(run: RunRecord, admission: Admission) -> None:
+    if admission.peer_id not in run.members and admission.invited is not None:
+        ticket = admission.invited.ticket
+        run.tickets[ticket] = run.tickets.get(ticket, 0) + 1
     tally = run.tallies.setdefault(admission.account, Tally(admission.account))
     member = run.members.setdefault(admission.peer_id, Member(tally, admission.weight_limit))
     member.tally, member.weight_limit, member.expires_at = tally, admission.weight_limit, admission.expires_at

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from swarm.accounts import open_held
+from swarm.accounts import CLOCK_SLACK_S, open_held
 from swarm.errors import Rejected
 from swarm.identity import public_key_of
 from swarm.ledger import open_manifest, parse_entry
@@ -21,6 +21,7 @@ from swarm.merkle import HASH_BYTES
 from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, check_signed, open_signed, parse, payload_hash
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Commit, Grant, KeyRevocation, Proposal, Result, Signed
+from swarm.tickets import Invited, open_ticket
 
 MAX_ROUND = 1 << 48
 SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whether a peer signs it or the coordinator
@@ -36,10 +37,11 @@ M = TypeVar("M", bound=Message)
 
 
 class Opening(NamedTuple):
-    """A run begins under this manifest."""
+    """A run begins under this manifest, which its owner has signed."""
 
     run_id: bytes
     manifest: Manifest
+    owner: str = ""
 
 
 class Admission(NamedTuple):
@@ -50,6 +52,7 @@ class Admission(NamedTuple):
     account: str
     weight_limit: int
     expires_at: int = 0
+    invited: Invited | None = None
 
 
 class Commitment(NamedTuple):
@@ -220,21 +223,24 @@ def _check_round(number: int, sender: str) -> None:
 
 
 def _open_run(opened: RunOpened) -> Opening:
-    return Opening(opened.run_id, open_manifest(opened.manifest, opened.run_id))
+    return Opening(opened.run_id, open_manifest(opened.manifest, opened.run_id), opened.manifest.signer)
 
 
 def _open_admitted(signed: Signed, coordinator: str, check_signatures: bool) -> Admission:
     token = _open(signed, AdmissionToken, coordinator, check_signatures)
     public_key_of(token.peer_id)
     account = token.account or token.peer_id
+    invited = open_ticket(token.ticket, token.run_id) if token.HasField("ticket") else None
+    if invited is not None and token.issued_at > invited.expires_at + CLOCK_SLACK_S:
+        raise Rejected("ticket_expired", "before it was used", token.peer_id)
     if not token.HasField("held"):
         if account != token.peer_id:
             raise Rejected("uncertified", f"nobody certified the key for the account {account[:64]}", token.peer_id)
-        return Admission(token.run_id, token.peer_id, account, token.weight_limit)
+        return Admission(token.run_id, token.peer_id, account, token.weight_limit, invited=invited)
     certified = open_held(token.held, token.peer_id)  # by other keys than the entry: checked in any case
     if certified.account != account or not certified.holds_at(token.issued_at):
         raise Rejected("bad_certificate", "for another account or another time", token.peer_id)
-    return Admission(token.run_id, token.peer_id, account, token.weight_limit, certified.expires_at)
+    return Admission(token.run_id, token.peer_id, account, token.weight_limit, certified.expires_at, invited)
 
 
 def open_revocation(signed: Signed, check_signatures: bool = True) -> Revocation:

@@ -231,9 +231,9 @@ class Rounds(Frozen):
 
 
 class Admission(Frozen):
-    """Who may take part."""
+    """Who may take part: any key, whoever has a ticket of the run's owner, or the keys under `allow`."""
 
-    kind: Literal["open", "allow_list"] = "open"
+    kind: Literal["open", "invitation", "allow_list"] = "open"
     allow: tuple[str, ...] = Field((), max_length=100_000)
     valid_s: Positive = 86_400
 

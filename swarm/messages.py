@@ -38,6 +38,7 @@ from swarm.rpc.v1.signed_pb2 import (
     Seal,
     SealReply,
     Signed,
+    Ticket,
 )
 
 KIND_PREFIX = "application/vnd.swarm."
@@ -70,6 +71,7 @@ KINDS: dict[type[Message], str] = {
     RoundConfirmed: KIND_PREFIX + "round-confirmed.v1",
     Seal: KIND_PREFIX + "seal.v1",
     SealReply: KIND_PREFIX + "seal-reply.v1",
+    Ticket: KIND_PREFIX + "ticket.v1",
 }
 SIZE_LIMITS: dict[type[Message], int] = {
     Adoption: (3 << 20) + (1 << 10),

@@ -19,6 +19,7 @@ from swarm.cli.output import configure_logging
 from swarm.config import GovernorSettings, PeerSettings, find_link, load
 from swarm.errors import DiskFull, LinkError, UsageError
 from swarm.messages import JoinLink
+from swarm.tickets import from_text
 
 if TYPE_CHECKING:
     from peer.daemon import Daemon, DaemonOptions
@@ -35,6 +36,7 @@ def command(
     data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,
     identity: Annotated[Path | None, typer.Option("--identity", help="The peer's key file; made at the first start.")] = None,
     files: Annotated[Path | None, typer.Option("--files", help="Folder where the run's data files lie already.")] = None,
+    ticket: Annotated[str | None, typer.Option("--ticket", help="Invitation, where the run asks for one.")] = None,
     link_file: Annotated[Path | None, typer.Option("--link-file", help="File that holds the link; waited for.")] = None,
     listen: Annotated[str | None, typer.Option("--listen", help="host:port for other peers; port 0 = any free one.")] = None,
     announce: Annotated[str | None, typer.Option("--announce", help="host:port at which others can dial us.")] = None,
@@ -69,6 +71,7 @@ def command(
         "gpu": CPU if cpu else gpu,
         "data_dir": data_dir,
         "identity": identity or (data_dir / "identity.key" if data_dir else None),
+        "ticket": ticket,
         "files": files,
         "link_file": link_file,
         "listen": listen,
@@ -184,6 +187,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         max_download=settings.max_download,
         monthly_quota=settings.monthly_quota,
         check_traffic=settings.check_traffic,
+        ticket=from_text(settings.ticket) if settings.ticket else None,
         rules=rules,
         control_socket=held.control_socket if held is not None else None,
     )
@@ -232,6 +236,8 @@ def _child_command(device: str, link: str, settings: PeerSettings, devices: int)
     command += ["--listen", settings.listen.rpartition(":")[0] + ":0", "--log-level", settings.log_level]
     if settings.files is not None:
         command += ["--files", str(settings.files)]
+    if settings.ticket:
+        command += ["--ticket", settings.ticket]
     command += ["--max-upload", _share(settings.max_upload, devices, "B/s")]
     command += ["--max-download", _share(settings.max_download, devices, "B/s")]
     command += ["--monthly-quota", _share(settings.monthly_quota, devices, "B")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,16 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from swarm import auto
+from swarm.accounts import DAY_S
 from swarm.cli.output import print_fields, print_json
 from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.manifest import AdamW, Codec, DiLoCo, Manifest, Schedule, Sync
-from swarm.messages import MANIFEST_KIND
+from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.tickets import MAX_USES, issue, to_text
 
 OWNER_KEY_HELP = "The run's owner; made at first use in your data folder."
 TITLE = "# A training run of swarm. Check it with: swarm run validate\n# Every field: docs/reference/manifest.md\n"
@@ -35,7 +38,7 @@ COMMENTS = {
     "codec": "How updates travel.",
     "merge": "How updates become one. centered_clip bounds what a minority can do; mean is for peers that you know.",
     "rounds": "When rounds start and end; total 0 = for ever.",
-    "admission": "open: any key may join. allow_list: only the peer ids under allow.",
+    "admission": "open: any key may join. invitation: with a ticket, swarm run invite. allow_list: the peer ids under allow.",
     "credit": "flops_per_token = 6 x active parameters + attention; 1 credit = 10^15 verified FLOPs.",
     "min_client_version": "Older clients are sent away.",
 }
@@ -248,6 +251,35 @@ def sign(
         return
     _tell(made)
     print_fields(fields)
+
+
+@app.command()
+def invite(
+    path: Annotated[Path, typer.Argument(help="The manifest: run.yaml or run.signed.")] = Path("run.signed"),
+    uses: Annotated[int, typer.Option("--uses", min=1, max=MAX_USES, help="How many keys it lets in.")] = 1,
+    days: Annotated[int, typer.Option("--days", min=1, max=3650, help="How long it holds.")] = 7,
+    owner_key: Annotated[Path | None, typer.Option("--owner-key", help=OWNER_KEY_HELP)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a ticket for a run by invitation. Whoever has it may use it: `swarm join LINK --ticket TICKET`.
+
+    Examples:
+
+      swarm run invite run.signed --uses 20 --days 30
+    """
+    signed = read_run(path, owner_key)
+    key = owner(owner_key)
+    if signed.signer != key.peer_id:
+        raise UsageError("this key isn't the run's owner", "name the owner's key with --owner-key")
+    if open_manifest(signed).admission.kind != "invitation":
+        raise UsageError(
+            "the run isn't by invitation", "write `admission: {kind: invitation}` into the manifest before signing it"
+        )
+    ticket = issue(key, payload_hash(signed), uses, time.time(), days * DAY_S)
+    if as_json:
+        print_json({"ticket": to_text(ticket), "uses": uses, "days": days})
+    else:
+        typer.echo(to_text(ticket))
 
 
 def sign_manifest(manifest: Manifest, key: Identity) -> Signed:

@@ -260,6 +260,8 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
             return NotAdmitted(details, "show your peer id with: swarm identity show")
         case "certificate_expired" | "bad_certificate" | "other_account" | "revoked":
             return NotAdmitted(details, "certify the key anew, or make another: swarm identity certify")
+        case "not_invited" | "bad_ticket" | "ticket_expired" | "ticket_used_up":
+            return NotAdmitted(details, "join with a ticket of the run's owner: swarm join LINK --ticket swarm-ticket-...")
         case "version_too_old":
             return VersionTooOld(details, "update with: pip install --upgrade swarm-train")
     return Rejected(reason or error.code().name.lower(), details)

@@ -106,6 +106,7 @@ class Announcement(_message.Message):
     REACHABLE_FIELD_NUMBER: _builtins.int
     STATE_ROOT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     state: _builtins.str
@@ -125,6 +126,10 @@ class Announcement(_message.Message):
     def held(self) -> _signed_pb2.Signed:
         """The certificate by which the peer earns for an account, as a HeldCertificate; empty where it earns for itself."""
 
+    @_builtins.property
+    def ticket(self) -> _signed_pb2.Signed:
+        """Where the run is by invitation: a Ticket of its owner. Needed once."""
+
     def __init__(
         self,
         *,
@@ -139,10 +144,11 @@ class Announcement(_message.Message):
         reachable: _builtins.bool = ...,
         state_root: _builtins.bytes = ...,
         held: _signed_pb2.Signed | None = ...,
+        ticket: _signed_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state", "state_root", b"state_root"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state", "state_root", b"state_root", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

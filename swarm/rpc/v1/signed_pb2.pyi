@@ -616,6 +616,7 @@ class AdmissionToken(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     WEIGHT_LIMIT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     peer_id: _builtins.str
     account: _builtins.str
@@ -627,6 +628,10 @@ class AdmissionToken(_message.Message):
     def held(self) -> Global___Signed:
         """In the ledger, where the account isn't the key itself: the HeldCertificate, signed by the key."""
 
+    @_builtins.property
+    def ticket(self) -> Global___Signed:
+        """In the ledger, where the run is by invitation: the Ticket, signed by the run's owner."""
+
     def __init__(
         self,
         *,
@@ -637,14 +642,50 @@ class AdmissionToken(_message.Message):
         expires_at: _builtins.int = ...,
         weight_limit: _builtins.int = ...,
         held: Global___Signed | None = ...,
+        ticket: Global___Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "peer_id", b"peer_id", "run_id", b"run_id", "weight_limit", b"weight_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "peer_id", b"peer_id", "run_id", b"run_id", "ticket", b"ticket", "weight_limit", b"weight_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdmissionToken: _TypeAlias = AdmissionToken  # noqa: Y015
+
+@_typing.final
+class Ticket(_message.Message):
+    """The run's owner lets `uses` keys in until it expires, whoever they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    id: _builtins.bytes
+    """16 random bytes."""
+    uses: _builtins.int
+    issued_at: _builtins.int
+    """Unix seconds."""
+    expires_at: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        id: _builtins.bytes = ...,
+        uses: _builtins.int = ...,
+        issued_at: _builtins.int = ...,
+        expires_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "id", b"id", "issued_at", b"issued_at", "run_id", b"run_id", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ticket: _TypeAlias = Ticket  # noqa: Y015
 
 @_typing.final
 class KeyCertificate(_message.Message):

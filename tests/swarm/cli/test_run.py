@@ -14,6 +14,9 @@ from swarm.errors import ManifestInvalid
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.manifest import Manifest
+from swarm.messages import payload_hash
+from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.tickets import from_text, open_ticket
 from tests.world import manifest
 
 
@@ -128,3 +131,20 @@ def test_show_of_a_missing_budget(home: Path, capsys: pytest.CaptureFixture[str]
     (home / "auto.yaml").write_text(yaml.safe_dump(manifest().model_dump(mode="json") | {"strategy": "auto"}))
     assert run(["run", "show", "auto.yaml"]) == 20
     assert "budget" in capsys.readouterr().err
+
+
+def test_invite(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the owner of a run by invitation makes tickets for it, and `join` reads them."""
+    values = manifest(admission={"kind": "invitation"}).model_dump(mode="json")
+    Path("run.yaml").write_text(yaml.safe_dump(values))
+    assert run(["run", "sign", "run.yaml", "--owner-key", "owner.key"]) == 0
+    capsys.readouterr()
+    assert run(["run", "invite", "run.signed", "--uses", "3", "--owner-key", "owner.key"]) == 0
+    word = capsys.readouterr().out.strip()
+    signed = Signed.FromString(Path("run.signed").read_bytes())
+    assert open_ticket(from_text(word), payload_hash(signed)).uses == 3
+    assert run(["run", "invite", "run.signed", "--owner-key", "other.key"]) == 2
+    assert "isn't the run's owner" in capsys.readouterr().err
+    Path("open.yaml").write_text(yaml.safe_dump(manifest().model_dump(mode="json")))
+    assert run(["run", "invite", "open.yaml", "--owner-key", "owner.key"]) == 2
+    assert "isn't by invitation" in capsys.readouterr().err
