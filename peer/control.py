@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from swarm.control import socket_path
+from swarm.control import short_name, socket_path
 from swarm.errors import AlreadyRunning, SwarmError
 
 MAX_LINE_BYTES = 1 << 16
@@ -41,7 +41,8 @@ class ControlServer:
         self._path.unlink(missing_ok=True)
         previous = os.umask(0o177)
         try:
-            self._server = await asyncio.start_unix_server(self._serve, path=str(self._path), limit=MAX_LINE_BYTES, **leave)
+            with short_name(self._path) as name:
+                self._server = await asyncio.start_unix_server(self._serve, path=name, limit=MAX_LINE_BYTES, **leave)
         finally:
             os.umask(previous)
 
@@ -80,7 +81,8 @@ class ControlServer:
 
 async def _answers(path: Path) -> bool:
     try:
-        _, writer = await asyncio.open_unix_connection(str(path))
+        with short_name(path) as name:
+            _, writer = await asyncio.open_unix_connection(name)
     except OSError:
         return False
     writer.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,20 @@ HISTORY_NAME = "history.jsonl"
 RUN_NAME = "run.pb"
 MAX_LINE_BYTES = 1 << 20
 TIMEOUT_S = 60.0
+LONGEST_NAME_BYTES = 107
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """A name of a socket that fits into an address, which holds 107 bytes: where its path doesn't, by way of its open folder."""
+    if len(os.fsencode(path)) <= LONGEST_NAME_BYTES:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def socket_path(directory: Path) -> Path:
@@ -25,7 +42,8 @@ def socket_path(directory: Path) -> Path:
 async def ask(directory: Path, verb: str, timeout_s: float = TIMEOUT_S, **arguments: Any) -> dict[str, Any]:
     """Ask the daemon of a folder. Raises `NotRunning`."""
     try:
-        reader, writer = await asyncio.open_unix_connection(str(socket_path(directory)), limit=MAX_LINE_BYTES)
+        with short_name(socket_path(directory)) as name:
+            reader, writer = await asyncio.open_unix_connection(name, limit=MAX_LINE_BYTES)
     except OSError as error:
         raise NotRunning(f"no peer is running in {directory}", "start one with: swarm join LINK") from error
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -19,6 +20,7 @@ from swarm.cli.output import configure_logging
 from swarm.config import GovernorSettings, PeerSettings, find_link, load
 from swarm.errors import DiskFull, LinkError, UsageError
 from swarm.messages import JoinLink
+from swarm.notify import SOCKET_VARIABLE, WATCHDOG_VARIABLE, notify
 from swarm.tickets import from_text
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from peer.held import Held
 
 LINK_WAIT_S = 120.0
+WATCH_S = 60.0
 CPU = "cpu"
 
 
@@ -218,7 +221,8 @@ async def _serve(daemon: Daemon) -> Held | None:
 
 def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:
     """One process per device, each with its own key and folder, and an equal share of the caps; signals are passed on."""
-    children = [subprocess.Popen(_child_command(device, link, settings, len(devices))) for device in devices]
+    environment = {name: value for name, value in os.environ.items() if name not in (SOCKET_VARIABLE, WATCHDOG_VARIABLE)}
+    children = [subprocess.Popen(_child_command(device, link, settings, len(devices)), env=environment) for device in devices]
 
     def pass_on(number: int, frame: object) -> None:
         for child in children:
@@ -226,7 +230,12 @@ def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
-    return max(child.wait() for child in children)
+    notify("READY=1")
+    while running := [child for child in children if child.poll() is None]:
+        notify(f"WATCHDOG=1\nSTATUS={len(running)} of {len(children)} peers are running")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].wait(WATCH_S)
+    return max(child.returncode for child in children)
 
 
 def _child_command(device: str, link: str, settings: PeerSettings, devices: int) -> list[str]:

@@ -51,6 +51,21 @@ async def test_only_the_owner_may_connect(tmp_path: Path, server: ControlServer)
     assert stat.S_IMODE(socket_path(tmp_path).stat().st_mode) == 0o600
 
 
+async def test_a_folder_with_a_long_path(tmp_path: Path) -> None:
+    """Longer than an address holds: it listens, answers, notices a second daemon, and leaves nothing behind."""
+    folder = tmp_path / ("deep/" * 40)
+    folder.mkdir(parents=True)
+    server = ControlServer(folder, echo)
+    await server.start()
+    with pytest.raises(AlreadyRunning):
+        await ControlServer(folder, echo).start()
+    assert (await ask(folder, "status"))["verb"] == "status"
+    await server.close()
+    assert list(folder.iterdir()) == []
+    with pytest.raises(NotRunning):
+        await ask(folder, "status")
+
+
 @pytest.mark.parametrize(
     "line", [b"\n", b"nonsense\n", b"[]\n", b"{}\n", b"\xff\xfe\n", b'{"verb": "x", "arguments": 3}\n', b"half"]
 )
