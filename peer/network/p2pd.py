@@ -20,11 +20,15 @@ import structlog
 from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
 
+from swarm.control import LONGEST_NAME_BYTES
 from swarm.errors import NetworkBroken, PortBusy
 from swarm.processes import die_with
 
 STARTUP_TIMEOUT_S = 20.0
 SOCKET_FOLDER = "swarm-p2p-"
+RANDOM_NAME = "x" * 8  # what tempfile adds
+LONGEST_SOCKET = "p2pclient-xxxxxxxxxxx.sock"
+SHORT_PLACES = ("/tmp", "/dev/shm")  # noqa: S108 - the folder itself is made by mkdtemp, for its owner only
 CONFIGURATION = '{"Relay": {"Enabled": false}}'  # no flag says this: `-relay=0` alone leaves p2pd's default, which is to relay
 
 log = structlog.get_logger(__name__)
@@ -113,7 +117,7 @@ class P2pd:
         with importlib.resources.as_file(importlib.resources.files("hivemind.hivemind_cli") / "p2pd") as path:
             binary = Path(path)
         _remove_leftovers()
-        directory = Path(tempfile.mkdtemp(prefix=f"{SOCKET_FOLDER}{os.getpid()}-"))
+        directory = _socket_folder()
         control = f"/unix{directory}/p2pd.sock"
         configuration = directory / "p2pd.json"
         configuration.write_text(CONFIGURATION)
@@ -158,9 +162,28 @@ class P2pd:
         await _end(self._process, self._reader, self._directory)
 
 
+def _socket_folder() -> Path:
+    """A new folder for sockets: below the usual temporary one, or where their names fit into an address, which holds 107 bytes.
+
+    With names that are too long the daemon answers but serves no streams. Raises `NetworkBroken` where there is no such place.
+    """
+    prefix = f"{SOCKET_FOLDER}{os.getpid()}-"
+    for place in _places():
+        longest = place / f"{prefix}{RANDOM_NAME}" / LONGEST_SOCKET
+        if len(os.fsencode(longest)) <= LONGEST_NAME_BYTES:
+            with contextlib.suppress(OSError):
+                return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    raise NetworkBroken("no folder for sockets with a path that is short enough", "set TMPDIR to a folder with a short path")
+
+
+def _places() -> list[Path]:
+    named = (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *SHORT_PLACES)
+    return [Path(place) for place in dict.fromkeys(named) if place]
+
+
 def _remove_leftovers() -> None:
     """Remove the socket folders of processes that were killed hard."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SOCKET_FOLDER}*-*"):
+    for folder in (folder for place in _places() for folder in place.glob(f"{SOCKET_FOLDER}*-*")):
         pid = folder.name.removeprefix(SOCKET_FOLDER).partition("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -36,6 +36,7 @@ from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncReq
 from swarm.rpc.v1.signed_pb2 import Adoption, JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
 
 RESULT_WAIT_S = 20.0
+RETRY_S, LONGEST_RETRY_S = 0.5, 8.0
 DOWNLOAD_HEAD_START_S = 0.75
 MAX_BACKLOG = 16
 BEHIND_CHECK_S = 2.0
@@ -110,6 +111,7 @@ class Engine:
     last_proposal: ProposalFacts | None = None
     repairs: int = 0
     _download: asyncio.Task[OuterState] | None = None
+    _failed_downloads: int = 0
     _train_seconds: float = 0.0
     _backlog: list[tuple[Vector | None, int]] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -301,6 +303,7 @@ class Engine:
         await self.training.drop_early()
         self.services.observer.state("joining")
         self._forget_download()
+        await self._wait_after_failures()
         entering = asyncio.create_task(self.entry.enter(self))
         try:
             while not entering.done():
@@ -314,6 +317,18 @@ class Engine:
         finally:
             entering.cancel()
             await asyncio.gather(entering, return_exceptions=True)
+
+    async def _wait_after_failures(self) -> None:
+        """Where the state couldn't be had, it is asked for again after a while, longer each time."""
+        if not self._failed_downloads:
+            return
+        clock = self.services.clock
+        until_s = clock.monotonic_s() + min(LONGEST_RETRY_S, RETRY_S * 2 ** (self._failed_downloads - 1))
+        while self.wish == "train" and (left_s := until_s - clock.monotonic_s()) > 0:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
 
     def _start_at(self, entered: Entered) -> None:
         self.place = Place(entered.round_index, entered.roster, entered.base_root)
@@ -517,7 +532,9 @@ class Engine:
             state = download.result()
         except (PeerFailure, Rejected, OSError, RuntimeError) as error:
             log.warning("download_failed", error=str(error))
+            self._failed_downloads += 1
             raise Behind from error
+        self._failed_downloads = 0
         for merged, tokens in backlog:
             state = self._next_state(state, merged, tokens)
         snapshot = Snapshot.from_state(state)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,29 @@ async def test_close_leaves_neither_process_nor_sockets(key: Path) -> None:
     await node.close()
     assert gone(daemon)
     assert not folder.exists()
+
+
+async def test_a_temporary_folder_with_a_long_path(
+    start_node: Callable[..., Awaitable[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sockets go where their names fit into an address: with longer ones the daemon would answer, but serve no streams."""
+    long = tmp_path / ("deep" * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    served = await start_node()
+    asking = await start_node(knows=[served])
+    for member in (served, asking):
+        assert len(str(member.node.daemon._directory / "p2pclient-xxxxxxxxxxx.sock")) <= 107
+
+    async def answer(peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"here")
+        await writer.drain()
+        writer.close()
+
+    await served.node.serve_streams("swarm/1/test", answer)
+    reader, writer = await asking.node.open_stream(served.peer, "swarm/1/test", 10)
+    assert await asyncio.wait_for(reader.read(), 10) == b"here"
+    writer.close()
 
 
 async def test_the_end_of_the_daemon_is_noticed(key: Path) -> None:
