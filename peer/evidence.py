@@ -3,7 +3,8 @@
     bad_part     a peer committed to a part that its run's codec refuses to decode
     wrong_merge  a reducer signed a merged part that isn't the merge of the parts that its proposal names
 
-Both follow from what the accused has signed: an honest peer can't have, whatever happened to it.
+Both follow from what the accused has signed. A peer that computes as it should can't have; one whose memory is faulty can, as
+evidence shows what was signed and not why.
 """
 
 from __future__ import annotations

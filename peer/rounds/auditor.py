@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import structlog
 
-from peer.codec import Codec
+from peer.codec import Codec, Codecs
 from peer.evidence import BAD_PART, EXACT, MAX_EVIDENCE_BYTES, WRONG_MERGE, Verdict, merged_bytes
 from peer.network.node import PeerFailure
 from peer.rounds.docket import Docket
@@ -29,6 +29,8 @@ from swarm.rpc.v1.signed_pb2 import Evidence, EvidenceNotice, MergedSpan, Signed
 
 FLOAT_BYTES = 4
 MOST_NOTICES = 64
+MOST_CONTRIBUTORS = 64
+MESSAGES_BYTES = 8 << 20  # the manifest, the commits with their hashes, the proposal and the span
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -54,10 +56,10 @@ class Auditor:
     services: Services
     docket: Docket
     share: float
-    on_proven: Callable[[Verdict], None] = lambda verdict: None
     random: SystemRandom = field(default_factory=SystemRandom)
     _before: tuple[int, dict[str, SpanFacts]] = field(default_factory=lambda: (-1, {}))
     _heard: set[bytes] = field(default_factory=set)
+    _unbelieved: set[str] = field(default_factory=set)
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def after(self, run: RoundRun, proposal: ProposalFacts) -> None:
@@ -156,7 +158,11 @@ class Auditor:
         """Keep the evidence, if it holds, and offer it to the roster."""
         evidence.manifest.CopyFrom(self.services.signed_manifest)
         raw = evidence.SerializeToString(deterministic=True)
-        verdict = await self._taken(raw)
+        try:
+            verdict = await self._taken(raw)
+        except Rejected as error:
+            log.warning("not_proven", round=run.round_index, reason=error.reason, detail=error.detail)
+            return
         if verdict is None:
             return
         name = self.services.transfer.store.put(raw, run.round_index)
@@ -166,33 +172,43 @@ class Auditor:
         delivery = Delivery(evidence=seal(self.services.identity, notice))
         self.services.post.send([peer for peer in run.setup.others if peer != verdict.accused], delivery)
 
-    async def hear(self, signed: Signed) -> None:
+    async def hear(self, sender: str, notice: EvidenceNotice) -> None:
         """Somebody says that it has a proof: take it, if it is about somebody whom we don't know to be guilty yet.
 
-        Raises `Rejected`.
+        Who has once offered something that proves nothing isn't listened to again.
         """
-        notice = open_signed(signed, EvidenceNotice, run_id=self.services.checker.run_id)
-        if notice.hash in self._heard or notice.accused in self.docket.proven:
+        if notice.hash in self._heard or notice.accused in self.docket.proven or sender in self._unbelieved:
             return
-        if len(notice.hash) != HASH_BYTES or not 0 < notice.size_bytes <= MAX_EVIDENCE_BYTES:
-            raise Rejected("malformed", "a notice of evidence", signed.signer)
         if len(self._heard) >= MOST_NOTICES:
             self._heard.clear()
         self._heard.add(notice.hash)
         async with self._looking:
+            if sender in self._unbelieved:
+                return
             try:
-                found = await self.services.transfer.fetch(signed.signer, {notice.hash: int(notice.size_bytes)})
+                found = await self.services.transfer.fetch(sender, {notice.hash: int(notice.size_bytes)})
                 await self._taken(found[notice.hash])
-            except (PeerFailure, Rejected) as error:
-                log.info("evidence_refused", sender=signed.signer, reason=error.reason)
-                if isinstance(error, Rejected):
-                    self.services.observer.refused(signed.signer, error.reason)
+            except PeerFailure as error:
+                log.info("evidence_not_had", sender=sender, reason=error.reason)
+                self._heard.discard(notice.hash)
+            except Rejected as error:
+                log.warning("evidence_refused", sender=sender, reason=error.reason, detail=error.detail)
+                self._unbelieved.add(sender)
+                self.services.observer.refused(sender, error.reason)
+
+    def check_notice(self, signed: Signed) -> EvidenceNotice:
+        """A notice of evidence of a size that evidence of this run can have. Raises `Rejected`."""
+        notice = open_signed(signed, EvidenceNotice, run_id=self.services.checker.run_id)
+        codec = Codecs(self.services.manifest).at(notice.round)
+        most = MOST_CONTRIBUTORS * codec.part_size_limit(0) + FLOAT_BYTES * codec.part_values + MESSAGES_BYTES
+        if len(notice.hash) != HASH_BYTES or not 0 < notice.size_bytes <= min(most, MAX_EVIDENCE_BYTES):
+            raise Rejected("malformed", "a notice of evidence", signed.signer)
+        return notice
 
     async def _taken(self, raw: bytes) -> Verdict | None:
         verdict = await self._in_pool(self.docket.add, raw)
         if verdict is not None:
             self.services.observer.refused(verdict.accused, verdict.kind)
-            self.on_proven(verdict)
         return verdict
 
     async def _in_pool(self, function: Callable[..., T], *args: object) -> T:

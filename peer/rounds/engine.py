@@ -230,9 +230,10 @@ class Engine:
 
     def _on_evidence(self, signed: Signed) -> None:
         """Only members of the roster may take our time with it."""
+        notice = self.auditor.check_notice(signed)
         if self.place is None or all(member.peer != signed.signer for member in self.place.roster):
             raise Rejected("not_in_roster", "evidence", signed.signer)
-        self.services.post.spawn(self.auditor.hear(signed))
+        self.services.post.spawn(self.auditor.hear(signed.signer, notice))
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 

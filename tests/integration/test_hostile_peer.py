@@ -23,7 +23,7 @@ from swarm.messages import JoinLink, seal
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import Announcement
 from swarm.rpc.v1.peer_pb2 import Ack, Delivery, FetchRequest, SyncReply, SyncRequest
-from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Ballot, Commit, JoinRequest, Result, Seal, Signed, Tree
+from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Ballot, Commit, EvidenceNotice, JoinRequest, Result, Seal, Signed, Tree
 from tests.peer_network import loopback
 from tests.runs import LiveRun, agreed_roots
 from tests.waiting import eventually
@@ -60,6 +60,12 @@ class Attacker:
         """Ask the first victim where the run stands."""
         request = SyncRequest(run_id=self.run_id, admission=self.admission)
         return SyncReply.FromString(await self.node.call(self.victims[0], SYNC, request.SerializeToString(), 20))
+
+    def notice(self, round_index: int, size_bytes: int = 1000) -> Delivery:
+        """A claim to have evidence against a victim."""
+        accused = self.victims[1]
+        body = EvidenceNotice(run_id=self.run_id, round=round_index, hash=ROOT, size_bytes=size_bytes, accused=accused)
+        return Delivery(evidence=seal(self.identity, body))
 
     def commit(self, number: int, signer: Identity | None = None, **changes: object) -> Delivery:
         """A commit that breaks no rule, with changes that may."""
@@ -144,6 +150,8 @@ async def test_deliveries_that_break_a_rule_are_rejected_by_name(two_peer_run: L
     forged.commit.commit.signature = bytes(64)
     borrowed = mallory.commit(present)
     borrowed.commit.commit.signer = mallory.victims[1]
+    in_their_name = mallory.notice(present).evidence
+    in_their_name.signer = mallory.victims[1]
     kind, name = "application/vnd.swarm.result.v1", mallory.identity.peer_id
     huge = Signed(kind=kind, payload=bytes(1 << 17), signer=name, signature=bytes(64))
     parts = {"weight": 4, "tokens": 4 * 32, "part_count": 1, "parts_root": ROOT}
@@ -165,6 +173,9 @@ async def test_deliveries_that_break_a_rule_are_rejected_by_name(two_peer_run: L
         ("wrong_codec", mallory.commit(present, codec="gzip")),
         ("wrong_parts", mallory.commit(present, **parts)),
         ("wrong_base", mallory.commit(present, base_root=b"short")),
+        ("not_in_roster", mallory.notice(present)),
+        ("malformed", mallory.notice(present, size_bytes=1 << 40)),
+        ("bad_signature", Delivery(evidence=in_their_name)),
     ]
     answers = []
     for reason, message in sent:
