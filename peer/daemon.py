@@ -25,6 +25,7 @@ import torch
 from prometheus_client import CollectorRegistry, start_http_server
 
 from peer.admissions import Admissions
+from peer.attacks import Attack
 from peer.checkpoints import Checkpoints
 from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
@@ -482,6 +483,7 @@ class Daemon:
             SystemClock(),
             coordination.grant,
             self.faults,
+            Attack.from_environment(),
         )
         outbox = Outbox(options.directory)
         finder = Finder(

@@ -426,7 +426,8 @@ class Engine:
             return
         self.services.observer.state("training")
         self.services.faults.reached("training", run.round_index)
-        state = self.state
+        state, attack = self.state, self.services.attack
+        quota = quota if attack is None else attack.quota(quota)
         if self.training.is_ahead(run.round_index):
             contribution = await self.training.join_early(state.theta, quota, state.tokens)
         else:
@@ -434,7 +435,7 @@ class Engine:
             contribution = await self.training.train(state.theta, run.round_index, run.setup.me, quota, state.tokens)
         self.services.observer.phase("train", contribution.seconds)
         self.services.observer.state("exchanging")
-        await run.contribute(contribution)
+        await run.contribute(contribution if attack is None else attack.contribution(contribution))
         self._train_seconds = contribution.seconds
         if contribution.weight and self._overlaps(run):
             tokens = state.tokens + sum(member.quota for member in run.setup.roster) * self._tokens_per_step

@@ -38,7 +38,7 @@ class Undecodable(Rejected):
 class Exchange:
     """Bulk work of one round. Merged values are collected per proposal; only the accepted one's are kept.
 
-    `distort` is what a fault script makes a reducer do to what it has merged.
+    `distort` is what a fault script or an attack makes a reducer do to what it has merged, `mangle` a sender to its parts.
     """
 
     round_index: int
@@ -53,6 +53,7 @@ class Exchange:
     _filled: set[int] = field(default_factory=set)
     _merges: dict[bytes, SpanMerge] = field(default_factory=dict)
     distort: Callable[[Vector], Vector] = lambda merged: merged
+    mangle: Callable[[list[bytes]], list[bytes]] = lambda parts: parts
 
     async def publish(self, update: Vector) -> tuple[bytes, ...]:
         """Encode our update, [parameters], and keep the parts where others can fetch them; their hashes."""
@@ -140,7 +141,7 @@ class Exchange:
         return merged
 
     def _encode_all(self, update: Vector) -> list[tuple[bytes, bytes]]:
-        return [(blob_hash(part), part) for part in self.residuals.encode(self.codec, update)]
+        return [(blob_hash(part), part) for part in self.mangle(self.residuals.encode(self.codec, update))]
 
     async def _pull(
         self,

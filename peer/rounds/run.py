@@ -96,6 +96,22 @@ class Contribution:
     seconds: float
 
 
+class Attack(Protocol):
+    """What a hostile peer does otherwise; see `peer.attacks`."""
+
+    def quota(self, quota: int) -> int:
+        """How much of its work it does."""
+
+    def contribution(self, honest: Contribution) -> Contribution:
+        """What it commits."""
+
+    def parts(self, parts: list[bytes]) -> list[bytes]:
+        """What it serves."""
+
+    def merged(self, values: Vector) -> Vector:
+        """What it merges a part to."""
+
+
 class Observer(Protocol):
     """Who is told what happens: metrics and the status."""
 
@@ -126,6 +142,7 @@ class Services:
     clock: Clock
     ask_grant: Callable[[RoundSetup, tuple[str, ...]], Awaitable[Signed | None]]
     faults: Faults
+    attack: Attack | None = None
 
 
 @dataclass
@@ -161,6 +178,8 @@ class RoundRun:
             services.manifest.merge,
             services.residuals,
         )
+        if services.attack is not None:
+            self.exchange.distort, self.exchange.mangle = services.attack.merged, services.attack.parts
 
     @property
     def round_index(self) -> int:

@@ -52,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "identity": Command("swarm.cli.identity:app", "Make, show, back up and restore your key."),
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
+    "attack": Command("swarm.cli.attack:command", "See what an attack does to a swarm, on this machine."),
     "run": Command("swarm.cli.run:app", "Describe a training run: init, validate, show, sign."),
     "coordinator": Command("swarm.cli.coordinator:app", "Run the coordinator of a training run, back it up, check it."),
     "admin": Command("swarm.cli.admin:app", "Watch and steer a run that you operate."),

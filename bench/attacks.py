@@ -1,0 +1,76 @@
+"""Every attack of `swarm attack`, two of eight peers, under `centered_clip` and, beside it, plain `mean`.
+
+Real processes on one machine, the same small model and number of rounds for each; honest peers know nothing. The loss of one
+clean run under each rule is what the others are held against.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from bench import report
+from bench.report import Report
+from peer.attacks import KINDS
+from peer.trials import Outcome, Trial, run
+from swarm.errors import SwarmError
+
+PEERS, ATTACKERS, ROUNDS = 8, 2, 40
+QUICK_PEERS, QUICK_ATTACKERS, QUICK_ROUNDS, QUICK_KINDS = 4, 1, 8, ("sign_flip", "nan")
+RULES = ("centered_clip", "mean")
+HOW = f"{ATTACKERS} of {PEERS} peers, {ROUNDS} rounds, `centered_clip`"
+
+
+async def measure(out: Report) -> None:
+    """A clean run under each rule, then every kind under each."""
+    base = Trial("", out.choose(ATTACKERS, QUICK_ATTACKERS), out.choose(PEERS, QUICK_PEERS), out.choose(ROUNDS, QUICK_ROUNDS))
+    clean = {rule: await _taken(out, Trial("", base.attackers, base.peers, base.rounds, rule)) for rule in RULES}
+    ratios, kept, accused = dict[str, float](), dict[str, float](), 0
+    for kind in QUICK_KINDS if out.quick else KINDS:
+        for rule in RULES:
+            outcome = await _taken(out, Trial(kind, base.attackers, base.peers, base.rounds, rule))
+            reference = clean[rule]
+            if outcome is None or reference is None:
+                continue
+            ratio = outcome.loss / reference.loss
+            out.row(
+                "attacks",
+                kind=kind,
+                merge=rule,
+                loss_over_clean=ratio,
+                detected_after_rounds=outcome.detected_after,
+                convicted=outcome.convicted,
+                honest_accused=outcome.honest_accused,
+                credit_kept=outcome.credit_kept,
+                roots_agree=outcome.roots_agree,
+            )
+            accused += outcome.honest_accused
+            if rule == RULES[0]:
+                ratios[kind], kept[kind] = ratio, outcome.credit_kept
+    if ratios:
+        worst, most = max(ratios, key=lambda kind: ratios[kind]), max(kept, key=lambda kind: kept[kind])
+        out.figure("worst_loss_over_clean", ratios[worst], f"{HOW}: {worst}, of {', '.join(ratios)}", "<= 1.03")
+        out.figure("credit_kept_by_attackers", kept[most], f"{HOW}: their share of all credit at the end, {most}", "== 0")
+        out.figure("honest_accused", accused, "honest peers with evidence against them, in all runs under both rules", "== 0")
+
+
+async def _taken(out: Report, trial: Trial) -> Outcome | None:
+    """A trial's outcome; a failure is a row, not the end."""
+    name = f"{trial.kind or 'clean'}, {trial.merge}"
+    with report.workspace() as folder:
+        try:
+            outcome = await run(trial, folder / "trial")
+        except SwarmError as error:
+            out.row("not run", what=name, why=" ".join(f"{error.message} {error.hint}".split())[-300:])
+            return None
+    out.say(f"  {name}: loss {outcome.loss:.4f}, convicted {outcome.convicted}, credit kept {outcome.credit_kept:.3f}")
+    return outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure."""
+    return report.run("attacks", __doc__, {"attacks": measure}, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What hostile peers do, for `swarm attack` and `bench.attacks`: the stack is the honest one, but for what is changed here.
+
+Only read from `SWARM_ATTACK`, which they set for the attackers among the processes that they start; an ordinary peer has none.
+
+    sign_flip, scale, noise         of the honest update: its opposite, 1000 times it, noise of 10 times its norm
+    nan                             parts that nobody can decode to numbers
+    ipm                             inner-product manipulation (Xie et al., 1903.03936): a small step backwards
+    alie                            "a little is enough" (Baruch et al., 1902.06156): every value off by a deviation
+    zeros, stale, plausible_noise   free riding: nothing, the last round's update, or noise of an honest update's norm
+    skip                            half of the samples, all of the weight
+    tamper                          an honest update, but a reducer that merges with the wrong sign
+
+The attackers of ALIE and IPM know everybody's updates in the literature; here each knows its own honest one, and takes that for
+the mean and its magnitudes for the deviations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from peer.codec import Vector
+from peer.rounds.run import Contribution
+from swarm.errors import UsageError
+
+SCALE, NOISE_NORMS = np.float32(1000), 10.0
+ATTACK_VARIABLE = "SWARM_ATTACK"
+IPM_SHARE, ALIE_DEVIATIONS = np.float32(0.5), np.float32(1.0)
+
+
+@dataclass
+class Attack:
+    """One attacker's behaviour. Its randomness is its own: attackers don't send the same."""
+
+    kind: str
+    random: np.random.Generator = field(default_factory=np.random.default_rng)
+    _last: Vector | None = None
+
+    @classmethod
+    def from_environment(cls) -> Attack | None:
+        """What `SWARM_ATTACK` asks for, usually nothing. Raises `UsageError`."""
+        kind = os.environ.get(ATTACK_VARIABLE, "")
+        if kind and kind not in KINDS:
+            raise UsageError(f"no such attack: {kind!r}", f"one of {', '.join(KINDS)}")
+        return cls(kind) if kind else None
+
+    def contribution(self, honest: Contribution) -> Contribution:
+        """What is committed in the place of an honest contribution."""
+        if honest.update is None or not honest.weight:
+            return honest
+        if self.kind == "skip":
+            return replace(honest, weight=2 * honest.weight)
+        change = UPDATES.get(self.kind)
+        if change is None:
+            return honest
+        update = change(self, honest.update)
+        self._last = honest.update
+        return replace(honest, update=update)
+
+    def quota(self, quota: int) -> int:
+        """How much of the work is done."""
+        return max(1, quota // 2) if self.kind == "skip" else quota
+
+    def parts(self, parts: list[bytes]) -> list[bytes]:
+        """The encoded update."""
+        return [b"\xff" * len(part) for part in parts] if self.kind == "nan" else parts
+
+    def merged(self, values: Vector) -> Vector:
+        """A part that it merges as a reducer."""
+        return np.negative(values) if self.kind == "tamper" else values
+
+    def _noise(self, update: Vector, norms: float) -> Vector:
+        drawn = self.random.standard_normal(update.size, dtype=np.float32)
+        return np.asarray(drawn * np.float32(norms * np.linalg.norm(update) / max(1e-12, float(np.linalg.norm(drawn)))))
+
+
+def _alie(attack: Attack, update: Vector) -> Vector:
+    deviation = np.float32(np.sqrt(np.mean(np.square(update), dtype=np.float64)))
+    return update - ALIE_DEVIATIONS * deviation
+
+
+UPDATES: dict[str, Callable[[Attack, Vector], Vector]] = {
+    "sign_flip": lambda attack, update: np.negative(update),
+    "scale": lambda attack, update: update * SCALE,
+    "noise": lambda attack, update: attack._noise(update, NOISE_NORMS),
+    "ipm": lambda attack, update: update * -IPM_SHARE,
+    "alie": _alie,
+    "zeros": lambda attack, update: np.zeros_like(update),
+    "stale": lambda attack, update: update if attack._last is None else attack._last,
+    "plausible_noise": lambda attack, update: attack._noise(update, 1.0),
+}
+KINDS = (*UPDATES, "nan", "skip", "tamper")

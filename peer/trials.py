@@ -1,0 +1,146 @@
+"""Swarms with attackers among them, as real processes: what becomes of the loss, who is found out, and what attackers earn.
+
+Honest peers know nothing of it. What counts is read from their folders and from the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peer.attacks import ATTACK_VARIABLE
+from peer.evidence import verify_evidence
+from peer.outcome import EVIDENCE, held_out_losses, newest_weights
+from peer.recipes import tiny_manifest
+from peer.rounds.docket import SUFFIX
+from swarm.errors import SwarmError
+from swarm.identity import Identity
+from swarm.local import LocalPeer, LocalSwarm
+from swarm.manifest import Manifest
+from swarm.messages import JoinLink
+from swarm.rpc.client import CoordinatorClient
+from swarm.scenario import last_round, write_run
+
+CHECK_VARIABLE = "SWARM_CHECK_TRAFFIC"
+POLL_S = 0.5
+STALL_S = 300.0
+VALIDATION_SAMPLES = 512
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One swarm: `attackers` of the `peers` attack from the first round on, in the way of `kind` (empty = nobody does).
+
+    `check_traffic` is the share of a round's traffic that honest peers spend on checking others' merges.
+    """
+
+    kind: str = ""
+    attackers: int = 2
+    peers: int = 8
+    rounds: int = 40
+    merge: str = "centered_clip"
+    check_traffic: float = 0.02
+
+    @property
+    def clean(self) -> Trial:
+        """The same swarm without attackers."""
+        return replace(self, kind="")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial.
+
+    `loss` is the held-out one in nats per byte; `detected_after` counts rounds until the first attacker was proven guilty, None
+    if none was; `convicted` and `honest_accused` count keys; `credit_kept` is the attackers' share of all credit, in any state.
+    """
+
+    loss: float
+    rounds: int
+    detected_after: int | None
+    convicted: int
+    honest_accused: int
+    credit_kept: float
+    roots_agree: bool
+
+
+async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Outcome:
+    """Carry a trial out in an empty folder. Raises `SwarmError` if an honest peer fails or nothing moves any more."""
+    manifest = await asyncio.to_thread(_manifest, trial, folder / "files")
+    path, key = write_run(folder, manifest)
+    async with LocalSwarm(folder, {CHECK_VARIABLE: str(trial.check_traffic)}) as swarm:
+        await swarm.start_coordinator(path, key)
+        honest, attackers = list[LocalPeer](), list[LocalPeer]()
+        for index in range(trial.peers):
+            attacks = bool(trial.kind) and index < trial.attackers
+            environment = {ATTACK_VARIABLE: trial.kind} if attacks else {}
+            peer = await swarm.join(f"peer-{index}", "--files", str(folder / "files"), environment=environment)
+            (attackers if attacks else honest).append(peer)
+        await _until_over(honest, trial.rounds, told)
+        credit = await _credit(JoinLink.parse(swarm.link))
+    guilty = {Identity.load(peer.directory / "identity.key").peer_id for peer in attackers}
+    loss = await asyncio.to_thread(_loss, manifest, folder, honest[0].directory)
+    accused = {path.stem: path for peer in honest for path in (peer.directory / EVIDENCE).glob(f"*{SUFFIX}")}
+    rounds = [await asyncio.to_thread(_round_of, path) for name, path in accused.items() if name in guilty]
+    total = sum(credit.values())
+    return Outcome(
+        loss=loss,
+        rounds=min(map(last_round, honest)),
+        detected_after=min(rounds, default=None),
+        convicted=len(accused.keys() & guilty),
+        honest_accused=len(accused.keys() - guilty),
+        credit_kept=sum(amount for peer, amount in credit.items() if peer in guilty) / total if total else 0.0,
+        roots_agree=_roots_agree(honest),
+    )
+
+
+def _manifest(trial: Trial, files: Path) -> Manifest:
+    files.mkdir(parents=True)
+    made = tiny_manifest(files, trial.peers, total=trial.rounds)
+    return Manifest.model_validate({**made.model_dump(mode="json"), "merge": {"kind": trial.merge}})
+
+
+async def _until_over(honest: list[LocalPeer], rounds: int, told: Told) -> None:
+    loop = asyncio.get_running_loop()
+    newest, moved_s = -1, loop.time()
+    while any(peer.running for peer in honest):
+        failed = next((peer for peer in honest if peer.process.returncode), None)
+        if failed is not None:
+            raise SwarmError(f"{failed.name} ended with {failed.process.returncode}", failed.log()[-2000:])
+        present = max(map(last_round, honest))
+        if present > newest:
+            newest, moved_s = present, loop.time()
+            told(f"round {newest} of {rounds}")
+        if loop.time() > moved_s + STALL_S:
+            raise SwarmError(f"no round after {newest} in {STALL_S:.0f} s", honest[0].log()[-2000:])
+        await asyncio.sleep(POLL_S)
+
+
+async def _credit(link: JoinLink) -> dict[str, int]:
+    async with await CoordinatorClient.connect(link) as client:
+        balances = (await client.credits(limit=1000)).balances
+    return {
+        item.account: sum(int(value or 0) for value in (item.pending_flops, item.verified_flops, item.final_flops))
+        for item in balances
+    }
+
+
+def _loss(manifest: Manifest, folder: Path, peer: Path) -> float:
+    theta = newest_weights(peer, manifest).state.theta
+    return held_out_losses(manifest, folder / "files", theta, VALIDATION_SAMPLES).last
+
+
+def _round_of(path: Path) -> int:
+    return verify_evidence(path.read_bytes()).round_index
+
+
+def _roots_agree(peers: list[LocalPeer]) -> bool:
+    roots: dict[int, set[str]] = {}
+    for peer in peers:
+        for line in peer.history():
+            roots.setdefault(line["round"], set()).add(line["root"])
+    return all(len(found) == 1 for found in roots.values())

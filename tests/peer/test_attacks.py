@@ -1,0 +1,71 @@
+"""What attackers send instead of an honest update."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from peer.attacks import ATTACK_VARIABLE, KINDS, Attack
+from peer.rounds.run import Contribution
+from swarm.errors import UsageError
+from tests.peer.codec.codec_cases import normal
+
+UPDATE = normal(4096)
+HONEST = Contribution(UPDATE, 8, 1.0, 2.0)
+
+
+def sent(kind: str) -> np.ndarray:
+    update = Attack(kind, np.random.default_rng(0)).contribution(HONEST).update
+    assert update is not None
+    return np.asarray(update)
+
+
+def test_each_kind_does_what_it_says() -> None:
+    """Directions and norms."""
+    norm = np.linalg.norm(UPDATE)
+    assert np.array_equal(sent("sign_flip"), -UPDATE)
+    assert np.array_equal(sent("ipm"), UPDATE * np.float32(-0.5))
+    assert np.linalg.norm(sent("scale")) == pytest.approx(1000 * norm, rel=1e-4)
+    assert np.linalg.norm(sent("noise")) == pytest.approx(10 * norm, rel=1e-4)
+    assert np.linalg.norm(sent("plausible_noise")) == pytest.approx(norm, rel=1e-4)
+    assert abs(float(sent("plausible_noise") @ UPDATE)) < 0.1 * norm**2
+    assert not sent("zeros").any()
+    assert np.allclose(UPDATE - sent("alie"), np.sqrt(np.mean(UPDATE**2)), rtol=1e-3)
+
+
+def test_a_free_rider_sends_what_it_had() -> None:
+    """The update of the round before."""
+    attack, other = Attack("stale"), Contribution(normal(4096, 1), 8, 1.0, 2.0)
+    attack.contribution(HONEST)
+    assert attack.contribution(other).update is UPDATE
+    assert attack.contribution(HONEST).update is other.update
+
+
+def test_work_that_is_left_out() -> None:
+    """Half of it is done, all of it is claimed."""
+    attack = Attack("skip")
+    assert attack.quota(20) == 10
+    assert attack.contribution(HONEST).weight == 16
+    assert Attack("sign_flip").quota(20) == 20
+
+
+def test_parts_and_merges() -> None:
+    """Of the right size; only the kinds that are about them change anything."""
+    assert Attack("nan").parts([b"abc", b"d"]) == [b"\xff\xff\xff", b"\xff"]
+    assert np.array_equal(Attack("tamper").merged(UPDATE), -UPDATE)
+    for kind in KINDS:
+        attack, empty = Attack(kind), Contribution(None, 0, 0.0, 0.0)
+        assert attack.contribution(empty) == empty
+        assert kind == "tamper" or attack.merged(UPDATE) is UPDATE
+        assert kind == "nan" or attack.parts([b"abc"]) == [b"abc"]
+
+
+def test_only_who_is_told_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the variable; a misspelt kind is an error."""
+    monkeypatch.delenv(ATTACK_VARIABLE, raising=False)
+    assert Attack.from_environment() is None
+    monkeypatch.setenv(ATTACK_VARIABLE, "ipm")
+    assert Attack.from_environment() is not None
+    monkeypatch.setenv(ATTACK_VARIABLE, "imp")
+    with pytest.raises(UsageError, match="no such attack"):
+        Attack.from_environment()
