@@ -74,6 +74,7 @@ CATALOGUE: dict[str, _Line] = {
     "too_heavy": _Line(_INVALID, "the weight exceeds the limit"),
     "too_large": _Line(_INVALID, "the message is too large"),
     "two_proposals": _Line(_CONFLICT, "the leader signed another proposal for this ballot"),
+    "uncertified": _Line(_FORBIDDEN, "the account hasn't certified this key"),
     "unknown_action": _Line(_INVALID, "there is no such command"),
     "unknown_proposal": _Line(_CONFLICT, "the proposal is not known; send it along"),
     "unknown_run": _Line(StatusCode.NOT_FOUND, "this coordinator doesn't know the run"),
