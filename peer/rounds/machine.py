@@ -71,6 +71,7 @@ EXTENSIONS = 4
 DOUBLINGS = 6
 EARLY_SPANS = 4
 ABOUT_LEADERS = ("leader_silent", "left_behind")
+BAD_PART = "bad_part"
 
 Outcome = tuple[RoundState, list[Action]]
 
@@ -406,6 +407,8 @@ def _on_fetch_failed(state: RoundState, event: FetchFailed, now_s: float) -> Out
     again = event.peer in state.failed
     failed = state.failed | ({event.peer} if event.merged else set())
     state = replace(state, failed=failed, reducing=state.reducing and event.merged)
+    if event.reason == BAD_PART and not event.merged and event.peer in state.setup.others:
+        state = replace(state, bad=state.bad | {event.peer})
     if event.reason == "unreachable":
         state, _ = _on_lost(state, event.peer)
     if event.merged and _helpers(state) and not again:
@@ -640,15 +643,16 @@ def _complete_if_chosen(state: RoundState, now_s: float) -> Outcome:
 
 
 def _follow_leader(state: RoundState, now_s: float) -> Outcome:
-    """Move to the next term when the leader is gone or long overdue."""
+    """Move to the next term when the leader is gone or long overdue, or its own commit can't be used: it might insist on it."""
     if state.leads:
         return state, []
     state = _with_deadline(state, now_s)
     overdue = state.overdue_s is not None and now_s >= state.overdue_s
-    if not overdue and state.leader not in state.lost:
+    unfit = state.lost | state.bad
+    if not overdue and state.leader not in unfit:
         return state, []
     silent, last = state.leader, state.term + len(state.setup.peers)
-    term = next(term for term in range(state.term + 1, last + 1) if state.setup.leader(term) not in state.lost or term == last)
+    term = next(term for term in range(state.term + 1, last + 1) if state.setup.leader(term) not in unfit or term == last)
     state = replace(state, term=term, stage="idle", suspicions=state.suspicions + int(overdue), overdue_s=None)
     return _with_deadline(state, now_s), [] if state.leads else [Complain(state.leader, silent, "leader_silent")]
 
@@ -811,7 +815,7 @@ def _included(state: RoundState) -> tuple[IncludedCommit, ...]:
 def _next_members(state: RoundState) -> tuple[RosterMember, ...]:
     """Who takes part next: those that are alive, stay and aren't barred, then joiners while there is room; ourselves at least."""
     setup = state.setup
-    leaving = {peer for peer, commit in state.commits.items() if commit.leaving} | (setup.barred - {setup.me})
+    leaving = {peer for peer, commit in state.commits.items() if commit.leaving} | (setup.barred - {setup.me}) | state.bad
     staying = [peer for peer in state.alive if peer not in leaving][: setup.max_peers]
     joiners = [peer for peer in sorted(state.joiners) if peer not in staying and peer not in leaving]
     members = sorted(staying + joiners[: setup.max_peers - len(staying)]) or [setup.me]

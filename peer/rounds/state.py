@@ -88,8 +88,8 @@ class RoundState:
     """Everything that a peer knows about the round in progress.
 
     `lost` peers are gone or silent as far as we can tell, and come back with any sign of life; `dropped` ones answer, but the
-    round goes on without them. The accepted proposal stands at ballot `standing`: its own, or the one whose leader found it
-    complete.
+    round goes on without them; `bad` ones have committed to parts that nobody can decode. The accepted proposal stands at ballot
+    `standing`: its own, or the one whose leader found it complete.
     """
 
     setup: RoundSetup
@@ -131,6 +131,7 @@ class RoundState:
     replies: Mapping[str, SealReplyFacts] = field(default_factory=_nothing)
     complaints: Mapping[str, frozenset[str]] = field(default_factory=_nothing)
     unobtainable: frozenset[str] = frozenset()
+    bad: frozenset[str] = frozenset()
     extensions: int = 0
     grant: Any = None
     granted_to: frozenset[str] = frozenset()
@@ -173,7 +174,8 @@ class RoundState:
     @property
     def usable(self) -> tuple[str, ...]:
         """Whose commits a proposal can include now, sorted; without a quorum, only those for whom the coordinator's grant is."""
-        names = tuple(sorted(peer for peer in self.commits if peer not in self.gone or peer in self.held))
+        fit = self.commits.keys() - self.bad
+        names = tuple(sorted(peer for peer in fit if peer not in self.gone or peer in self.held))
         if len(names) >= self.setup.quorum or self.grant is None:
             return names
         return tuple(peer for peer in names if peer in self.granted_to)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from peer.rounds.planning import leader_of
 from swarm.scenario import Scenario
 from tests.runs import run_command
 
@@ -41,6 +42,23 @@ async def test_a_tampering_reducer_is_convicted(scenario: Callable[[int], Any]) 
         statuses = [await swarm.peers[name].status() for name in HONEST]
         assert [status["roster_size"] for status in statuses] == [3, 3, 3]
         assert swarm.differing_roots() == []
+        assert swarm.missing_rounds() == []
+
+
+async def test_a_leader_that_commits_to_rubbish_is_replaced(scenario: Callable[[int], Any]) -> None:
+    """The first round's leader sends parts that nobody can decode, and would wait for itself: the next one goes on at once."""
+    async with scenario(3) as swarm:
+        await swarm.swarm.start_coordinator(swarm.source / "run.yaml", swarm.source / "owner.key")
+        names = {swarm.identity(name).peer_id: name for name in ("p0", "p1", "p2")}
+        guilty = leader_of(swarm.link.run_id, 1, sorted(names), 0)
+        for name in names.values():
+            await swarm.join(name, prefix=("env", "SWARM_ATTACK=nan") if name == names[guilty] else ())
+        honest = [peer for name, peer in swarm.peers.items() if name != names[guilty]]
+        await swarm.until_round(6, honest)
+        kept = [[path.stem for path in (peer.directory / "evidence").glob("*.evidence")] for peer in honest]
+        assert kept == [[guilty], [guilty]]
+        statuses = [await peer.status() for peer in honest]
+        assert [status["roster_size"] for status in statuses] == [2, 2]
         assert swarm.missing_rounds() == []
 
 

@@ -918,6 +918,36 @@ def test_one_complaint_drops_nobody() -> None:
     assert any(isinstance(action, SendSeal) for action in actions) or state.stage == "sealing"
 
 
+def test_a_leader_whose_own_parts_cant_be_decoded_is_replaced() -> None:
+    """It would be asked in vain to go on without itself: the next one seals at once, and neither includes nor keeps it."""
+    peers = names(4)
+    bad, me = leader(4), leader(4, 1)
+    state, proposal = exchanging(peers, me)
+    state, actions = machine.step(state, FetchFailed(proposal.proposal_hash, bad, False, "bad_part"), 1.1)
+    assert state.leads
+    assert [action.ballot for action in actions if isinstance(action, SendSeal)] == [BallotNumber(1, 0)]
+    for peer in peers:
+        if peer != me:
+            reply = SealReplyFacts(peer, BallotNumber(1, 0), proposal, complete=False)
+            state, actions = machine.step(state, SealReplyArrived(reply), 1.2)
+    (proposed,) = (action for action in actions if isinstance(action, Propose))
+    assert {commit.peer for commit in proposed.commits} == set(peers) - {bad}
+    assert {member.peer for member in proposed.next_roster} == set(peers) - {bad}
+
+
+def test_a_follower_tells_the_next_leader() -> None:
+    """Whoever can't decode the leader's parts follows the next one; a part of somebody else's is the leader's business."""
+    peers = names(4)
+    bad, me, other = leader(4), leader(4, 2), leader(4, 3)
+    state, proposal = exchanging(peers, me)
+    same, actions = machine.step(state, FetchFailed(proposal.proposal_hash, other, False, "bad_part"), 1.1)
+    assert same.leader == bad
+    assert Complain(bad, other, "bad_part") in actions
+    state, actions = machine.step(state, FetchFailed(proposal.proposal_hash, bad, False, "bad_part"), 1.1)
+    assert state.leader == leader(4, 1)
+    assert Complain(leader(4, 1), bad, "leader_silent") in actions
+
+
 def test_a_lie_about_completing_holds_nobody_up_for_long() -> None:
     """A member that claims to have completed, but serves nobody, keeps the leader from going on until the deadline only."""
     liar, victim = leader(4, 1), leader(4, 2)
