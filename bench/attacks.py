@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bench import report
 from bench.report import Report
@@ -24,11 +25,11 @@ HOW = f"{ATTACKERS} of {PEERS} peers, {ROUNDS} rounds, `centered_clip`"
 async def measure(out: Report) -> None:
     """A clean run under each rule, then every kind under each."""
     base = Trial("", out.choose(ATTACKERS, QUICK_ATTACKERS), out.choose(PEERS, QUICK_PEERS), out.choose(ROUNDS, QUICK_ROUNDS))
-    clean = {rule: await _taken(out, Trial("", base.attackers, base.peers, base.rounds, rule)) for rule in RULES}
+    clean = {rule: await _taken(out, replace(base, merge=rule)) for rule in RULES}
     ratios, kept, accused = dict[str, float](), dict[str, float](), 0
     for kind in QUICK_KINDS if out.quick else KINDS:
         for rule in RULES:
-            outcome = await _taken(out, Trial(kind, base.attackers, base.peers, base.rounds, rule))
+            outcome = await _taken(out, replace(base, kind=kind, merge=rule))
             reference = clean[rule]
             if outcome is None or reference is None:
                 continue

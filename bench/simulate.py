@@ -23,14 +23,13 @@ from bench.report import Report
 from bench.settings import PEERS, longer, made
 from bench.single import held_out_loss, one_thread, open_shards
 from peer.codec import Codec, Vector, decode, make_codec
-from peer.codec.feedback import ErrorFeedback
+from peer.codec.feedback import EXACT, ErrorFeedback
 from peer.merge import merge_part
 from peer.model import initial_theta
 from peer.outer import apply, initial_state
 from peer.trainer import Trainer
 from swarm import manifest
 
-EXACT = frozenset({"fp16"})
 STEPS, QUICK_STEPS = 1200, 20
 QUICK_SETTINGS = 2
 VALIDATION_SAMPLES = 1024
@@ -56,7 +55,7 @@ class _Feedback:
 
     def pass_through(self, codec: Codec, update: Vector) -> tuple[Vector, int]:
         """What others decode of `update`, [parameters], and how many bytes it took."""
-        if codec.kind in EXACT:
+        if codec.kind == EXACT:
             parts = [codec.encode_part(update[slice(*codec.part_span(index))], index) for index in range(codec.part_count)]
         else:
             parts = self._for(codec).encode(update)

@@ -207,7 +207,7 @@ class Daemon:
     def tamper(self) -> None:
         """Merge with the wrong sign in the present round, as a hostile reducer would; only fault scripts ask for it."""
         if self.engine is not None and self.engine.current is not None:
-            self.engine.current.exchange.distort = np.negative
+            self.engine.current.exchange.distort = Attack("tamper").merged
 
     @property
     def parts(self) -> Parts:

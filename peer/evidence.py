@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peer.codec import Codec, Codecs, Vector
-from peer.codec.feedback import default_decay, feed
+from peer.codec.feedback import EXACT, default_decay, feed
 from peer.merge import merge_part
 from swarm.errors import ManifestInvalid, Rejected
 from swarm.ledger import open_manifest
@@ -26,7 +26,6 @@ from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Commit, Evidence, MergedSpa
 
 BAD_PART = "bad_part"
 WRONG_MERGE = "wrong_merge"
-EXACT = "fp16"
 MAX_EVIDENCE_BYTES = 64 << 20
 
 

@@ -19,9 +19,7 @@ from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
-from swarm.messages import JoinLink
-from swarm.rpc.client import CoordinatorClient
-from swarm.scenario import last_round, write_run
+from swarm.scenario import Scenario, last_round, write_run
 
 CHECK_VARIABLE = "SWARM_CHECK_TRAFFIC"
 POLL_S = 0.5
@@ -81,7 +79,8 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
             peer = await swarm.join(f"peer-{index}", "--files", str(folder / "files"), environment=environment)
             (attackers if attacks else honest).append(peer)
         await _until_over(honest, trial.rounds, told)
-        credit = await _credit(JoinLink.parse(swarm.link))
+        seen = Scenario(swarm, folder, {peer.name: peer for peer in honest})
+        credit = await seen.credit()
     guilty = {Identity.load(peer.directory / "identity.key").peer_id for peer in attackers}
     loss = await asyncio.to_thread(_loss, manifest, folder, honest[0].directory)
     accused = {path.stem: path for peer in honest for path in (peer.directory / EVIDENCE).glob(f"*{SUFFIX}")}
@@ -94,7 +93,7 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
         convicted=len(accused.keys() & guilty),
         honest_accused=len(accused.keys() - guilty),
         credit_kept=sum(amount for peer, amount in credit.items() if peer in guilty) / total if total else 0.0,
-        roots_agree=_roots_agree(honest),
+        roots_agree=not seen.differing_roots(),
     )
 
 
@@ -120,15 +119,6 @@ async def _until_over(honest: list[LocalPeer], rounds: int, told: Told) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _credit(link: JoinLink) -> dict[str, int]:
-    async with await CoordinatorClient.connect(link) as client:
-        balances = (await client.credits(limit=1000)).balances
-    return {
-        item.account: sum(int(value or 0) for value in (item.pending_flops, item.verified_flops, item.final_flops))
-        for item in balances
-    }
-
-
 def _loss(manifest: Manifest, folder: Path, peer: Path) -> float:
     theta = newest_weights(peer, manifest).state.theta
     return held_out_losses(manifest, folder / "files", theta, VALIDATION_SAMPLES).last
@@ -136,11 +126,3 @@ def _loss(manifest: Manifest, folder: Path, peer: Path) -> float:
 
 def _round_of(path: Path) -> int:
     return verify_evidence(path.read_bytes()).round_index
-
-
-def _roots_agree(peers: list[LocalPeer]) -> bool:
-    roots: dict[int, set[str]] = {}
-    for peer in peers:
-        for line in peer.history():
-            roots.setdefault(line["round"], set()).add(line["root"])
-    return all(len(found) == 1 for found in roots.values())

@@ -27,6 +27,7 @@ from peer.codec import Codec, Vector, on_device
 from swarm.errors import CheckpointCorrupt, DiskFull
 from swarm.merkle import blob_hash
 
+EXACT = "fp16"  # the codec that loses nothing worth feeding back
 FORMAT = "swarm-feedback-1"
 RESIDUAL = "residual"
 CPU = torch.device("cpu")

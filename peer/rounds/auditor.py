@@ -16,7 +16,8 @@ import numpy as np
 import structlog
 
 from peer.codec import Codec, Codecs
-from peer.evidence import BAD_PART, EXACT, MAX_EVIDENCE_BYTES, WRONG_MERGE, Verdict, merged_bytes
+from peer.codec.feedback import EXACT
+from peer.evidence import BAD_PART, MAX_EVIDENCE_BYTES, WRONG_MERGE, Verdict, merged_bytes
 from peer.network.node import PeerFailure
 from peer.rounds.docket import Docket
 from peer.rounds.run import RoundRun, Services

@@ -15,12 +15,11 @@ import structlog
 import torch
 
 from peer.codec import Codec, Vector, encode
-from peer.codec.feedback import CPU, ErrorFeedback, Fed
+from peer.codec.feedback import CPU, EXACT, ErrorFeedback, Fed
 from swarm.errors import CheckpointCorrupt, DiskFull
 from swarm.merkle import root_of
 
 FILE_NAME = "residual.safetensors"
-EXACT = "fp16"
 ENCODING_THREADS = 2
 
 log = structlog.get_logger(__name__)

@@ -14,8 +14,6 @@ from swarm.errors import EvidenceInvalid, Rejected, UsageError
 if TYPE_CHECKING:
     from peer.evidence import Verdict
 
-SUFFIX = ".evidence"
-
 app = typer.Typer(help="What was proven against peers: list, verify.", no_args_is_help=True, rich_markup_mode=None)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
@@ -41,6 +39,8 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """Check and show all evidence that this machine's peers have kept."""
+    from peer.rounds.docket import SUFFIX
+
     place = folder or load(PeerSettings).data_dir
     verdicts = [_verdict(path) for path in sorted(place.rglob(f"*{SUFFIX}"))]
     if as_json:
