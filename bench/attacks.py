@@ -19,7 +19,6 @@ from swarm.errors import SwarmError
 PEERS, ATTACKERS, ROUNDS = 8, 2, 40
 QUICK_PEERS, QUICK_ATTACKERS, QUICK_ROUNDS, QUICK_KINDS = 4, 1, 8, ("sign_flip", "nan")
 RULES = ("centered_clip", "mean")
-HOW = f"{ATTACKERS} of {PEERS} peers, {ROUNDS} rounds, `centered_clip`"
 
 
 async def measure(out: Report) -> None:
@@ -49,9 +48,10 @@ async def measure(out: Report) -> None:
             if rule == RULES[0]:
                 ratios[kind], kept[kind] = ratio, outcome.credit_kept
     if ratios:
+        how = f"{base.attackers} of {base.peers} peers, {base.rounds} rounds, `{RULES[0]}`"
         worst, most = max(ratios, key=lambda kind: ratios[kind]), max(kept, key=lambda kind: kept[kind])
-        out.figure("worst_loss_over_clean", ratios[worst], f"{HOW}: {worst}, of {', '.join(ratios)}", "<= 1.03")
-        out.figure("credit_kept_by_attackers", kept[most], f"{HOW}: their share of all credit at the end, {most}", "== 0")
+        out.figure("worst_loss_over_clean", ratios[worst], f"{how}: {worst}, of {', '.join(ratios)}", "<= 1.03")
+        out.figure("credit_kept_by_attackers", kept[most], f"{how}: their share of all credit at the end, {most}", "== 0")
         out.figure("honest_accused", accused, "honest peers with evidence against them, in all runs under both rules", "== 0")
 
 
