@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help venv demo test slow lint format types imports deps generated linters check proto docs dashboards clean
+.PHONY: help venv demo test slow fuzz lint format types imports deps generated linters check proto docs dashboards clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## Run the tests that take seconds: make test ARGS='-k ledger
 
 slow: $(INSTALLED) ## Run the scenarios that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
+
+fuzz: $(INSTALLED) ## Run the property tests with inputs that no run drew before: make fuzz ARGS='--hypothesis-seed 7'
+	$(BIN)/pytest -m 'hypothesis and not slow' -n 2 --hypothesis-profile fuzz $(ARGS)
 
 lint: $(INSTALLED) imports ## Check style and the direction of imports
 	$(BIN)/ruff check .

@@ -107,7 +107,8 @@ def coordinate_median(vectors: Sequence[Vector]) -> Vector:
             np.minimum(rows[low], rows[high], out=rows[low])
             rows[high][:] = larger
         below, above = rows[(count - 1) // 2], rows[count // 2]
-        out[start : start + BLOCK_VALUES] = below if count % 2 else np.add(np.multiply(below, half), np.multiply(above, half))
+        middle = below if count % 2 else np.add(np.multiply(below, half), np.multiply(above, half))
+        out[start : start + BLOCK_VALUES] = np.add(middle, np.float32(0))  # the halves of the smallest negatives are -0
     return out
 
 

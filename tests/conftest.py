@@ -6,10 +6,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from swarm.local import LocalPeer, LocalSwarm
 from tests.runs import LiveRun, LoopThread, Run, Sharing, make_run
 from tests.waiting import eventually
+
+settings.register_profile("fuzz", print_blob=True)  # make fuzz
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")  # a change is judged by itself, not by the luck of the draw
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # as `swarm join` does: p2pd is started by fork and exec
 

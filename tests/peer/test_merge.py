@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -145,6 +145,7 @@ def test_clipping_only_ever_shrinks(norms: list[float], ratio: float) -> None:
 
 
 @given(st.lists(arrays(np.float32, 5, elements=any_finite), min_size=1, max_size=33))
+@example([np.full(5, -1e-45, dtype=np.float32)] * 2)
 @settings(max_examples=100, deadline=None)
 def test_the_median_is_numpys(vectors: list[np.ndarray]) -> None:
     """The sorting network sorts, for every number of rows; zeros come out positive, whichever sign they had."""
