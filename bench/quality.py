@@ -1,9 +1,11 @@
 """Loss at equal tokens: every codec and interval, `auto`, and what people would use instead, beside the bytes that it took.
 
 Four peers take 300 inner steps of 8 x 128 bytes each, a byte-level Llama of 0.87 M parameters on the Python standard library.
-Peers are real processes, which send over loopback; other systems' trainers are on hosts of their own, without limits. The rows
-that figures need come first; their other seeds are taken while there is time. The references have the manifest's default learning
-rates, as have the rows of hivemind and torchft; with those of `auto` they are in the table too. Longer budgets: `bench.simulate`.
+Peers are real processes, which send over loopback; other systems' trainers are on hosts of their own, without limits. Peers have
+the same keys in every run and draw the same samples in runs of one seed and interval, so that such rows differ by the setting
+alone. The rows that figures need come first; their other seeds are taken while there is time. The references have the manifest's
+default learning rates, as have the rows of hivemind and torchft; with those of `auto` they are in the table too. Longer budgets:
+`bench.simulate`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from bench.report import Report
 from bench.settings import AUTO, FP16, INT8, MUON, PEERS, SYNC, TUNED_MUON, TUNED_SYNC, Setting, made, settings
 from bench.single import held_out_loss
 from peer.outcome import newest_weights
+from swarm.identity import Identity
 from swarm.manifest import AdamW, DiLoCo, Manifest, Outer
 
 STEPS, QUICK_STEPS = 300, 40
@@ -34,6 +37,7 @@ VALIDATION_SAMPLES = 1024
 RUN_S, OTHER_S, START_S, EPOCH_S = 1200.0, 400.0, 240.0, 300.0
 CODECS_WITHIN_S, SEEDS_WITHIN_S = 34 * 60.0, 62 * 60.0
 GOAL_ROWS = (SYNC, MUON, AUTO, FP16, INT8)
+KEYS = tuple(Identity.from_seed(bytes([index]) * 32) for index in range(PEERS))
 FIRST_ROWS = (*GOAL_ROWS, TUNED_MUON)
 
 
@@ -115,7 +119,7 @@ class Quality:
         manifest = made(settings()[name], self.files, seed, steps)
         folder = self.folder / f"run-{sum(map(len, self.taken.values()))}"
         started = time.monotonic()
-        outcome = await swarms.train(folder, manifest, self.files, PEERS, RUN_S)
+        outcome = await swarms.train(folder, manifest, self.files, PEERS, RUN_S, KEYS)
         wall_s = time.monotonic() - started
         snapshot = newest_weights(folder / "peer-0", manifest)
         loss = await asyncio.to_thread(held_out_loss, manifest, self.files, snapshot.state.theta, VALIDATION_SAMPLES)

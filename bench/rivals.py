@@ -25,7 +25,7 @@ def batches(manifest: Manifest, files: Path, name: str) -> Iterator[torch.Tensor
     reader = ShardReader.open(data.train, files, data.sequence_length, int(manifest.model.config["vocab_size"]))
     position = 0
     while True:
-        yield reader.batch(sample_indices(manifest.run_id, 0, name, position, samples, len(reader)))
+        yield reader.batch(sample_indices(manifest.order_key, 0, name, position, samples, len(reader)))
         position += samples
 
 

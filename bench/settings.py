@@ -62,7 +62,10 @@ def settings() -> dict[str, Setting]:
 
 
 def made(setting: Setting, files: Path, seed: int, steps: int) -> Manifest:
-    """The manifest of a setting for `steps` inner steps of each of the peers, all with equal work."""
+    """The manifest of a setting for `steps` inner steps of each of the peers, all with equal work.
+
+    With the same keys and interval two settings draw the same samples.
+    """
     interval = setting.interval if setting.kind == "diloco" else 1
     base = demo_manifest(
         files,
@@ -78,6 +81,7 @@ def made(setting: Setting, files: Path, seed: int, steps: int) -> Manifest:
     )
     values = base.model_dump(mode="json")
     values["rounds"]["scale_to_speed"] = False
+    values["data"]["order"] = f"quality-{seed}"
     plan = auto.plan(draft(base, steps))
     match setting.kind:
         case "sync":

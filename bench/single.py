@@ -81,7 +81,7 @@ def planned_batch(manifest: Manifest, peers: Iterable[str], round_index: int) ->
     if rest:
         raise ValueError("the batch is no multiple of the number of peers")
     total = manifest.data.train_samples
-    return np.concatenate([sample_indices(manifest.run_id, round_index, peer, 0, quota, total) for peer in ordered])
+    return np.concatenate([sample_indices(manifest.order_key, round_index, peer, 0, quota, total) for peer in ordered])
 
 
 @one_thread()

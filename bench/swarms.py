@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink
@@ -80,10 +81,17 @@ async def coordinated(directory: Path, manifest: Manifest) -> AsyncIterator[tupl
         yield swarm, time.monotonic() - started
 
 
-async def train(directory: Path, manifest: Manifest, files: Path, peers: int, timeout_s: float) -> Outcome:
-    """Train `manifest` to its last round with `peers` peers of one thread each. Raises `RuntimeError` if one of them fails."""
+async def train(
+    directory: Path, manifest: Manifest, files: Path, peers: int, timeout_s: float, keys: Sequence[Identity] = ()
+) -> Outcome:
+    """Train `manifest` to its last round with `peers` peers of one thread each, with new keys or the first of `keys`.
+
+    Raises `RuntimeError` if one of them fails.
+    """
     async with coordinated(directory, manifest) as (swarm, start_s):
         for index in range(peers):
+            if index < len(keys):
+                keys[index].save(directory / f"peer-{index}" / "identity.key")
             await swarm.join(f"peer-{index}", "--files", str(files))
         await asyncio.wait_for(asyncio.gather(*(peer.wait() for peer in swarm.peers)), timeout_s)
         _check(swarm.peers)

@@ -28,9 +28,9 @@ MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
-def assignment_seed(run_id: str, round_number: int, peer_id: str) -> bytes:
-    """32 bytes: BLAKE2b over the run id's bytes, the round as eight big-endian bytes, and the peer id."""
-    message = bytes.fromhex(run_id) + round_number.to_bytes(8, "big") + peer_id.encode()
+def assignment_seed(order_key: str, round_number: int, peer_id: str) -> bytes:
+    """32 bytes: BLAKE2b over the bytes of `Manifest.order_key`, the round as eight big-endian bytes, and the peer id."""
+    message = bytes.fromhex(order_key) + round_number.to_bytes(8, "big") + peer_id.encode()
     return hashlib.blake2b(message, digest_size=32, person=b"swarm.assign").digest()
 
 
@@ -81,12 +81,12 @@ def _mix(values: Words) -> Words:
     return values ^ (values >> SHIFTS[2])
 
 
-def sample_indices(run_id: str, round_number: int, peer_id: str, start: int, count: int, total: int) -> Indices:
+def sample_indices(order_key: str, round_number: int, peer_id: str, start: int, count: int, total: int) -> Indices:
     """The samples at positions `start .. start + count - 1` of a peer's round, [count], out of `total`.
 
     After the whole data set the next lap begins, under its own key.
     """
-    seed = assignment_seed(run_id, round_number, peer_id)
+    seed = assignment_seed(order_key, round_number, peer_id)
     pieces: list[Indices] = []
     position, end = start, start + count
     while position < end:

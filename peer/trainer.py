@@ -120,7 +120,7 @@ def ignore_progress(progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class _Assignment:
-    run_id: str
+    order_key: str
     round: int
     peer_id: str
     total: int
@@ -234,7 +234,7 @@ class Trainer:
         started = time.monotonic()
         strategy = self._manifest.strategy
         samples = quota if isinstance(strategy, manifest.Sync) else quota * strategy.batch_samples
-        assignment = _Assignment(self._manifest.run_id, round_number, peer_id, len(self._reader))
+        assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
         run = _Run(assignment, samples, should_stop, progress)
         with self._seeded(assignment):
             self._prepare(theta)
@@ -265,7 +265,7 @@ class Trainer:
         if not isinstance(strategy, manifest.DiLoCo):
             raise ValueError("only diloco trains ahead")
         started = time.monotonic()
-        assignment = _Assignment(self._manifest.run_id, round_number, peer_id, len(self._reader))
+        assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
         run = _Run(assignment, quota * strategy.batch_samples, should_stop, progress)
         with self._seeded(assignment):
             update = self._early_round(strategy, run, early, tokens_so_far)
@@ -449,7 +449,7 @@ class Trainer:
         """
         mark = run.mark()
         place = run.assignment
-        indices = sample_indices(place.run_id, place.round, place.peer_id, start, count, place.total)
+        indices = sample_indices(place.order_key, place.round, place.peer_id, start, count, place.total)
 
         def attempt(plan: Plan) -> int:
             run.rewind(mark)
@@ -504,7 +504,7 @@ class Trainer:
     @contextmanager
     def _seeded(self, assignment: _Assignment) -> Iterator[None]:
         """Draw dropout masks from the assignment, so that a replay sees the same ones."""
-        seed = assignment_seed(assignment.run_id, assignment.round, assignment.peer_id)
+        seed = assignment_seed(assignment.order_key, assignment.round, assignment.peer_id)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(int.from_bytes(seed[:8], "big"))
             yield

@@ -76,6 +76,9 @@ class Data(Frozen):
     sequence_length: int = Field(ge=8, le=1 << 17)
     train: tuple[Shard, ...] = Field(min_length=1, max_length=65536)
     validation: tuple[Shard, ...] = Field(min_length=1, max_length=1024)
+    order: str = Field(
+        "", max_length=64, description="runs with the same name here give a key the same samples in a round, to compare settings"
+    )
     license: str = Field("unknown", max_length=200)
     description: str = Field("", max_length=2000)
 
@@ -288,6 +291,11 @@ class Manifest(Frozen):
     def run_id(self) -> str:
         """BLAKE2b-256 of the canonical bytes, hexadecimal."""
         return hashlib.blake2b(self.canonical_bytes, digest_size=32).hexdigest()
+
+    @property
+    def order_key(self) -> str:
+        """What samples are drawn by, 32 bytes in hexadecimal: the run id, or the hash of `data.order` where that is set."""
+        return hashlib.blake2b(self.data.order.encode(), digest_size=32).hexdigest() if self.data.order else self.run_id
 
     @classmethod
     def parse(cls, raw: bytes, source: str = "manifest") -> Manifest:

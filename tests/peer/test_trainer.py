@@ -17,7 +17,7 @@ from peer.model import FlatParameters, build_model, initial_theta
 from peer.optimizer import lr_factor, make_inner
 from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer
 from swarm.errors import DataInvalid, OutOfMemory
-from swarm.manifest import DiLoCo
+from swarm.manifest import DiLoCo, Manifest
 
 CPU = torch.device("cpu")
 PEER = "12D3KooWpeer"
@@ -78,6 +78,21 @@ def test_different_peers_and_rounds_use_different_samples(small_run: Runs) -> No
     updates = [one.train_round(theta, number, peer, 4, 0).update for number, peer in ((0, "a"), (0, "b"), (1, "a"))]
     assert not np.array_equal(updates[0], updates[1])
     assert not np.array_equal(updates[0], updates[2])
+
+
+def test_runs_of_one_order_draw_the_same_samples(small_run: Runs) -> None:
+    """Runs that differ by their codec alone train on the same samples only where their manifests say so."""
+
+    def update(codec: str, order: str) -> np.ndarray:
+        run = small_run("sync")
+        values = run.manifest.model_dump(mode="json")
+        values["codec"]["kind"], values["data"]["order"] = codec, order
+        other = Trainer(Manifest.model_validate(values), CPU, run.train, micro_batch=4)
+        return other.train_round(theta_of(run), 0, PEER, 4, 0).update
+
+    assert np.array_equal(update("fp16", "compared"), update("int8", "compared"))
+    assert not np.array_equal(update("fp16", ""), update("int8", ""))
+    assert not np.array_equal(update("fp16", "compared"), update("fp16", "another"))
 
 
 def reference_inner_steps(run: Any, theta: np.ndarray, steps: int, tokens: int) -> np.ndarray:
