@@ -240,7 +240,6 @@ async def main(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     configure_logging("info")
     end_with_parent()
     asyncio.run(main(arguments()))

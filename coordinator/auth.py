@@ -36,8 +36,10 @@ TABLE: dict[str, Rule] = {
     SERVICE + "ListEntries": Rule(Policy.PUBLIC),
     SERVICE + "GetCheckpoint": Rule(Policy.PUBLIC),
     SERVICE + "AddCosignature": Rule(Policy.PUBLIC),  # signed in a format of its own, by keys that the operator names
+    SERVICE + "ListAudits": Rule(Policy.PUBLIC),
     SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
     SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
+    SERVICE + "SubmitAudit": Rule(Policy.ADMITTED, "verdict"),
     SERVICE + "RevokeKey": Rule(Policy.SIGNED_BY_PEER, "revocation"),
     SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),
     ADMIN + "Execute": Rule(Policy.ADMITTED, "command"),  # by a guard of its own, which admits the admins' keys

@@ -24,11 +24,25 @@ from coordinator.metrics import Metrics
 from coordinator.orders import NO_ORDERS, Orders
 from coordinator.presence import Presence
 from coordinator.snapshot import restore
-from coordinator.state import Admit, Announced, Append, Decision, Event, GrantAsked, Now, Reported, RevocationAsked, State, decide
+from coordinator.state import (
+    Admit,
+    Announced,
+    Append,
+    Audited,
+    Decision,
+    Event,
+    GrantAsked,
+    Now,
+    Reported,
+    RevocationAsked,
+    State,
+    decide,
+)
 from coordinator.store.interface import Found, Note, Row, Store
+from swarm.audits import beacon_of
 from swarm.clock import Clock
 from swarm.credits import CreditState, apply_entry
-from swarm.entries import Admission, Claim, Confirmation, Nomination, Opened, Opening, Permission, Revocation
+from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Opened, Opening, Permission, Revocation
 from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
@@ -237,8 +251,9 @@ class Journal:
     def _decide(self, pending: _Pending) -> None:
         decision = decide(self.state, pending.event, self.now())
         for append in decision.append:
-            self.credits.apply(_opened(append, self.run_id))
-            pending.rows.append(self._row(self._body(append, pending.event), _key(append)))
+            body = self._body(append, pending.event)
+            self.credits.apply(_opened(append, self.run_id, body))
+            pending.rows.append(self._row(body, _key(append)))
         pending.decision = decision
 
     async def _commit(self, rows: list[Row]) -> None:
@@ -333,8 +348,12 @@ class Journal:
                 return LedgerEntry(proposed=event.proposal if isinstance(event, Reported) else None)
             case Claim():
                 return LedgerEntry(reported=event.report if isinstance(event, Reported) else None)
+            case Finding():
+                return LedgerEntry(audited=event.signed if isinstance(event, Audited) else None)
             case Confirmation():
-                return LedgerEntry(confirmed=seal(self._identity, RoundConfirmed(**append._asdict())))
+                run_id, number, proposal_hash, state_root, _ = append
+                message = RoundConfirmed(run_id=run_id, round=number, proposal_hash=proposal_hash, state_root=state_root)
+                return LedgerEntry(confirmed=seal(self._identity, message))
             case Permission():
                 issued_at = int(self._clock.wall_s())
                 return LedgerEntry(granted=seal(self._identity, Grant(**append._asdict(), issued_at=issued_at)))
@@ -400,7 +419,9 @@ def _name(*parts: str) -> bytes:
     return hashlib.blake2b("/".join(parts).encode(), digest_size=16).digest()
 
 
-def _opened(append: Append, run_id: bytes) -> Opened:
+def _opened(append: Append, run_id: bytes, body: LedgerEntry) -> Opened:
     if isinstance(append, Admit):
         return Admission(run_id, append.peer_id, append.account, 0, append.expires_at, append.invited)
+    if isinstance(append, Confirmation):
+        return append._replace(beacon=beacon_of(body.confirmed))
     return append

@@ -30,6 +30,12 @@ class Metrics:
         self.flops_verified_total = Counter(
             PREFIX + "flops_verified_total", "Training FLOPs that became verified.", registry=registry
         )
+        self.audits_total = Counter(
+            PREFIX + "audits_total",
+            "What auditors found, and findings that were refused, by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
         self.ledger_entries = Gauge(PREFIX + "ledger_entries", "Entries in the ledger.", registry=registry)
         self.peers_alive = Gauge(PREFIX + "peers_alive", "Peers heard from within the time to live.", registry=registry)
         self.confirmed_round = Gauge(PREFIX + "confirmed_round", "Newest confirmed round.", registry=registry)

@@ -20,14 +20,14 @@ from coordinator.limits import (
 from coordinator.metrics import Metrics
 from coordinator.presence import NOT_PLAYING, Sighting
 from coordinator.signatures import SignatureChecker
-from coordinator.state import Announced, Decision, GrantAsked, Reported, RevocationAsked, decide
+from coordinator.state import Announced, Audited, Decision, GrantAsked, Reported, RevocationAsked, decide
 from coordinator.store.interface import Store
 from coordinator.witnesses import Witnessed
 from swarm import __version__
 from swarm.accounts import open_held
 from swarm.clock import Clock
 from swarm.credits import Balance
-from swarm.entries import Claim, Nomination, open_proposal, open_revocation, take_report_apart
+from swarm.entries import Claim, Nomination, open_proposal, open_revocation, open_verdict, take_report_apart
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
@@ -41,6 +41,7 @@ from swarm.tickets import open_ticket
 READ_AHEAD_ENTRIES = 512
 DEFAULT_LEADERBOARD = 20
 RECENT_PROPOSALS = 64
+MAX_SUSPENDED = 256
 
 
 class PeerService(PeerServiceServicer):
@@ -132,6 +133,26 @@ class PeerService(PeerServiceServicer):
         decision = (await self._journal.submit(RevocationAsked(revocation, signed))).decision
         _raise_refusal(decision, signed.signer)
         return pb.RevokeKeyResponse(repeated=not decision.append)
+
+    async def ListAudits(self, request: pb.ListAuditsRequest, context: Any) -> pb.ListAuditsResponse:  # noqa: N802
+        """What a peer is asked to audit, and who is suspended."""
+        self._check_run(request.run_id)
+        ledger, run_id = self._journal.credits, self._journal.run_id
+        suspended = [*ledger.suspended(run_id), *self._journal.orders.suspended][-MAX_SUSPENDED:]
+        duties = [pb.AuditDuty(**duty._asdict()) for duty in ledger.duties(run_id, request.peer_id)]
+        return pb.ListAuditsResponse(duties=duties, suspended=suspended)
+
+    async def SubmitAudit(self, request: pb.SubmitAuditRequest, context: Any) -> pb.SubmitAuditResponse:  # noqa: N802
+        """Append what an auditor found."""
+        signed = request.verdict
+        finding = open_verdict(signed)
+        if finding.run_id != self._journal.run_id:
+            raise Rejected("wrong_run", "verdict", signed.signer)
+        self._guard.take(signed.signer)
+        decision = (await self._journal.submit(Audited(finding, signed))).decision
+        self._metrics.audits_total.labels(decision.reason).inc()
+        _raise_refusal(decision, signed.signer)
+        return pb.SubmitAuditResponse()
 
     async def GetCredits(self, request: pb.GetCreditsRequest, context: Any) -> pb.GetCreditsResponse:  # noqa: N802
         """One balance, or the leaderboard."""

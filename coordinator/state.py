@@ -15,7 +15,7 @@ from coordinator.orders import NO_ORDERS, PAUSED, RUNNING, Orders
 from coordinator.presence import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, Presence
 from swarm.accounts import CLOCK_SLACK_S, Certified
 from swarm.credits import CreditState
-from swarm.entries import Admission, Claim, Confirmation, Nomination, Permission, Revocation
+from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Permission, Revocation
 from swarm.errors import Rejected
 from swarm.manifest import Manifest
 from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
@@ -82,7 +82,15 @@ class RevocationAsked:
     signed: Signed
 
 
-Event = Announced | Reported | GrantAsked | RevocationAsked
+@dataclass(frozen=True)
+class Audited:
+    """A peer says what it found about another's contribution."""
+
+    finding: Finding
+    signed: Signed
+
+
+Event = Announced | Reported | GrantAsked | RevocationAsked | Audited
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Admit:
     invited: Invited | None = None
 
 
-Append = Admit | Nomination | Claim | Confirmation | Permission | Revocation
+Append = Admit | Nomination | Claim | Confirmation | Permission | Revocation | Finding
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ def decide(state: State, event: Event, now: Now) -> Decision:
                 return _decide_grant(state, event, now)
             case RevocationAsked():
                 return _decide_revocation(state, event)
+            case Audited():
+                return _decide_audited(state, event)
     except Rejected as error:
         return Decision(False, error.reason, error.detail)
 
@@ -173,6 +183,12 @@ def _decide_revocation(state: State, event: RevocationAsked) -> Decision:
     except Rejected as error:
         return Decision(error.reason == "revoked", error.reason, error.detail)
     return Decision(True, "revoked_now", append=(event.revocation,))
+
+
+def _decide_audited(state: State, event: Audited) -> Decision:
+    _check_suspended(state, event.finding.auditor)
+    state.credits.judge(event.finding)
+    return Decision(True, event.finding.finding, append=(event.finding,))
 
 
 def _check_suspended(state: State, peer_id: str) -> None:

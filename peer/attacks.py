@@ -52,7 +52,8 @@ class Attack:
         if honest.update is None or not honest.weight:
             return honest
         if self.kind == "skip":
-            return replace(honest, weight=2 * honest.weight)
+            doubled = tuple(replace(leaf, samples=2 * leaf.samples) for leaf in honest.leaves)
+            return replace(honest, weight=2 * honest.weight, leaves=doubled)
         change = UPDATES.get(self.kind)
         if change is None:
             return honest

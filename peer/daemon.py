@@ -53,6 +53,7 @@ from peer.outcome import CHECKPOINTS, EVIDENCE, FILES
 from peer.outer import OuterState, initial_state
 from peer.reports import Outbox, Reporter
 from peer.rounds.auditor import Auditor
+from peer.rounds.audits import AuditDesk
 from peer.rounds.docket import Docket
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
@@ -64,6 +65,7 @@ from peer.rounds.training import TrainingThread
 from peer.rounds.wire import Checker
 from peer.state import Layout
 from peer.status import Status
+from peer.tasks import cancel
 from peer.trainer import Trainer
 from peer.usage import FILE_NAME as USAGE_NAME
 from peer.usage import Usage, month_of
@@ -76,6 +78,7 @@ from swarm.control import HISTORY_NAME, STATUS_NAME
 from swarm.errors import (
     CoordinatorUnreachable,
     NetworkBroken,
+    NotAdmitted,
     OutOfMemory,
     PortBusy,
     Rejected,
@@ -548,6 +551,8 @@ class Daemon:
         for attempt in range(ADMISSION_ATTEMPTS):
             try:
                 await parts.coordination.announce(parts.node, self._standing())
+            except Rejected as error:
+                raise NotAdmitted(f"the coordinator refuses this key: {error}", "why: swarm explain --round N") from error
             except CoordinatorUnreachable:
                 if parts.coordination.last is not None:
                     return
@@ -574,7 +579,10 @@ class Daemon:
         docket = Docket(self.options.directory / EVIDENCE, parts.run.run_id)
         await asyncio.to_thread(docket.load)
         auditor = Auditor(parts.services, docket, self.options.check_traffic)
-        self.engine = Engine(parts.services, training, parts.snapshots, entry, auditor, self._on_round, parts.coordination.nudge)
+        desk = AuditDesk(parts.services, training, parts.coordination.connected)
+        self.engine = Engine(
+            parts.services, training, parts.snapshots, entry, auditor, desk, self._on_round, parts.coordination.nudge
+        )
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
         """Load the model and warm it up, so that the first round isn't slower than the others."""
@@ -608,6 +616,7 @@ class Daemon:
             parts.coordination.announce_for_ever(parts.node, self._standing),
             parts.finder.announce_for_ever(),
             parts.reporter.run(),
+            engine.desk.work(),
             parts.vitals.watch(),
             self.governor.watch(),
             self._keep_network(parts),
@@ -858,7 +867,5 @@ async def _background(*coroutines: Any) -> AsyncIterator[asyncio.Future[None]]:
     try:
         yield failed
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(tasks)
         failed.cancel()

@@ -67,9 +67,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """The name of what matrix products are computed in."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+
+
 def hardware_class(device: torch.device) -> str:
-    """Devices of one class compute alike within the audit's tolerance, for example `NVIDIA H100-bf16` or `cpu-x86_64-fp32`."""
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(autocast_dtype(device), "fp32")
+    """What computes here and how precisely, for example `NVIDIA H100-bf16` or `cpu-x86_64-fp32`."""
+    precision = precision_of(autocast_dtype(device))
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}-{precision}"
     return f"{device.type}-{platform.machine()}-{precision}"

@@ -225,6 +225,11 @@ class FlatParameters:
                 self._piece(out, entry).copy_(piece - parameter)
         return out
 
+    def pieces(self, network: nn.Module, *, gradients: bool = False) -> Iterator[tuple[int, torch.Tensor | None]]:
+        """The parameters, or their gradients, where they lie, each with its place in the vector."""
+        for entry, (_, parameter) in zip(self.table, _trained(network), strict=True):
+            yield entry.offset, parameter.grad if gradients else parameter
+
     def write(self, network: nn.Module, vector: Vector) -> None:
         """Copy `vector`, [size], into the model's parameters in place."""
         self._check_shape(vector)

@@ -6,10 +6,11 @@ It knows nothing of other peers: exchange, merge and the outer step are elsewher
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,10 +22,12 @@ from torch import nn
 from torch.nn import functional
 
 from peer.batches import MAX_PROBE_SAMPLES, Plan, feed, grouped, halved, plan_for_host
-from peer.data import ShardReader, assignment_seed, sample_indices
-from peer.device import autocast_dtype, free_bytes
+from peer.data import Indices, ShardReader, assignment_seed, sample_indices
+from peer.device import autocast_dtype, free_bytes, precision_of
+from peer.leaves import Leaf, Tracer, leaf_ends
 from peer.model import FlatParameters, build_model
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
+from peer.sketch import Sketcher
 from swarm import manifest
 from swarm.errors import OutOfMemory
 
@@ -58,7 +61,7 @@ class TrainedUpdate:
 
     Losses are in nats per token. `stopped` is the reason why it ended before its quota, `error` why it must not be sent
     (then `update` is zero and `samples` 0). The samples used are the first `samples` positions of the peer's
-    assignment.
+    assignment. `leaves` are what others can check, where that was asked for.
     """
 
     update: Vector
@@ -72,6 +75,7 @@ class TrainedUpdate:
     skipped_steps: int = 0
     stopped: str | None = None
     error: str | None = None
+    leaves: tuple[Leaf, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class _Run:
     quota_samples: int
     should_stop: ShouldStop
     progress: Callable[[Progress], None]
+    tracer: Tracer | None = None
     done: int = 0
     losses: list[tuple[_Loss, int]] = field(default_factory=list)
     stopped: str | None = None
@@ -172,6 +177,8 @@ class _Run:
         """Forget what was done after `mark`."""
         self.done = mark[0]
         del self.losses[mark[1] :]
+        if self.tracer is not None:
+            self.tracer.forget_after(self.done)
 
 
 class Trainer:
@@ -205,6 +212,11 @@ class Trainer:
         return self._plan.samples if self._plan else None
 
     @property
+    def precision(self) -> str:
+        """What matrix products are computed in: `fp32`, `bf16` or `fp16`."""
+        return precision_of(self._dtype)
+
+    @property
     def is_loaded(self) -> bool:
         """Whether the model takes memory on the device."""
         return self._network is not None
@@ -224,18 +236,20 @@ class Trainer:
         tokens_so_far: int,
         should_stop: ShouldStop = never_stop,
         progress: Callable[[Progress], None] = ignore_progress,
+        sketcher: Sketcher | None = None,
     ) -> TrainedUpdate:
         """Train from `theta`, [parameters]: `quota` samples in `sync`, `quota` inner steps in `diloco`.
 
-        `should_stop` is asked before every micro-batch and gives a reason to end early; only whole inner steps count.
-        Raises `OutOfMemory` when one sample doesn't fit, `DataInvalid` for bad data. Values that are not finite come
-        back as `error`.
+        With a `sketcher` the work is cut into leaves that others can check. `should_stop` is asked before every micro-batch and
+        gives a reason to end early; only whole inner steps count. Raises `OutOfMemory` when one sample doesn't fit, `DataInvalid`
+        for bad data. Values that are not finite come back as `error`.
         """
         started = time.monotonic()
         strategy = self._manifest.strategy
         samples = quota if isinstance(strategy, manifest.Sync) else quota * strategy.batch_samples
         assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
-        run = _Run(assignment, samples, should_stop, progress)
+        tracer = Tracer(sketcher, leaf_ends(samples, self._unit)) if sketcher is not None and samples else None
+        run = _Run(assignment, samples, should_stop, progress, tracer)
         with self._seeded(assignment):
             self._prepare(theta)
             match strategy:
@@ -244,6 +258,39 @@ class Trainer:
                 case manifest.DiLoCo():
                     update = self._inner_round(strategy, run, theta, tokens_so_far)
         return self._report(run, update, time.monotonic() - started)
+
+    def replay(
+        self,
+        theta: Vector,
+        round_number: int,
+        peer_id: str,
+        tokens_so_far: int,
+        lengths: Sequence[int],
+        leaf: int,
+        sketcher: Sketcher,
+        should_stop: ShouldStop = never_stop,
+    ) -> tuple[Leaf, ...] | None:
+        """Compute again what another peer says it has computed from `theta`, [parameters], in leaves of so many samples each.
+
+        `sync`: leaf `leaf` alone. `diloco`: the leaves up to that one, of which each is where the next begins. None when stopped.
+        Raises what `train_round` raises, and `ValueError` for leaves that aren't whole inner steps.
+        """
+        if any(length % self._unit for length in lengths):
+            raise ValueError("leaves of broken inner steps")
+        strategy, ends = self._manifest.strategy, tuple(itertools.accumulate(lengths))
+        start = ends[leaf] - lengths[leaf] if isinstance(strategy, manifest.Sync) else 0
+        assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
+        tracer = Tracer(sketcher, tuple(end - start for end in ends))
+        run = _Run(assignment, ends[leaf] - start, should_stop, ignore_progress, tracer)
+        with self._seeded(assignment):
+            self._prepare(theta)
+            match strategy:
+                case manifest.Sync():
+                    self._accumulate_scaled(run, start)
+                    self._zero_grad()
+                case manifest.DiLoCo():
+                    self._inner_steps(strategy, run, tokens_so_far)
+        return self._leaves(run) if run.done == run.quota_samples else None
 
     def train_ahead(
         self,
@@ -362,15 +409,26 @@ class Trainer:
         has_state = self._inner is None or any(part.state for part in self._inner.parts)
         return 0 if has_state else 8 * self.parameters.size
 
-    def _gradient_round(self, run: _Run) -> Vector:
-        """The mean gradient over the quota's samples, or over those that were done."""
+    @property
+    def _unit(self) -> int:
+        """Of how many samples the smallest leaf is."""
+        strategy = self._manifest.strategy
+        return 1 if isinstance(strategy, manifest.Sync) else strategy.batch_samples
+
+    def _accumulate_scaled(self, run: _Run, start: int) -> None:
+        """Leave the mean gradient over the quota's samples, from position `start` on, in the network."""
         holder = torch.optim.SGD(self._network.parameters(), lr=0.0)
         for _ in range(MAX_SCALE_TRIALS):
-            done = self._accumulate(run, 0, run.quota_samples)
+            done = self._accumulate(run, start, run.quota_samples)
+            self._trace_gradient(run, last=True)
             if done == 0 or self._unscale(holder):
                 break
             run.skipped_steps += 1
             run.rewind((0, 0))
+
+    def _gradient_round(self, run: _Run) -> Vector:
+        """The mean gradient over the quota's samples, or over those that were done."""
+        self._accumulate_scaled(run, 0)
         gradient = self.parameters.read_gradients(self._network)
         self._zero_grad()
         return gradient * np.float32(run.quota_samples / run.done) if 0 < run.done < run.quota_samples else gradient
@@ -387,9 +445,17 @@ class Trainer:
 
     def _inner_round(self, strategy: manifest.DiLoCo, run: _Run, theta: Vector, tokens_so_far: int) -> Vector:
         """`theta` minus where the inner steps lead."""
-        while run.done < run.quota_samples and self._whole_step(strategy, run, tokens_so_far):
-            pass
+        self._inner_steps(strategy, run, tokens_so_far)
         return self.parameters.read_difference(theta, self._network)
+
+    def _inner_steps(self, strategy: manifest.DiLoCo, run: _Run, tokens_so_far: int) -> None:
+        """Take the quota's inner steps, or as many as we may."""
+        if strategy.inner_state == "fresh":
+            self._inner = make_inner(strategy.inner, self._network)
+        self._trace_weights(run)
+        while run.done < run.quota_samples and self._whole_step(strategy, run, tokens_so_far):
+            self._trace_weights(run)
+        self._trace_weights(run, last=True)
 
     def _early_round(self, strategy: manifest.DiLoCo, run: _Run, early: Early, tokens_so_far: int) -> Vector:
         """The agreed weights minus where the inner steps lead; zero if the round before was never merged."""
@@ -454,14 +520,39 @@ class Trainer:
         def attempt(plan: Plan) -> int:
             run.rewind(mark)
             self._zero_grad()
-            for batch in feed(self._reader, grouped(indices, plan.samples), self._device):
+            self._trace_gradient(run)
+            for batch in feed(self._reader, self._groups(run, indices, plan), self._device):
                 run.stopped = run.should_stop()
                 if run.stopped is not None:
                     break
                 run.note(self._backward(batch, share=len(batch) / count), len(batch))
+                self._trace_gradient(run)
             return run.done - mark[0]
 
         return self._retried(attempt)
+
+    def _groups(self, run: _Run, indices: Indices, plan: Plan) -> list[Indices]:
+        """The samples of each micro-batch; none reaches over the end of a leaf of gradients."""
+        if run.tracer is None or isinstance(self._manifest.strategy, manifest.DiLoCo):
+            return grouped(indices, plan.samples)
+        return [group for leaf in np.split(indices, run.tracer.ends) for group in grouped(leaf, plan.samples)]
+
+    def _trace_gradient(self, run: _Run, *, last: bool = False) -> None:
+        if run.tracer is None or isinstance(self._manifest.strategy, manifest.DiLoCo):
+            return
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
+        run.tracer.note(run.done, self.parameters.pieces(self._network, gradients=True), last=last, scale=scale)
+
+    def _trace_weights(self, run: _Run, *, last: bool = False) -> None:
+        if run.tracer is not None:
+            run.tracer.note(run.done, self.parameters.pieces(self._network), last=last)
+
+    def _leaves(self, run: _Run) -> tuple[Leaf, ...]:
+        if run.tracer is None:
+            return ()
+        losses = [(float(loss), samples) for loss, samples in run.losses]
+        sync = isinstance(self._manifest.strategy, manifest.Sync)
+        return run.tracer.leaves(losses, mean_over=run.quota_samples if sync else 0)
 
     def _evaluate(self, count: int, plan: Plan) -> float:
         total = 0.0
@@ -532,6 +623,7 @@ class Trainer:
             skipped_steps=run.skipped_steps,
             stopped=run.stopped,
             error=None if finite else NOT_FINITE,
+            leaves=self._leaves(run) if finite and samples else (),
         )
 
 

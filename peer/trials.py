@@ -15,15 +15,18 @@ from peer.evidence import verify_evidence
 from peer.outcome import EVIDENCE, held_out_losses, newest_weights
 from peer.recipes import tiny_manifest
 from peer.rounds.docket import SUFFIX
+from swarm.credits import CreditState, apply_entry
 from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
+from swarm.messages import JoinLink
+from swarm.rpc.client import CoordinatorClient
 from swarm.scenario import Scenario, last_round, write_run
 
 CHECK_VARIABLE = "SWARM_CHECK_TRAFFIC"
 POLL_S = 0.5
-STALL_S = 300.0
+STALL_S, NEVER = 300.0, 1 << 60
 VALIDATION_SAMPLES = 512
 
 Told = Callable[[str], None]
@@ -53,8 +56,9 @@ class Trial:
 class Outcome:
     """What came of a trial.
 
-    `loss` is the held-out one in nats per byte; `detected_after` counts rounds until the first attacker was proven guilty, None
-    if none was; `convicted` and `honest_accused` count keys; `credit_kept` is the attackers' share of all credit, in any state.
+    `loss` is the held-out one in nats per byte; `detected_after` counts rounds until the first attacker was proven guilty or
+    suspended after audits, None if none was; `convicted` and `honest_accused` count such keys; `credit_kept` is the attackers'
+    share of all credit, in any state.
     """
 
     loss: float
@@ -81,17 +85,19 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
         await _until_over(honest, trial.rounds, told)
         seen = Scenario(swarm, folder, {peer.name: peer for peer in honest})
         credit = await seen.credit()
+        suspended = await _suspended(swarm.link)
     guilty = {Identity.load(peer.directory / "identity.key").peer_id for peer in attackers}
     loss = await asyncio.to_thread(_loss, manifest, folder, honest[0].directory)
     accused = {path.stem: path for peer in honest for path in (peer.directory / EVIDENCE).glob(f"*{SUFFIX}")}
-    rounds = [await asyncio.to_thread(_round_of, path) for name, path in accused.items() if name in guilty]
+    proven = {name: await asyncio.to_thread(_round_of, path) for name, path in accused.items()}
+    found = {name: min(found.get(name, NEVER) for found in (proven, suspended)) for name in proven.keys() | suspended}
     total = sum(credit.values())
     return Outcome(
         loss=loss,
         rounds=min(map(last_round, honest)),
-        detected_after=min(rounds, default=None),
-        convicted=len(accused.keys() & guilty),
-        honest_accused=len(accused.keys() - guilty),
+        detected_after=min((number for name, number in found.items() if name in guilty), default=None),
+        convicted=len(found.keys() & guilty),
+        honest_accused=len(found.keys() - guilty),
         credit_kept=sum(amount for peer, amount in credit.items() if peer in guilty) / total if total else 0.0,
         roots_agree=not seen.differing_roots(),
     )
@@ -100,7 +106,10 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
 def _manifest(trial: Trial, files: Path) -> Manifest:
     files.mkdir(parents=True)
     made = tiny_manifest(files, trial.peers, total=trial.rounds)
-    return Manifest.model_validate({**made.model_dump(mode="json"), "merge": {"kind": trial.merge}})
+    values = made.model_dump(mode="json")
+    values["merge"] = {"kind": trial.merge}
+    values["strategy"]["inner_state"] = "fresh"
+    return Manifest.model_validate(values)
 
 
 async def _until_over(honest: list[LocalPeer], rounds: int, told: Told) -> None:
@@ -122,6 +131,21 @@ async def _until_over(honest: list[LocalPeer], rounds: int, told: Told) -> None:
 def _loss(manifest: Manifest, folder: Path, peer: Path) -> float:
     theta = newest_weights(peer, manifest).state.theta
     return held_out_losses(manifest, folder / "files", theta, VALIDATION_SAMPLES).last
+
+
+async def _suspended(link: str) -> dict[str, int]:
+    """The keys that the ledger suspends, and the newest confirmed round at that moment."""
+    joined = JoinLink.parse(link)
+    async with await CoordinatorClient.connect(joined) as client:
+        state = CreditState((await client.get_run()).coordinator)
+        found: dict[str, int] = {}
+        index = 0
+        async for raw in client.entries():
+            apply_entry(state, index, raw, check_signatures=False)
+            index += 1
+            for name in state.suspended(joined.run_id):
+                found.setdefault(name, state.progress(joined.run_id).confirmed_round)
+    return found
 
 
 def _round_of(path: Path) -> int:

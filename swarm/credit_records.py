@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from swarm.audits import Case
 from swarm.entries import Claim, Confirmation, Nomination, Permission
 from swarm.manifest import DiLoCo, Manifest
 
@@ -51,6 +52,8 @@ class Terms(NamedTuple):
     max_weight: int
     flops_per_token: int
     hold_rounds: int
+    audit_rate: float
+    audit_first: int
 
     @classmethod
     def of(cls, manifest: Manifest) -> Terms:
@@ -61,7 +64,9 @@ class Terms(NamedTuple):
             manifest.data.sequence_length,
             steps * strategy.batch_samples,
             manifest.credit.flops_per_token,
-            manifest.credit.hold_rounds,
+            manifest.hold_rounds,
+            manifest.audit.rate if manifest.is_audited else 0.0,
+            manifest.audit.first if manifest.is_audited else 0,
         )
 
 
@@ -110,7 +115,7 @@ def rank(tally: Tally) -> tuple[int, str]:
 
 
 class Standings:
-    """The accounts that earned most, without looking at all of them: what an account has earned never shrinks."""
+    """The accounts that earned most, without looking at all of them. Made anew when what an account has earned shrinks."""
 
     __slots__ = ("_bar", "_best")
 
@@ -136,13 +141,17 @@ class Standings:
 
 @dataclass(slots=True)
 class Member:
-    """An admitted key; with a certificate, what it earns goes to an account until it expires or is revoked."""
+    """An admitted key; with a certificate, what it earns goes to an account until it expires or is revoked.
+
+    `contributions` counts the confirmed rounds that it had a part in, up to where they are all audited.
+    """
 
     tally: Tally
     weight_limit: int
     reported: RoundSet = field(default_factory=RoundSet)
     expires_at: int = 0
     revoked: bool = False
+    contributions: int = 0
 
 
 @dataclass(slots=True)
@@ -165,9 +174,11 @@ class RoundRecord:
     claims: list[tuple[Tally, Claim]] = field(default_factory=list)
     confirmed: Confirmation | None = None
     final: bool = False
-    held: list[tuple[Tally, int]] = field(default_factory=list)
+    held: list[tuple[Tally, int, str]] = field(default_factory=list)
     weighted_loss: float = 0.0
     weight: int = 0
+    void: set[str] = field(default_factory=set)
+    cases: dict[str, Case] = field(default_factory=dict)
 
     def matches(self, claim: Claim) -> bool:
         confirmed = self.confirmed
@@ -193,3 +204,4 @@ class RunRecord:
     unsettled: list[int] = field(default_factory=list)
     grants: dict[int, Permission] = field(default_factory=dict)
     tokens: int = 0
+    suspended: dict[str, str] = field(default_factory=dict)

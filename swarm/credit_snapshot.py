@@ -11,13 +11,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from swarm.audits import Case, Duty
 from swarm.credit_records import Candidate, Member, RoundRecord, RoundSet, RunRecord, Standings, Tally, Terms
 from swarm.credits import CreditState
 from swarm.entries import Claim, Commitment, Confirmation, Nomination, Permission
 from swarm.errors import LedgerInvalid
 from swarm.manifest import Manifest
 
-VERSION = 2
+VERSION = 3
 
 Json = Any  # what json.loads gives; a snapshot that doesn't have the expected shape is refused as a whole
 
@@ -48,16 +49,14 @@ def _dump_run(run: RunRecord) -> Json:
         "owner": run.owner,
         "tickets": [[ticket.hex(), uses] for ticket, uses in run.tickets.items()],
         "tallies": [[tally.account, tally.pending, tally.verified, tally.final, tally.rounds] for tally in run.tallies.values()],
-        "members": [
-            [peer_id, places[id(member.tally)], member.weight_limit, member.reported.bounds, member.expires_at, member.revoked]
-            for peer_id, member in run.members.items()
-        ],
+        "members": [[peer_id, places[id(member.tally)], *_dump_member(member)] for peer_id, member in run.members.items()],
         "rounds": [[number, _dump_round(record, places)] for number, record in run.rounds.items()],
         "confirmed": run.confirmed.bounds,
         "newest": run.newest,
         "unsettled": run.unsettled,
         "grants": [[grant.round, grant.peer_id, grant.base_root.hex(), grant.present] for grant in run.grants.values()],
         "tokens": run.tokens,
+        "suspended": run.suspended,
     }
 
 
@@ -70,8 +69,8 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
         owner=values["owner"],
         tickets={bytes.fromhex(ticket): uses for ticket, uses in values["tickets"]},
         members={
-            peer_id: Member(tallies[place], limit, RoundSet(bounds), expires_at, revoked)
-            for peer_id, place, limit, bounds, expires_at, revoked in values["members"]
+            peer_id: Member(tallies[place], limit, RoundSet(bounds), *others)
+            for peer_id, place, limit, bounds, *others in values["members"]
         },
         tallies={tally.account: tally for tally in tallies},
         standings=Standings(tallies),
@@ -84,7 +83,22 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
             for number, peer_id, root, present in values["grants"]
         },
         tokens=values["tokens"],
+        suspended=dict(values["suspended"]),
     )
+
+
+def _dump_member(member: Member) -> Iterable[Json]:
+    return member.weight_limit, member.reported.bounds, member.expires_at, member.revoked, member.contributions
+
+
+def _dump_case(case: Case) -> Json:
+    duty = case.duty
+    return [duty.round, duty.peer_id, duty.commit_hash.hex(), duty.seed.hex(), case.auditors, case.findings]
+
+
+def _load_case(values: Json) -> Case:
+    number, peer_id, commit_hash, seed, auditors, findings = values
+    return Case(Duty(number, peer_id, bytes.fromhex(commit_hash), bytes.fromhex(seed)), tuple(auditors), dict(findings))
 
 
 def _dump_round(record: RoundRecord, places: Mapping[int, int]) -> Json:
@@ -95,7 +109,9 @@ def _dump_round(record: RoundRecord, places: Mapping[int, int]) -> Json:
         "claims": [[places[id(tally)], *_dump_claim(claim)] for tally, claim in record.claims],
         "confirmed": None if confirmed is None else [confirmed.proposal_hash.hex(), confirmed.state_root.hex()],
         "final": record.final,
-        "held": [[places[id(tally)], tokens] for tally, tokens in record.held],
+        "held": [[places[id(tally)], tokens, peer_id] for tally, tokens, peer_id in record.held],
+        "void": sorted(record.void),
+        "cases": [_dump_case(case) for case in record.cases.values()],
         "weighted_loss": record.weighted_loss,
         "weight": record.weight,
     }
@@ -110,7 +126,9 @@ def _load_round(run_id: bytes, number: int, values: Json, tallies: list[Tally]) 
         claims=[(tallies[place], _load_claim(run_id, number, claim)) for place, *claim in values["claims"]],
         confirmed=None if confirmed is None else Confirmation(run_id, number, *map(bytes.fromhex, confirmed)),
         final=values["final"],
-        held=[(tallies[place], tokens) for place, tokens in values["held"]],
+        held=[(tallies[place], tokens, peer_id) for place, tokens, peer_id in values["held"]],
+        void=set(values["void"]),
+        cases={case.duty.peer_id: case for case in map(_load_case, values["cases"])},
         weighted_loss=values["weighted_loss"],
         weight=values["weight"],
     )

@@ -5,7 +5,9 @@
     Revoked     by that account: the key earns nothing from here on
     Proposed    by a peer of the roster: which commits make up the round
     Reported    by a peer of the proposal: its contribution is *pending*
-    Confirmed   a strict majority of the proposal's peers came to one state: contributions to it are *verified*, others void
+    Confirmed   a strict majority of the proposal's peers came to one state: contributions to it are *verified*, others void;
+                which of the commits are audited follows from it
+    Audited     by a peer that was drawn: two bad findings void the contribution, or all of the key's that isn't final
     (later)     once round r + hold_rounds is confirmed, round r's credit is *final*
 
 `apply_entry` either changes the state or raises `LedgerInvalid` with the entry's index and the broken rule, and changes nothing.
@@ -22,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 
+from swarm.audits import FAILED, WITHHELD, Duty, draw_case
 from swarm.credit_records import (
     FLOPS_PER_CREDIT,
     KEPT,
@@ -32,6 +35,7 @@ from swarm.credit_records import (
     RoundRecord,
     RoundSet,
     RunRecord,
+    Standings,
     Tally,
     Terms,
     rank,
@@ -40,6 +44,7 @@ from swarm.entries import (
     Admission,
     Claim,
     Confirmation,
+    Finding,
     Nomination,
     Opened,
     Opening,
@@ -106,8 +111,13 @@ class CreditState:
         return run is not None and peer_id in run.members
 
     def account(self, run_id: bytes, peer_id: str) -> tuple[str, int]:
-        """Whom an admitted key earns for, and until when (0 = for ever). Raises `Rejected` for others, and for revoked ones."""
-        member = self._member(self._run(run_id), peer_id)
+        """Whom an admitted key earns for, and until when (0 = for ever).
+
+        Raises `Rejected` for others, and for those that are revoked or suspended.
+        """
+        run = self._run(run_id)
+        member = self._member(run, peer_id)
+        _check_suspended(run, peer_id)
         if member.revoked:
             raise Rejected("revoked", "the account has revoked this key", peer_id)
         return member.tally.account, member.expires_at
@@ -143,6 +153,17 @@ class CreditState:
     def is_confirmed(self, run_id: bytes, number: int) -> bool:
         """Whether the round is confirmed."""
         return number in self._run(run_id).confirmed
+
+    def duties(self, run_id: bytes, peer_id: str) -> list[Duty]:
+        """The audits that a peer is asked for now, the oldest first."""
+        run = self._run(run_id)
+        newest = run.newest or 0
+        cases = itertools.chain.from_iterable(current.cases.values() for current in run.rounds.values())
+        return [case.duty for case in cases if case.has_turn(peer_id, newest)]
+
+    def suspended(self, run_id: bytes) -> dict[str, str]:
+        """The keys that audits have suspended, and what they found."""
+        return self._run(run_id).suspended
 
     def progress(self, run_id: bytes) -> Progress:
         """The newest confirmed round; its loss is the mean over the verified commits, by weight."""
@@ -184,6 +205,8 @@ class CreditState:
                 self._judge_admission(opened)
             case Revocation():
                 self._judge_revocation(opened)
+            case Finding():
+                self._judge_finding(opened)
             case Permission():
                 if opened.round in self._run(opened.run_id).grants:
                     raise Rejected("already_granted", f"round {opened.round}", opened.peer_id)
@@ -214,6 +237,8 @@ class CreditState:
                 self._runs[opened.run_id].grants[opened.round] = opened
             case Revocation():
                 self._runs[opened.run_id].members[opened.peer_id].revoked = True
+            case Finding():
+                _take_finding(self._runs[opened.run_id], opened)
             case Opening():
                 self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest), opened.owner)
         self.size += 1
@@ -268,8 +293,20 @@ class CreditState:
         if account != revocation.account or account == revocation.peer_id:
             raise Rejected("other_account", "only the account that certified a key revokes it", revocation.account)
 
+    def _judge_finding(self, finding: Finding) -> None:
+        run = self._run(finding.run_id)
+        _check_suspended(run, finding.auditor)
+        current = run.rounds.get(finding.round)
+        case = current.cases.get(finding.peer_id) if current is not None else None
+        if case is None or case.duty.commit_hash != finding.commit_hash:
+            raise Rejected("no_audit", f"round {finding.round}", finding.auditor)
+        if not case.has_turn(finding.auditor, run.newest or 0):
+            raise Rejected("not_an_auditor", f"round {finding.round}", finding.auditor)
+
     def _judge_claimant(self, claim: Claim) -> Member:
-        member = self._member(self._run(claim.run_id), claim.peer_id)
+        run = self._run(claim.run_id)
+        member = self._member(run, claim.peer_id)
+        _check_suspended(run, claim.peer_id)
         if member.revoked:
             raise Rejected("revoked", "the account has revoked this key", claim.peer_id)
         if claim.round in member.reported:
@@ -456,28 +493,90 @@ def _confirm(run: RunRecord, confirmation: Confirmation) -> None:
     current.claims = []
     run.newest = confirmation.round if run.newest is None else max(run.newest, confirmation.round)
     heapq.heappush(run.unsettled, confirmation.round)
+    _draw_audits(run, confirmation, current)
     while run.unsettled and run.unsettled[0] + run.terms.hold_rounds <= run.newest:
         _finalise(run, heapq.heappop(run.unsettled))
     _prune(run, confirmation.round - 1)
+
+
+def _draw_audits(run: RunRecord, confirmation: Confirmation, current: RoundRecord) -> None:
+    """Open a case for each of the round's commits that is drawn: all of a new key's."""
+    terms = run.terms
+    if not terms.audit_rate and not terms.audit_first:
+        return
+    commits = current.proposals[confirmation.proposal_hash].nomination.commits
+    working = {peer: run.members[peer] for peer, item in commits.items() if item.weight and peer not in run.suspended}
+    for peer_id, member in working.items():
+        rate = 1.0 if member.contributions < terms.audit_first else terms.audit_rate
+        member.contributions = min(member.contributions + 1, terms.audit_first)
+        others = [other for other, its in working.items() if its.tally is not member.tally]
+        number = confirmation.round
+        case = draw_case(confirmation.beacon, number, peer_id, commits[peer_id].commit_hash, rate, others)
+        if case is not None:
+            current.cases[peer_id] = case
+
+
+def _take_finding(run: RunRecord, finding: Finding) -> None:
+    """Note what an auditor found; void what two of them found bad."""
+    cases = run.rounds[finding.round].cases
+    case = cases[finding.peer_id]
+    case.findings[finding.auditor] = finding.finding
+    if case.outcome:
+        del cases[finding.peer_id]
+    if case.outcome == WITHHELD:
+        _void(run, finding.round, finding.peer_id)
+    elif case.outcome == FAILED:
+        run.suspended[finding.peer_id] = finding.reason
+        for number, current in run.rounds.items():
+            current.cases.pop(finding.peer_id, None)
+            _void(run, number, finding.peer_id)
+    if case.outcome in (WITHHELD, FAILED):
+        run.standings = Standings(run.tallies.values())
+
+
+def _void(run: RunRecord, number: int, peer_id: str) -> None:
+    """Take back what a key has earned in a round, unless it is final; a report that is still to come earns nothing."""
+    current = run.rounds[number]
+    if current.final:
+        return
+    current.void.add(peer_id)
+    for tally, claim in current.claims:
+        if claim.peer_id == peer_id:
+            tally.pending -= claim.tokens
+    current.claims = [(tally, claim) for tally, claim in current.claims if claim.peer_id != peer_id]
+    for tally, tokens, peer in current.held:
+        if peer == peer_id:
+            tally.verified -= tokens
+            tally.rounds -= tokens > 0
+    current.held = [each for each in current.held if each[2] != peer_id]
+
+
+def _check_suspended(run: RunRecord, peer_id: str) -> None:
+    reason = run.suspended.get(peer_id)
+    if reason is not None:
+        raise Rejected("suspended", f"two audits found its work wrong: {reason}", peer_id)
 
 
 def _verify(run: RunRecord, current: RoundRecord, tally: Tally, claim: Claim) -> None:
     run.tokens += claim.tokens
     current.weighted_loss += claim.weight * claim.loss
     current.weight += claim.weight
+    if claim.peer_id in current.void:
+        return
     tally.rounds += claim.weight > 0
     if current.final:
         tally.final += claim.tokens
     else:
         tally.verified += claim.tokens
-        current.held.append((tally, claim.tokens))
+        current.held.append((tally, claim.tokens, claim.peer_id))
     run.standings.offer(tally)
 
 
 def _finalise(run: RunRecord, number: int) -> None:
     current = run.rounds[number]
     current.final = True
-    for tally, tokens in current.held:
+    current.cases = {}
+    for tally, tokens, _ in current.held:
         tally.verified -= tokens
         tally.final += tokens
     current.held = []

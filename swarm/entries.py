@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from swarm.accounts import CLOCK_SLACK_S, open_held
+from swarm.audits import FINDINGS, beacon_of
 from swarm.errors import Rejected
 from swarm.identity import public_key_of
 from swarm.ledger import open_manifest, parse_entry
@@ -20,10 +21,11 @@ from swarm.manifest import Manifest
 from swarm.merkle import HASH_BYTES
 from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, check_signed, open_signed, parse, payload_hash
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
-from swarm.rpc.v1.signed_pb2 import AdmissionToken, Commit, Grant, KeyRevocation, Proposal, Result, Signed
+from swarm.rpc.v1.signed_pb2 import AdmissionToken, AuditVerdict, Commit, Grant, KeyRevocation, Proposal, Result, Signed
 from swarm.tickets import Invited, open_ticket
 
 MAX_ROUND = 1 << 48
+MAX_REASON = 32
 SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whether a peer signs it or the coordinator
     "reported": (Report, True),
     "proposed": (Proposal, True),
@@ -31,6 +33,7 @@ SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whe
     "admitted": (AdmissionToken, False),
     "granted": (Grant, False),
     "revoked": (KeyRevocation, True),
+    "audited": (AuditVerdict, True),
 }
 
 M = TypeVar("M", bound=Message)
@@ -89,12 +92,13 @@ class Claim(NamedTuple):
 
 
 class Confirmation(NamedTuple):
-    """The state that the majority of a round's reports came to."""
+    """The state that the majority of a round's reports came to; from `beacon` follows which commits are audited."""
 
     run_id: bytes
     round: int
     proposal_hash: bytes
     state_root: bytes
+    beacon: bytes = b""
 
 
 class Revocation(NamedTuple):
@@ -103,6 +107,18 @@ class Revocation(NamedTuple):
     run_id: bytes
     account: str
     peer_id: str
+
+
+class Finding(NamedTuple):
+    """What an auditor found about a commit."""
+
+    run_id: bytes
+    round: int
+    peer_id: str
+    commit_hash: bytes
+    auditor: str
+    finding: str
+    reason: str
 
 
 class Permission(NamedTuple):
@@ -115,7 +131,7 @@ class Permission(NamedTuple):
     present: tuple[str, ...]
 
 
-Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission | Revocation
+Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission | Revocation | Finding
 
 
 def open_entry(entry: bytes, coordinator: str, check_signatures: bool = True) -> Opened:
@@ -138,6 +154,8 @@ def open_body(entry: LedgerEntry, coordinator: str, check_signatures: bool = Tru
             return _open_granted(entry.granted, coordinator, check_signatures)
         case "revoked":
             return open_revocation(entry.revoked, check_signatures)
+        case "audited":
+            return open_verdict(entry.audited, check_signatures)
         case "run_opened":
             return _open_run(entry.run_opened)
     raise Rejected("malformed", "an entry without a body")
@@ -253,7 +271,18 @@ def open_revocation(signed: Signed, check_signatures: bool = True) -> Revocation
 
 def _open_confirmed(signed: Signed, coordinator: str, check_signatures: bool) -> Confirmation:
     confirmed = _open(signed, RoundConfirmed, coordinator, check_signatures)
-    return Confirmation(confirmed.run_id, confirmed.round, confirmed.proposal_hash, confirmed.state_root)
+    return Confirmation(confirmed.run_id, confirmed.round, confirmed.proposal_hash, confirmed.state_root, beacon_of(signed))
+
+
+def open_verdict(signed: Signed, check_signatures: bool = True) -> Finding:
+    """Read what an auditor has found. Raises `Rejected`."""
+    verdict = _open(signed, AuditVerdict, None, check_signatures)
+    if verdict.finding not in FINDINGS or len(verdict.reason) > MAX_REASON:
+        raise Rejected("malformed", "an audit's finding", signed.signer)
+    _check_round(verdict.round, signed.signer)
+    return Finding(
+        verdict.run_id, verdict.round, verdict.peer_id, verdict.commit_hash, signed.signer, verdict.finding, verdict.reason
+    )
 
 
 def _open_granted(signed: Signed, coordinator: str, check_signatures: bool) -> Permission:

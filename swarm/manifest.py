@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from swarm.errors import ManifestInvalid
 
 MAX_MANIFEST_BYTES = 1 << 20
+WITHOUT_DROPOUT = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"})
+"""Architectures that drop nothing unless their configuration says so."""
 FORBIDDEN_MODEL_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation_internal"})
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hexadecimal")]
@@ -181,6 +183,9 @@ class DiLoCo(Frozen):
     overlap: Literal["off", "on", "auto"] = Field(
         "off", description="train on while a round is exchanged; `auto`: where the exchange takes a noticeable share of a round"
     )
+    inner_state: Literal["kept", "fresh"] = Field(
+        "kept", description="the inner optimizer's between rounds; `fresh` lets others compute a round again, and so audit it"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> DiLoCo:
@@ -248,6 +253,14 @@ class Credit(Frozen):
     hold_rounds: int = Field(3, ge=0, le=100_000, description="verified credit becomes final after this many further rounds")
 
 
+class Audit(Frozen):
+    """How others check contributions, where a round can be computed again: `sync`, or `diloco` with a fresh state."""
+
+    rate: Fraction = Field(0.05, description="share of the contributions that is audited")
+    first: int = Field(10, ge=0, le=1_000_000, description="so many of a new key's contributions are all audited")
+    within_rounds: int = Field(10, ge=2, le=100_000, description="an audit has so many rounds; credit isn't final before")
+
+
 class Manifest(Frozen):
     """Everything that defines a run."""
 
@@ -264,6 +277,7 @@ class Manifest(Frozen):
     rounds: Rounds = Rounds()
     admission: Admission = Admission()
     credit: Credit
+    audit: Audit = Audit()
     min_client_version: str = Field("0.1.0", pattern=r"^\d+\.\d+\.\d+$")
 
     def phase(self, round_index: int) -> Phase:
@@ -281,6 +295,22 @@ class Manifest(Frozen):
         if isinstance(strategy, Sync):
             return 1
         return max(strategy.inner_steps, *(phase.inner_steps for phase in strategy.phases), 1)
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether others can compute a contribution again: what it starts from is agreed, and nothing in it is drawn."""
+        strategy, audit = self.strategy, self.audit
+        if isinstance(strategy, DiLoCo) and (strategy.inner_state == "kept" or strategy.overlap != "off"):
+            return False
+        config = self.model.config
+        dropout = [value for key, value in config.items() if "drop" in key]
+        plain = not any(dropout) and (bool(dropout) or config["model_type"] in WITHOUT_DROPOUT)
+        return plain and (audit.rate > 0 or audit.first > 0)
+
+    @property
+    def hold_rounds(self) -> int:
+        """After how many further rounds verified credit becomes final."""
+        return max(self.credit.hold_rounds, self.audit.within_rounds) if self.is_audited else self.credit.hold_rounds
 
     @property
     def canonical_bytes(self) -> bytes:

@@ -22,6 +22,7 @@ from swarm.rpc.v1.ledger_pb2 import Receipt, Report, RoundConfirmed
 from swarm.rpc.v1.signed_pb2 import (
     AdmissionToken,
     Adoption,
+    AuditVerdict,
     Commit,
     Complaint,
     EvidenceNotice,
@@ -52,6 +53,7 @@ KINDS: dict[type[Message], str] = {
     AdmissionToken: KIND_PREFIX + "admission.v1",
     Adoption: KIND_PREFIX + "adoption.v1",
     Announcement: KIND_PREFIX + "announcement.v1",
+    AuditVerdict: KIND_PREFIX + "audit-verdict.v1",
     Commit: KIND_PREFIX + "commit.v1",
     Complaint: KIND_PREFIX + "complaint.v1",
     EvidenceNotice: KIND_PREFIX + "evidence-notice.v1",

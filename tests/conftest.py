@@ -16,8 +16,6 @@ settings.register_profile("fuzz", print_blob=True)  # make fuzz
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")  # a change is judged by itself, not by the luck of the draw
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # as `swarm join` does: p2pd is started by fork and exec
-
 START_S = 170.0
 YIELDING = {"SWARM_GOVERNOR_NICE": "5"}
 

@@ -12,6 +12,7 @@ from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
 from swarm.rpc.v1.signed_pb2 import (
     AdmissionToken,
+    AuditVerdict,
     Ballot,
     Commit,
     CommitReference,
@@ -53,6 +54,7 @@ def manifest(**changes: object) -> Manifest:
         },
         "strategy": {"kind": "sync", "batch_samples": BATCH_SAMPLES, "schedule": {"total_tokens": 10**6}},
         "credit": {"flops_per_token": FLOPS_PER_TOKEN, "hold_rounds": 2},
+        "audit": {"rate": 0.0, "first": 0},
     }
     return Manifest.model_validate(values | changes)
 
@@ -161,6 +163,12 @@ class World:
     def confirmed(self, number: int, proposal: Signed, root: bytes = ROOT, signer: Identity | None = None) -> bytes:
         message = RoundConfirmed(run_id=self.run_id, round=number, proposal_hash=payload_hash(proposal), state_root=root)
         return entry(confirmed=seal(signer or self.coordinator, message))
+
+    def audited(self, auditor: Identity, commit: Signed, finding: str = "passed", **changes: object) -> bytes:
+        """The entry of what an auditor found about a commit."""
+        number = Commit.FromString(commit.payload).round
+        values: dict[str, object] = {"run_id": self.run_id, "round": number, "peer_id": commit.signer, "finding": finding}
+        return entry(audited=seal(auditor, AuditVerdict(**(values | {"commit_hash": payload_hash(commit)} | changes))))
 
     def ledger(self, peers: Sequence[Identity], rounds: int, weight: int = 4) -> list[bytes]:
         """A valid ledger of `rounds` complete rounds."""

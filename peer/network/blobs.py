@@ -30,6 +30,7 @@ class BlobStore:
     _memory: dict[bytes, bytes] = field(default_factory=dict)
     _disk: dict[bytes, int] = field(default_factory=dict)
     _rounds: dict[bytes, int] = field(default_factory=dict)
+    _until: dict[bytes, int] = field(default_factory=dict)
     _providers: list[Provider] = field(default_factory=list)
     _memory_bytes: int = 0
     _disk_bytes: int = 0
@@ -60,6 +61,10 @@ class BlobStore:
         while self._memory_bytes > self.memory_limit_bytes and len(self._memory) > 1:
             self._spill()
 
+    def keep_until(self, names: Iterable[bytes], round_index: int) -> None:
+        """Keep blobs longer than others of their round: until `drop_before` is past this one."""
+        self._until |= dict.fromkeys(names, round_index)
+
     def get(self, name: bytes) -> bytes | memoryview | None:
         """The blob, or None."""
         content: bytes | memoryview | None = self._memory.get(name)
@@ -85,7 +90,7 @@ class BlobStore:
 
     def drop_before(self, round_index: int) -> None:
         """Forget the blobs of rounds before `round_index`."""
-        for name in [name for name, kept in self._rounds.items() if kept < round_index]:
+        for name in [name for name, kept in self._rounds.items() if max(kept, self._until.get(name, 0)) < round_index]:
             self._drop(name)
 
     @property
@@ -100,6 +105,7 @@ class BlobStore:
 
     def _drop(self, name: bytes) -> None:
         self._rounds.pop(name, None)
+        self._until.pop(name, None)
         content = self._memory.pop(name, None)
         if content is not None:
             self._memory_bytes -= len(content)

@@ -79,31 +79,40 @@ class Transfer:
         await self.node.serve_streams(FETCH_STREAM, self._serve)
 
     async def fetch(
-        self, peer: str, sizes: Mapping[bytes, int], *, origin: str = "", keep: Callable[[bytes, bytes], None] | None = None
+        self,
+        peer: str,
+        sizes: Mapping[bytes, int],
+        *,
+        origin: str = "",
+        keep: Callable[[bytes, bytes], None] | None = None,
+        patience_s: float = 0.0,
     ) -> dict[bytes, bytes]:
         """Fetch blobs from one peer; `sizes` gives each hash its size limit in bytes.
+
+        `patience_s` is for what is in no hurry: how long it may stall, where that is longer than a round's exchange allows.
 
         `keep(hash, content)` is called with each blob as soon as it is verified. Raises `Unreachable`, `Silent`, `MissingBlob`
         (after having kept the others), or `Rejected` when the peer sends wrong bytes.
         """
         found: dict[bytes, bytes] = {}
         absent = 0
+        patience_s = max(patience_s, self.stall_s)
         try:
-            reader, writer = await self.node.open_stream(peer, FETCH_STREAM, self.stall_s)
+            reader, writer = await self.node.open_stream(peer, FETCH_STREAM, patience_s)
         except Unreachable:
             relays = [] if origin else list(self.relays(peer))
             if not relays:
                 raise
-            return await self.fetch(relays[0], sizes, origin=peer, keep=keep)
+            return await self.fetch(relays[0], sizes, origin=peer, keep=keep, patience_s=patience_s)
         started, received = self.clock.monotonic_s(), 0
         try:
             names = list(sizes)
             for start in range(0, len(names), MAX_HASHES):
                 batch = names[start : start + MAX_HASHES]
                 request = FetchRequest(run_id=self.run_id, hashes=batch, admission=self.admission(), origin=origin)
-                await self._send_request(peer, writer, request)
+                await self._send_request(peer, writer, request, patience_s)
                 for name in batch:
-                    content = await self._receive(peer, reader, name, sizes[name], self.stall_s * (2 if origin else 1))
+                    content = await self._receive(peer, reader, name, sizes[name], patience_s * (2 if origin else 1))
                     if content is None:
                         absent += 1
                         continue
@@ -174,12 +183,12 @@ class Transfer:
         job = _Download(self, sizes, keep, batch_bytes)
         return await job.run(sources)
 
-    async def _send_request(self, peer: str, writer: asyncio.StreamWriter, request: FetchRequest) -> None:
+    async def _send_request(self, peer: str, writer: asyncio.StreamWriter, request: FetchRequest, patience_s: float) -> None:
         raw = request.SerializeToString()
         writer.write(len(raw).to_bytes(4, "big") + raw)
         self.node.traffic.count("sent", "control", len(raw) + 4)
         with _silence(peer):
-            await asyncio.wait_for(writer.drain(), self.stall_s)
+            await asyncio.wait_for(writer.drain(), patience_s)
 
     def _observe_source(self, peer: str, size_bytes: int, seconds: float) -> None:
         if size_bytes and peer not in self.sources and len(self.sources) >= MAX_SOURCES:
@@ -200,7 +209,7 @@ class Transfer:
         while len(content) < size:
             with _silence(peer):
                 most = min(self.download.piece_bytes(FRAME_BYTES), size - len(content))
-                piece = await asyncio.wait_for(reader.read(most), self.stall_s)
+                piece = await asyncio.wait_for(reader.read(most), patience_s)
             if not piece:
                 raise Unreachable(peer, "stream broke off")
             content += piece

@@ -43,10 +43,6 @@ class Docket:
         self._save(verdict, raw)
         return verdict
 
-    def bars(self, peer: str) -> bool:
-        """Whether we give this peer no place in a roster."""
-        return peer in self.proven
-
     @property
     def barred(self) -> frozenset[str]:
         """All of them."""

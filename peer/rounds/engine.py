@@ -19,6 +19,7 @@ from peer.network.node import PeerFailure
 from peer.outer import OuterState
 from peer.rounds import agreement
 from peer.rounds.auditor import Auditor
+from peer.rounds.audits import AuditDesk
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
 from peer.rounds.pacing import Pacing
@@ -28,7 +29,9 @@ from peer.rounds.state import RoundSetup
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitArrived, Event, JoinArrived, PeerLost, ProposalFacts, RosterMember
 from peer.rounds.wire import ResultFacts, full_quota
+from peer.sketch import Sketcher, sketch_seed
 from peer.state import Layout, Snapshot
+from peer.tasks import cancel
 from swarm.errors import Rejected
 from swarm.manifest import DiLoCo, Sync
 from swarm.messages import open_signed, parse, seal
@@ -98,6 +101,7 @@ class Engine:
     snapshots: Snapshots
     entry: Entry
     auditor: Auditor
+    desk: AuditDesk
     on_round: Callable[[RoundReport], Awaitable[None]]
     on_entered: Callable[[], None] = lambda: None
     pacing: Pacing = field(init=False)
@@ -217,7 +221,7 @@ class Engine:
         request = open_signed(signed, JoinRequest, run_id=self.services.checker.run_id)
         if self.services.admissions.admit(request.admission) != signed.signer:
             raise Rejected("wrong_signer", "admission", signed.signer)
-        if self.auditor.docket.bars(signed.signer):
+        if signed.signer in self._barred:
             raise Rejected("barred", "proven to have cheated", signed.signer)
         self.services.post.node.learn(signed.signer, request.addresses)
         member = self.place is not None and any(item.peer == signed.signer for item in self.place.roster)
@@ -356,11 +360,11 @@ class Engine:
         try:
             proposal = await self._until_done(playing, tasks)
         except BaseException:
-            await _cancel([playing, *tasks])
+            await cancel([playing, *tasks])
             await run.close()
             self.current = None
             raise
-        await _cancel(tasks)
+        await cancel(tasks)
         await self._finish_round(run, place, proposal, started)
 
     async def _until_done(self, playing: asyncio.Task[ProposalFacts], tasks: list[asyncio.Task[None]]) -> ProposalFacts:
@@ -409,8 +413,13 @@ class Engine:
             full_quota=full_quota(manifest, place.round_index + 1),
             shared_quota=isinstance(manifest.strategy, Sync),
             scale_to_speed=manifest.rounds.scale_to_speed,
-            barred=self.auditor.docket.barred,
+            barred=self._barred,
         )
+
+    @property
+    def _barred(self) -> frozenset[str]:
+        """Who gets no place in a roster: those of whom we have proof, and those that the coordinator has suspended."""
+        return self.auditor.docket.barred | self.desk.suspended
 
     async def _contribute(self, run: RoundRun) -> None:
         """Train, or make a zero update where there is nothing to train from or for."""
@@ -432,7 +441,9 @@ class Engine:
             contribution = await self.training.join_early(state.theta, quota, state.tokens)
         else:
             await self.training.drop_early()
-            contribution = await self.training.train(state.theta, run.round_index, run.setup.me, quota, state.tokens)
+            contribution = await self.training.train(
+                state.theta, run.round_index, run.setup.me, quota, state.tokens, self._sketcher(run)
+            )
         self.services.observer.phase("train", contribution.seconds)
         self.services.observer.state("exchanging")
         await run.contribute(contribution if attack is None else attack.contribution(contribution))
@@ -440,6 +451,13 @@ class Engine:
         if contribution.weight and self._overlaps(run):
             tokens = state.tokens + sum(member.quota for member in run.setup.roster) * self._tokens_per_step
             self.training.begin_early(run.round_index + 1, run.setup.me, quota, tokens)
+
+    def _sketcher(self, run: RoundRun) -> Sketcher | None:
+        """What shows others our work, where the run is audited."""
+        setup, size = run.setup, self.services.manifest.model.parameters
+        if not self.services.manifest.is_audited:
+            return None
+        return Sketcher(sketch_seed(setup.run_id, setup.round_index, setup.base_root), size)
 
     def _overlaps(self, run: RoundRun) -> bool:
         """Whether to go on training while this round is exchanged."""
@@ -480,7 +498,9 @@ class Engine:
         tokens = sum(item.weight for item in proposal.commits) * services.manifest.data.sequence_length
         mine = proposal.included(run.setup.me)
         self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
+        before = self.state
         snapshot = await self._apply(merged, tokens)
+        self.desk.keep(run, before, services.clock.monotonic_s() - started)
         run.exchange.forget_merged()
         del merged
         services.observer.phase("exchange", completed_s - (run.committed_s or completed_s))
@@ -680,9 +700,3 @@ class Engine:
 
     async def _in_pool(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.services.pool, function, *args)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[object]] | list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

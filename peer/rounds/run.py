@@ -17,6 +17,7 @@ import structlog
 from peer.admissions import Admissions
 from peer.codec import Codecs, Vector
 from peer.faults import Faults
+from peer.leaves import Leaf, pack
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer
 from peer.rounds import machine
@@ -88,12 +89,17 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Contribution:
-    """What training gave: the update, [parameters], with its weight in samples; None for a zero update."""
+    """What training gave: the update, [parameters], with its weight in samples; None for a zero update.
+
+    `leaves` are what others can check, where the run is audited.
+    """
 
     update: Vector | None
     weight: int
     loss: float
     seconds: float
+    leaves: tuple[Leaf, ...] = ()
+    precision: str = "fp32"
 
 
 class Attack(Protocol):
@@ -195,11 +201,13 @@ class RoundRun:
         """Encode what training gave, sign the commit and hand it to the machine."""
         started = self.services.clock.monotonic_s()
         hashes: tuple[bytes, ...] = ()
+        evidence = b""
         if contribution.update is not None and contribution.weight:
             hashes = await self.exchange.publish(contribution.update)
+            evidence = self._keep_evidence(contribution, hashes)
         self.services.observer.phase("encode", self.services.clock.monotonic_s() - started)
         self.leaving = self.is_leaving()
-        announced = self._sign_commit(contribution, hashes)
+        announced = self._sign_commit(contribution, hashes, evidence)
         self.commit = announced.commit
         self.committed_s = self.services.clock.monotonic_s()
         _, _, facts = self.services.checker.commit(announced)
@@ -295,7 +303,16 @@ class RoundRun:
 
     # --- messages -------------------------------------------------------------------------------------------------------
 
-    def _sign_commit(self, contribution: Contribution, hashes: tuple[bytes, ...]) -> AnnouncedCommit:
+    def _keep_evidence(self, contribution: Contribution, hashes: tuple[bytes, ...]) -> bytes:
+        """Keep what auditors will ask for, for as long as they may; the hash of the leaves, empty where nobody audits."""
+        manifest, store = self.services.manifest, self.services.transfer.store
+        if not manifest.is_audited:
+            return b""
+        name = store.put(pack(contribution.leaves, contribution.precision), self.round_index)
+        store.keep_until((name, *hashes), self.round_index + manifest.audit.within_rounds)
+        return name
+
+    def _sign_commit(self, contribution: Contribution, hashes: tuple[bytes, ...], evidence: bytes) -> AnnouncedCommit:
         manifest = self.services.manifest
         message = Commit(
             run_id=self.setup.run_id,
@@ -307,6 +324,7 @@ class RoundRun:
             parts_root=root_of(hashes) if hashes else b"",
             part_count=len(hashes),
             payload_bytes=0,
+            evidence_root=evidence,
             loss=contribution.loss,
             train_seconds=contribution.seconds,
             upload_bytes_per_s=int(self.services.transfer.upload_meter.bytes_per_s),

@@ -6,9 +6,13 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from peer.rounds.run import Contribution
+from peer.sketch import Sketcher
 from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer, Vector
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class TrainingThread:
     _ahead: _Ahead | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="training"))
 
-    async def train(self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int) -> Contribution:
+    async def train(
+        self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int, sketcher: Sketcher | None = None
+    ) -> Contribution:
         """Train one round. A cancelled call stops the thread at its next micro-batch and waits for it."""
         self._reason = None
         job = self._submit(
             lambda: self.trainer.train_round(
-                theta, round_index, peer, quota, tokens, should_stop=lambda: self._reason, progress=self.on_progress
+                theta, round_index, peer, quota, tokens, self.why_stopped, self.on_progress, sketcher
             )
         )
         return await self._outcome(job)
@@ -45,9 +51,7 @@ class TrainingThread:
         self._reason = None
         early = Early()
         job = self._submit(
-            lambda: self.trainer.train_ahead(
-                early, round_index, peer, quota, tokens, should_stop=lambda: self._reason, progress=self.on_progress
-            )
+            lambda: self.trainer.train_ahead(early, round_index, peer, quota, tokens, self.why_stopped, self.on_progress)
         )
         self._ahead = _Ahead(round_index, early, job)
 
@@ -80,15 +84,19 @@ class TrainingThread:
             self._reason = "cancelled"
             await asyncio.wait([job])
             raise
-        return contribution_of(trained)
+        return contribution_of(trained, self.trainer.precision)
 
     def is_stopped(self) -> bool:
         """Whether the job was told to end."""
         return self._reason is not None
 
-    async def in_thread(self, work: Callable[[], None]) -> None:
-        """Run something else there, after the present job."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    def why_stopped(self) -> str | None:
+        """The reason for which the job was told to end."""
+        return self._reason
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run something else there, after the present job; what it gives."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def stop(self, reason: str) -> None:
         """End the job early; what it has done so far still counts."""
@@ -104,8 +112,8 @@ class TrainingThread:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def contribution_of(trained: TrainedUpdate) -> Contribution:
+def contribution_of(trained: TrainedUpdate, precision: str) -> Contribution:
     """What goes into the commit; nothing where there were values that are not finite."""
     if trained.error is not None or not trained.samples:
         return Contribution(None, 0, 0.0, trained.seconds)
-    return Contribution(trained.update, trained.samples, trained.loss_mean, trained.seconds)
+    return Contribution(trained.update, trained.samples, trained.loss_mean, trained.seconds, trained.leaves, precision)

@@ -37,6 +37,7 @@ class CommitFacts:
     upload_bytes_per_s: int = 0
     leaving: bool = False
     loss: float = 0.0
+    evidence_root: bytes = b""
     signed: Any = field(default=None, compare=False, repr=False)
 
 

@@ -85,6 +85,7 @@ class Checker:
             ("wrong_parts", len(hashes) == commit.part_count == (codec.part_count if commit.weight else 0)),
             ("wrong_parts", not commit.weight or root_of(hashes) == commit.parts_root),
             ("wrong_base", len(commit.base_root) == HASH_BYTES),
+            ("no_evidence", len(commit.evidence_root) == (HASH_BYTES if commit.weight and self.manifest.is_audited else 0)),
         )
         _require(problems, signed.signer)
         facts = CommitFacts(
@@ -96,6 +97,7 @@ class Checker:
             upload_bytes_per_s=min(commit.upload_bytes_per_s, 1 << 40),
             leaving=commit.leaving,
             loss=commit.loss,
+            evidence_root=commit.evidence_root,
             signed=announced,
         )
         return commit.round, commit.base_root, facts

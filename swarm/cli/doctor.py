@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +40,6 @@ def command(
         "listen": listen,
         "inbound": False if no_inbound else None,
     }
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     settings = load(PeerSettings, flags)
     configure_logging("error")
     target = _link(link)

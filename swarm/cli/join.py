@@ -87,7 +87,6 @@ def command(
         "monthly_quota": monthly_quota,
         "log_level": log_level,
     }
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # p2pd is started by fork and exec; gRPC's handlers only warn
     settings = load(PeerSettings, flags)
     configure_logging(settings.log_level)
     _check(settings)

@@ -40,6 +40,7 @@ COMMENTS = {
     "rounds": "When rounds start and end; total 0 = for ever.",
     "admission": "open: any key may join. invitation: with a ticket, swarm run invite. allow_list: the peer ids under allow.",
     "credit": "flops_per_token = 6 x active parameters + attention; 1 credit = 10^15 verified FLOPs.",
+    "audit": "rate: share of contributions that others compute again; first: of a new key, so many are all audited.",
     "min_client_version": "Older clients are sent away.",
 }
 FILL_IN = "<64 hexadecimal digits>"
@@ -76,6 +77,7 @@ TEMPLATE: dict[str, Any] = {
     "rounds": {"min_peers": 1, "max_peers": 64, "total": 0},
     "admission": {"kind": "open", "allow": [], "valid_s": 86_400},
     "credit": {"flops_per_token": 350_997_504, "hold_rounds": 3},
+    "audit": {"rate": 0.05, "first": 10, "within_rounds": 10},
 }
 
 app = typer.Typer(help="Describe a training run: init, validate, show, sign.", no_args_is_help=True, rich_markup_mode=None)

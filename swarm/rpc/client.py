@@ -43,10 +43,13 @@ from swarm.rpc.v1.coordinator_pb2 import (
     GetProgressResponse,
     GetRunRequest,
     GetRunResponse,
+    ListAuditsRequest,
+    ListAuditsResponse,
     ListEntriesRequest,
     RequestGrantRequest,
     RequestGrantResponse,
     RevokeKeyRequest,
+    SubmitAuditRequest,
     SubmitReportRequest,
 )
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
@@ -216,6 +219,14 @@ class CoordinatorClient:
     async def revoke_key(self, revocation: Signed) -> bool:
         """Hand in an account's revocation of a key; whether it was revoked before. Raises `Rejected`."""
         return bool((await self._call(self._stub.RevokeKey, RevokeKeyRequest(revocation=revocation))).repeated)
+
+    async def list_audits(self, peer_id: str) -> ListAuditsResponse:
+        """The audits that a peer is asked for, and who is suspended."""
+        return await self._call(self._stub.ListAudits, ListAuditsRequest(run_id=self.link.run_id, peer_id=peer_id))
+
+    async def submit_audit(self, verdict: Signed) -> None:
+        """Hand in what an auditor found. Raises `Rejected`."""
+        await self._call(self._stub.SubmitAudit, SubmitAuditRequest(verdict=verdict))
 
     async def add_cosignature(self, line: str) -> int:
         """Hand in a witness's line; how many have cosigned the checkpoint. Raises `Rejected`."""

@@ -22,6 +22,19 @@ async def test_an_attacker_that_nobody_can_decode_is_convicted() -> None:
     assert found["roots_agree"]
 
 
+@pytest.mark.parametrize("kind", ["sign_flip", "skip"])
+async def test_an_attacker_whose_work_isnt_what_it_sends_is_suspended(kind: str) -> None:
+    """One of four sends the opposite of its update, or does half of the samples: two auditors find it, and it keeps nothing."""
+    arguments = ("--kind", kind, "--attackers", "1", "--peers", "4", "--rounds", "10", "--json")
+    outcome = await run_command("attack", *arguments, timeout_s=300)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert (found["convicted"], found["honest_accused"]) == (1, 0)
+    assert found["detected_after_rounds"] <= 8
+    assert found["credit_kept"] == 0
+    assert found["roots_agree"]
+
+
 async def test_what_cant_be_attacked() -> None:
     """Unknown kinds, and swarms without anybody honest."""
     assert "sign_flip" in (await run_command("attack", "--kind", "list")).out

@@ -227,8 +227,8 @@ def test_a_docket_keeps_one_proof_for_each(tmp_path: Path) -> None:
     docket = Docket(tmp_path / "evidence", run_id)
     assert docket.add(raw) is not None
     assert docket.add(raw) is None
-    assert docket.bars(REDUCER.peer_id)
-    assert not docket.bars(PEERS[0].peer_id)
+    assert REDUCER.peer_id in docket.barred
+    assert PEERS[0].peer_id not in docket.barred
     (tmp_path / "evidence" / f"other{SUFFIX}").write_bytes(raw[:-1])
     (tmp_path / "evidence" / f"part{SUFFIX}").write_bytes(evidence_of_part().SerializeToString())
     again = Docket(tmp_path / "evidence", run_id)

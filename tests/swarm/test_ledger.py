@@ -88,8 +88,8 @@ def test_golden_entry() -> None:
 def test_golden_ledger() -> None:
     """Two rounds of three peers give the same run id and root for ever."""
     entries = WORLD.ledger(PEERS, 2)
-    assert WORLD.run_id.hex() == "9af96cc37a54b579e64aa67289ff3aac7be054366e4bd0bc94ea7c40a3c657a7"
-    assert root_of(entries).hex() == "0f074d5df31dc43f684b7a52a21a2ea7668c34bf82bead5b1f4867c3c560d1bf"
+    assert WORLD.run_id.hex() == "2eefafb26098cc8ed137fb8619a9e0c47279a1370b20786fe768ce42c1c29eb5"
+    assert root_of(entries).hex() == "498e77e56e4368547bf83837ecd509370a9cf7cf9e4f670578311a0a81de265a"
 
 
 def test_manifest_is_checked() -> None:

@@ -637,6 +637,121 @@ class RevokeKeyResponse(_message.Message):
 Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
 
 @_typing.final
+class ListAuditsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    peer_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        peer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_id", b"peer_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditsRequest: _TypeAlias = ListAuditsRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DUTIES_FIELD_NUMBER: _builtins.int
+    SUSPENDED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def duties(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditDuty]: ...
+    @_builtins.property
+    def suspended(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of this run that are suspended, by audits or by its operator; at most 256."""
+
+    def __init__(
+        self,
+        *,
+        duties: _abc.Iterable[Global___AuditDuty] | None = ...,
+        suspended: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duties", b"duties", "suspended", b"suspended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditsResponse: _TypeAlias = ListAuditsResponse  # noqa: Y015
+
+@_typing.final
+class AuditDuty(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    COMMIT_HASH_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    peer_id: _builtins.str
+    """Whose contribution, and the hash of its commit."""
+    commit_hash: _builtins.bytes
+    seed: _builtins.bytes
+    """By which the auditor draws what it looks at: from the signature of the round's confirmation."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        peer_id: _builtins.str = ...,
+        commit_hash: _builtins.bytes = ...,
+        seed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_hash", b"commit_hash", "peer_id", b"peer_id", "round", b"round", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditDuty: _TypeAlias = AuditDuty  # noqa: Y015
+
+@_typing.final
+class SubmitAuditRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def verdict(self) -> _signed_pb2.Signed:
+        """Signed AuditVerdict."""
+
+    def __init__(
+        self,
+        *,
+        verdict: _signed_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitAuditRequest: _TypeAlias = SubmitAuditRequest  # noqa: Y015
+
+@_typing.final
+class SubmitAuditResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitAuditResponse: _TypeAlias = SubmitAuditResponse  # noqa: Y015
+
+@_typing.final
 class AddCosignatureRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -80,6 +80,16 @@ class PeerServiceStub:
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.ListAudits = channel.unary_unary(
+                '/swarm.v1.PeerService/ListAudits',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.ListAuditsRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.ListAuditsResponse.FromString,
+                _registered_method=True)
+        self.SubmitAudit = channel.unary_unary(
+                '/swarm.v1.PeerService/SubmitAudit',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditResponse.FromString,
+                _registered_method=True)
         self.AddCosignature = channel.unary_unary(
                 '/swarm.v1.PeerService/AddCosignature',
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureRequest.SerializeToString,
@@ -154,6 +164,20 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAudits(self, request, context):
+        """The audits that a peer is asked for now. Public: they follow from the ledger.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitAudit(self, request, context):
+        """What an auditor found. Signed by the auditor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddCosignature(self, request, context):
         """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named.
         """
@@ -208,6 +232,16 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyRequest.FromString,
                     response_serializer=swarm_dot_v1_dot_coordinator__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'ListAudits': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudits,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.ListAuditsRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.ListAuditsResponse.SerializeToString,
+            ),
+            'SubmitAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitAudit,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditResponse.SerializeToString,
             ),
             'AddCosignature': grpc.unary_unary_rpc_method_handler(
                     servicer.AddCosignature,
@@ -459,6 +493,60 @@ class PeerService:
             '/swarm.v1.PeerService/RevokeKey',
             swarm_dot_v1_dot_coordinator__pb2.RevokeKeyRequest.SerializeToString,
             swarm_dot_v1_dot_coordinator__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/ListAudits',
+            swarm_dot_v1_dot_coordinator__pb2.ListAuditsRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.ListAuditsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/SubmitAudit',
+            swarm_dot_v1_dot_coordinator__pb2.SubmitAuditRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.SubmitAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

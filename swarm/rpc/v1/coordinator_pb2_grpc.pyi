@@ -51,6 +51,10 @@ class PeerServiceStub:
     """The newest signed checkpoint, with a consistency proof from an older size. Public."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeKeyRequest, _coordinator_pb2.RevokeKeyResponse]
     """An account key revokes one of its machines' keys. Signed by the account key."""
+    ListAudits: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ListAuditsRequest, _coordinator_pb2.ListAuditsResponse]
+    """The audits that a peer is asked for now. Public: they follow from the ledger."""
+    SubmitAudit: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitAuditRequest, _coordinator_pb2.SubmitAuditResponse]
+    """What an auditor found. Signed by the auditor."""
     AddCosignature: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]
     """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
@@ -77,6 +81,10 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """The newest signed checkpoint, with a consistency proof from an older size. Public."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RevokeKeyRequest, _coordinator_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """An account key revokes one of its machines' keys. Signed by the account key."""
+    ListAudits: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ListAuditsRequest, _coordinator_pb2.ListAuditsResponse]  # type: ignore[assignment]
+    """The audits that a peer is asked for now. Public: they follow from the ledger."""
+    SubmitAudit: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitAuditRequest, _coordinator_pb2.SubmitAuditResponse]  # type: ignore[assignment]
+    """What an auditor found. Signed by the auditor."""
     AddCosignature: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]  # type: ignore[assignment]
     """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
@@ -154,6 +162,22 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RevokeKeyResponse, _abc.Awaitable[_coordinator_pb2.RevokeKeyResponse]]:
         """An account key revokes one of its machines' keys. Signed by the account key."""
+
+    @_abc_1.abstractmethod
+    def ListAudits(
+        self,
+        request: _coordinator_pb2.ListAuditsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ListAuditsResponse, _abc.Awaitable[_coordinator_pb2.ListAuditsResponse]]:
+        """The audits that a peer is asked for now. Public: they follow from the ledger."""
+
+    @_abc_1.abstractmethod
+    def SubmitAudit(
+        self,
+        request: _coordinator_pb2.SubmitAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.SubmitAuditResponse, _abc.Awaitable[_coordinator_pb2.SubmitAuditResponse]]:
+        """What an auditor found. Signed by the auditor."""
 
     @_abc_1.abstractmethod
     def AddCosignature(

@@ -113,7 +113,7 @@ class Commit(_message.Message):
     part_count: _builtins.int
     payload_bytes: _builtins.int
     evidence_root: _builtins.bytes
-    """RFC 6962 root over the evidence leaves; empty where the strategy has none."""
+    """BLAKE2b-256 of the Leaves; empty where nobody can compute the work again, or there is none."""
     loss: _builtins.float
     """Mean training loss in nats per token."""
     train_seconds: _builtins.float
@@ -851,6 +851,102 @@ class Presence(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Presence: _TypeAlias = Presence  # noqa: Y015
+
+@_typing.final
+class Leaves(_message.Message):
+    """A round's work cut into pieces that others can compute again, in the order of the samples. See docs/protocol.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    SKETCHES_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    sketches: _builtins.bytes
+    """Of each leaf 8 x 32 little-endian float32, one after the other: a sketch of its mean gradient, or of how it moved the weights."""
+    precision: _builtins.str
+    """What the matrix products were computed in: "fp32", "bf16" or "fp16"."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each leaf: how many samples, and their mean loss in nats per token."""
+
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        samples: _abc.Iterable[_builtins.int] | None = ...,
+        losses: _abc.Iterable[_builtins.float] | None = ...,
+        sketches: _builtins.bytes = ...,
+        precision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["losses", b"losses", "precision", b"precision", "samples", b"samples", "sketches", b"sketches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leaves: _TypeAlias = Leaves  # noqa: Y015
+
+@_typing.final
+class AuditVerdict(_message.Message):
+    """What a peer found that was drawn to audit a contribution."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    COMMIT_HASH_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    LEAF_FIELD_NUMBER: _builtins.int
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    CLAIMED_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    round: _builtins.int
+    peer_id: _builtins.str
+    """Whose contribution, and the hash of its commit."""
+    commit_hash: _builtins.bytes
+    finding: _builtins.str
+    """"passed", "failed", "withheld" (its author didn't show what it had committed to) or "unable" (the auditor couldn't look)."""
+    reason: _builtins.str
+    """Why, in a word: "leaf", "loss", "update", "leaves"; empty when passed."""
+    leaf: _builtins.int
+    """The leaf that was worst, its distance from what it should be, and how much is tolerated."""
+    distance: _builtins.float
+    tolerance: _builtins.float
+    claimed: _builtins.bytes
+    """That leaf's sketch as its author committed to it and as the auditor found it."""
+    found: _builtins.bytes
+    issued_at: _builtins.int
+    """Unix seconds."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        peer_id: _builtins.str = ...,
+        commit_hash: _builtins.bytes = ...,
+        finding: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        leaf: _builtins.int = ...,
+        distance: _builtins.float = ...,
+        tolerance: _builtins.float = ...,
+        claimed: _builtins.bytes = ...,
+        found: _builtins.bytes = ...,
+        issued_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claimed", b"claimed", "commit_hash", b"commit_hash", "distance", b"distance", "finding", b"finding", "found", b"found", "issued_at", b"issued_at", "leaf", b"leaf", "peer_id", b"peer_id", "reason", b"reason", "round", b"round", "run_id", b"run_id", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditVerdict: _TypeAlias = AuditVerdict  # noqa: Y015
 
 @_typing.final
 class AnnouncedCommit(_message.Message):

@@ -67,6 +67,7 @@ def announced(signer: Identity = ALICE, hashes: tuple[bytes, ...] = HASHES, **ch
         "codec": "fp16",
         "parts_root": root_of(HASHES),
         "part_count": 3,
+        "evidence_root": b"e" * 32,
         "loss": 2.5,
         "train_seconds": 9.0,
         "upload_bytes_per_s": 1000,
@@ -134,7 +135,7 @@ def test_a_good_commit_becomes_facts(checker: Checker, codec: str) -> None:
 
 def test_a_zero_commit_has_no_parts(checker: Checker, codec: str) -> None:
     """Who contributes nothing announces no hashes; any that come along are ignored."""
-    _, _, facts = checker.commit(announced(codec=codec, weight=0, tokens=0, part_count=0, parts_root=b""))
+    _, _, facts = checker.commit(announced(codec=codec, weight=0, tokens=0, part_count=0, parts_root=b"", evidence_root=b""))
     assert (facts.weight, facts.part_hashes) == (0, ())
 
 
@@ -163,6 +164,8 @@ def test_an_absurd_bandwidth_is_capped(checker: Checker, codec: str) -> None:
         ({"hashes": (b"short",)}, "malformed"),
         ({"parts_root": root_of(HASHES[:1])}, "wrong_parts"),
         ({"base_root": b"short"}, "wrong_base"),
+        ({"evidence_root": b""}, "no_evidence"),
+        ({"evidence_root": b"short"}, "no_evidence"),
         ({"signer": STRANGER}, "not_admitted"),
         ({"weight": 0, "tokens": 0}, "wrong_parts"),
         ({"codec": "x" * (1 << 16)}, "too_large"),

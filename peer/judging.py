@@ -1,0 +1,103 @@
+"""What an auditor makes of what it sees: pure functions of the leaves that a peer committed to and of what was computed again.
+
+Computing again gives the same only nearly: other processors add in another order. What that comes to was measured by
+`python -m bench.audit`; what was made up is off by about the size of the thing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peer.leaves import Leaf
+from peer.sketch import BLOCKS
+from swarm.audits import FAILED, PASSED, UNABLE, WITHHELD
+from swarm.manifest import DiLoCo, Manifest
+
+GRADIENT_TOLERANCE, COARSE_GRADIENT_TOLERANCE = 2e-3, 2e-2
+MOVEMENT_TOLERANCE = 0.25
+LOSS_TOLERANCE = 0.05
+LEAST_COSINE = {"fp16": 0.99, "int8": 0.98, "int4": 0.85, "int2": 0.4, "sparse": 0.05}
+MOST_NORMS = {"sparse": 4.0}
+DEFAULT_MOST_NORMS = 2.0
+
+Sketch = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A finding, why, and for a leaf which one was worst, how far it was off, and both sketches."""
+
+    finding: str
+    reason: str = ""
+    leaf: int = 0
+    distance: float = 0.0
+    tolerance: float = 0.0
+    claimed: bytes = b""
+    found: bytes = b""
+
+
+UNABLE_TO_LOOK = Judgement(UNABLE)
+NOT_SHOWN = Judgement(WITHHELD, "not_shown")
+
+
+def what_to_look_at(seed: bytes, leaves: int) -> tuple[int, int]:
+    """The leaf and the block that an audit looks at, by its seed."""
+    return int.from_bytes(seed[:8], "big") % leaves, seed[8] % BLOCKS
+
+
+def tolerance(manifest: Manifest, *, coarse: bool) -> float:
+    """The largest relative distance of honest leaves; `coarse` where either side computes in half precision."""
+    if isinstance(manifest.strategy, DiLoCo):
+        return MOVEMENT_TOLERANCE
+    return COARSE_GRADIENT_TOLERANCE if coarse else GRADIENT_TOLERANCE
+
+
+def distance(claimed: Sketch, found: Sketch) -> float:
+    """How far a sketch is from what it should be, relative to the larger of them; 0 for two zeros."""
+    size = max(float(np.linalg.norm(claimed)), float(np.linalg.norm(found)))
+    return float(np.linalg.norm(claimed.astype(np.float64) - found) / size) if size else 0.0
+
+
+def adds_up(leaves: Sequence[Leaf], weight: int, unit: int) -> bool:
+    """Whether the leaves are whole units of samples, and together those that the commit claims."""
+    return sum(leaf.samples for leaf in leaves) == weight and all(leaf.samples % unit == 0 for leaf in leaves)
+
+
+def judge_leaves(claimed: Sequence[Leaf], found: Sequence[Leaf], first: int, most: float) -> Judgement:
+    """Compare leaves from `first` on with what computing them again gave."""
+    worst = Judgement(PASSED, tolerance=most)
+    for place, (its, ours) in enumerate(zip(claimed[first:], found, strict=False), first):
+        off = distance(its.sketch, ours.sketch)
+        lost = abs(its.loss - ours.loss) / max(1e-6, abs(ours.loss))
+        bad = off > most or lost > LOSS_TOLERANCE
+        if bad or off > worst.distance:
+            sketches = its.sketch.astype("<f4").tobytes(), ours.sketch.astype("<f4").tobytes()
+            reason = ("leaf" if off > most else "loss") if bad else ""
+            worst = Judgement(FAILED if bad else PASSED, reason, place, off, most, *sketches)
+        if bad:
+            break
+    return worst
+
+
+def promised(manifest: Manifest, leaves: Sequence[Leaf]) -> Sketch:
+    """The sketch of the update that the leaves amount to."""
+    if isinstance(manifest.strategy, DiLoCo):
+        return np.negative(np.sum([leaf.sketch for leaf in leaves], axis=0, dtype=np.float32))
+    total = sum(leaf.samples for leaf in leaves)
+    return np.asarray(sum(leaf.sketch * np.float32(leaf.samples / total) for leaf in leaves), dtype=np.float32)
+
+
+def judge_update(kind: str, expected: Sketch, sent: Sketch) -> Judgement:
+    """Whether what was sent is what the leaves amount to, but for what the codec loses or still owes from before."""
+    ours, its = float(np.linalg.norm(expected)), float(np.linalg.norm(sent))
+    least = LEAST_COSINE[kind]
+    if not ours:
+        return Judgement(PASSED if not its else FAILED, "" if not its else "update")
+    cosine = float(np.vdot(expected, sent)) / (ours * its) if its else 0.0
+    fits = cosine >= least and its <= MOST_NORMS.get(kind, DEFAULT_MOST_NORMS) * ours
+    sketches = (expected.astype("<f4").tobytes(), sent.astype("<f4").tobytes()) if not fits else (b"", b"")
+    return Judgement(PASSED if fits else FAILED, "" if fits else "update", 0, 1 - cosine, 1 - least, *sketches)

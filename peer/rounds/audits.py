@@ -1,0 +1,237 @@
+"""Auditing others' contributions: this peer was drawn, computes a piece of another's round again, and says what it found.
+
+It happens in the training thread between rounds, from the state that both started from, and is told to the coordinator, signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from peer.codec import Codec, Codecs
+from peer.judging import (
+    NOT_SHOWN,
+    UNABLE_TO_LOOK,
+    Judgement,
+    adds_up,
+    judge_leaves,
+    judge_update,
+    promised,
+    tolerance,
+    what_to_look_at,
+)
+from peer.leaves import MAX_LEAVES_BYTES, Leaf, unpack
+from peer.network.node import PeerFailure
+from peer.outer import OuterState
+from peer.rounds.run import RoundRun, Services
+from peer.rounds.training import TrainingThread
+from peer.rounds.values import CommitFacts
+from peer.sketch import Sketcher, sketch_seed
+from swarm.audits import FAILED
+from swarm.errors import NotAdmitted, OutOfMemory, Rejected, SwarmError
+from swarm.manifest import CenteredClip, DiLoCo, Sync
+from swarm.messages import parse, seal
+from swarm.rpc.client import CoordinatorClient
+from swarm.rpc.v1.coordinator_pb2 import AuditDuty
+from swarm.rpc.v1.signed_pb2 import AuditVerdict, Commit
+
+KEPT_ROUNDS, KEPT_BYTES = 4, 1 << 30
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.5, 30.0
+POLLS_A_ROUND = 4
+SHORTEST_WAIT_S, WAIT_ROUNDS = 3.0, 2
+PATIENCE_S = 10.0
+FLOAT_BYTES = 4
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an audit of a round starts from."""
+
+    round_index: int
+    state: OuterState
+    commits: dict[str, CommitFacts]
+
+
+@dataclass
+class AuditDesk:
+    """Asks which audits are due, and does them. `suspended` are the keys that the coordinator has suspended."""
+
+    services: Services
+    training: TrainingThread
+    client: Callable[[], Awaitable[CoordinatorClient]]
+    suspended: frozenset[str] = frozenset()
+    done: int = 0
+    _kept: list[Kept] = field(default_factory=list)
+    _round_s: float = 2.0
+    _asked_s: dict[tuple[int, str], float] = field(default_factory=dict)
+    _settled: dict[tuple[int, str], Judgement | None] = field(default_factory=dict)
+
+    def keep(self, run: RoundRun, state: OuterState | None, wall_s: float) -> None:
+        """Remember what a finished round started from, for as long as there is room."""
+        if state is None or not self.services.manifest.is_audited:
+            return
+        most = max(1, min(KEPT_ROUNDS, KEPT_BYTES // (FLOAT_BYTES * state.theta.size)))
+        self._kept = [*self._kept, Kept(run.round_index, state, dict(run.state.commits))][-most:]
+        self._round_s = wall_s
+
+    async def work(self) -> None:
+        """Look for audits for ever."""
+        if not self.services.manifest.is_audited:
+            await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(min(LONGEST_POLL_S, max(SHORTEST_POLL_S, self._round_s / POLLS_A_ROUND)))
+            try:
+                await self._look()
+            except (SwarmError, Rejected) as error:
+                log.info("audits_not_asked_for", error=str(error))
+
+    async def _look(self) -> None:
+        answer = await (await self.client()).list_audits(self.services.identity.peer_id)
+        self.suspended = frozenset(answer.suspended)
+        due = {(int(duty.round), duty.peer_id): duty for duty in answer.duties}
+        self._asked_s = {place: first_s for place, first_s in self._asked_s.items() if place in due}
+        self._settled = {place: found for place, found in self._settled.items() if place in due}
+        if self.services.identity.peer_id in self.suspended:
+            return
+        for place, duty in due.items():
+            if place not in self._settled:
+                judgement = await self._audited(duty)
+                if judgement is None:
+                    continue
+                self._settled[place] = judgement
+                _note(duty, judgement)
+            judgement = self._settled[place]
+            if judgement is not None:
+                await self._tell(duty, judgement)
+                self._settled[place] = None
+
+    async def _tell(self, duty: AuditDuty, judgement: Judgement) -> None:
+        """Sign it and hand it in. Raises `SwarmError` where the coordinator can't be reached."""
+        verdict = AuditVerdict(
+            run_id=self.services.checker.run_id,
+            round=duty.round,
+            peer_id=duty.peer_id,
+            commit_hash=duty.commit_hash,
+            finding=judgement.finding,
+            reason=judgement.reason,
+            leaf=judgement.leaf,
+            distance=judgement.distance,
+            tolerance=judgement.tolerance,
+            claimed=judgement.claimed,
+            found=judgement.found,
+            issued_at=int(self.services.clock.wall_s()),
+        )
+        try:
+            await (await self.client()).submit_audit(seal(self.services.identity, verdict))
+        except (Rejected, NotAdmitted) as error:
+            log.info("audit_not_taken", round=duty.round, peer=duty.peer_id, reason=str(error))
+        else:
+            self.done += 1
+
+    async def _audited(self, duty: AuditDuty) -> Judgement | None:
+        """What we find; None to try again later."""
+        kept = next((item for item in self._kept if item.round_index == duty.round), None)
+        commit = kept.commits.get(duty.peer_id) if kept is not None else None
+        if kept is None or commit is None or commit.commit_hash != duty.commit_hash:
+            newest = self._kept[-1].round_index if self._kept else -1
+            return UNABLE_TO_LOOK if duty.round <= newest else None
+        try:
+            return await self._looked_at(kept, commit, duty.seed)
+        except OutOfMemory as error:
+            log.warning("not_audited", round=duty.round, peer=duty.peer_id, error=error.message)
+            return UNABLE_TO_LOOK
+        except PeerFailure as error:
+            log.info("not_shown", round=duty.round, peer=duty.peer_id, reason=error.reason)
+            return self._not_shown((int(duty.round), duty.peer_id))
+        except Rejected as error:
+            return Judgement(FAILED, error.reason) if error.reason == "bad_leaves" else NOT_SHOWN
+
+    def _not_shown(self, place: tuple[int, str]) -> Judgement | None:
+        """Ask again for some rounds: its author may only be away for a moment."""
+        now_s = self.services.clock.monotonic_s()
+        first_s = self._asked_s.setdefault(place, now_s)
+        return NOT_SHOWN if now_s - first_s >= max(SHORTEST_WAIT_S, WAIT_ROUNDS * self._round_s) else None
+
+    async def _looked_at(self, kept: Kept, commit: CommitFacts, seed: bytes) -> Judgement | None:
+        manifest = self.services.manifest
+        found = await self.services.transfer.fetch(commit.peer, {commit.evidence_root: MAX_LEAVES_BYTES}, patience_s=PATIENCE_S)
+        leaves, precision = unpack(found[commit.evidence_root], commit.peer)
+        unit = 1 if isinstance(manifest.strategy, Sync) else manifest.strategy.batch_samples
+        if not adds_up(leaves, commit.weight, unit):
+            return Judgement(FAILED, "leaves")
+        sketcher = self._sketcher(kept, commit)
+        leaf, block = what_to_look_at(seed, len(leaves))
+        sent = await self._check_update(kept, commit, leaves, sketcher, block)
+        if sent.finding == FAILED:
+            return sent
+        coarse = {precision, self.training.trainer.precision} != {"fp32"}
+        return await self._check_work(kept, commit, leaves, sketcher, leaf, tolerance(manifest, coarse=coarse))
+
+    def _sketcher(self, kept: Kept, commit: CommitFacts) -> Sketcher:
+        base_root = parse(Commit, commit.signed.commit.payload).base_root
+        return Sketcher(sketch_seed(self.services.checker.run_id, kept.round_index, base_root), kept.state.theta.size)
+
+    async def _check_update(
+        self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, block: int
+    ) -> Judgement:
+        """Whether a block of what was sent is what the leaves amount to; all of it where that is little."""
+        manifest, codec = self.services.manifest, Codecs(self.services.manifest).at(kept.round_index)
+        rule = manifest.merge
+        start, end = (0, codec.values) if codec.topology == "all_gather" else sketcher.span(block)
+        parts = [part for part in range(codec.part_count) if _overlap(codec, part, start, end)]
+        if not parts or (isinstance(rule, CenteredClip) and rule.worker_momentum):
+            return Judgement("passed")
+        names = {commit.part_hashes[part]: codec.part_size_limit(part) for part in parts}
+        store = self.services.transfer.store
+        lacking = {name: size for name, size in names.items() if name not in store}
+        fetched = await self.services.transfer.fetch(commit.peer, lacking, patience_s=PATIENCE_S) if lacking else {}
+        expected = promised(manifest, leaves)
+
+        def judged() -> Judgement:
+            first, last = codec.part_span(parts[0])[0], codec.part_span(parts[-1])[1]
+            values = np.empty(last - first, dtype=np.float32)
+            for part in parts:
+                name = commit.part_hashes[part]
+                content = fetched.get(name) or store.get(name) or b""
+                left, right = codec.part_span(part)
+                values[left - first : right - first] = codec.decode_part(content, part)
+            inside = values[start - first : end - first]
+            sketch = sketcher.of_vector(inside, start)
+            rows = slice(None) if codec.topology == "all_gather" else slice(block, block + 1)
+            return judge_update(codec.kind, expected[rows], sketch[rows])
+
+        return await asyncio.get_running_loop().run_in_executor(self.services.pool, judged)
+
+    async def _check_work(
+        self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, leaf: int, most: float
+    ) -> Judgement | None:
+        """Compute a leaf again, or all up to it."""
+        manifest, state = self.services.manifest, kept.state
+        lengths = [item.samples for item in leaves]
+        training = self.training
+        again = await training.in_thread(
+            lambda: training.trainer.replay(
+                state.theta, kept.round_index, commit.peer, state.tokens, lengths, leaf, sketcher, training.why_stopped
+            )
+        )
+        if again is None:
+            return None
+        first = 0 if isinstance(manifest.strategy, DiLoCo) else leaf
+        return judge_leaves(leaves, again, first, most)
+
+
+def _note(duty: AuditDuty, judgement: Judgement) -> None:
+    level = log.warning if judgement.finding == FAILED else log.info
+    fields = {"finding": judgement.finding, "reason": judgement.reason, "distance": judgement.distance}
+    level("audited", round=duty.round, peer=duty.peer_id, **fields)
+
+
+def _overlap(codec: Codec, part: int, start: int, end: int) -> bool:
+    first, last = codec.part_span(part)
+    return first < end and start < last

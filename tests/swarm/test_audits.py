@@ -1,0 +1,213 @@
+"""Who is audited by whom, and what their findings do to credit: from the ledger alone."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from swarm.audits import FAILED, MOST_AUDITORS, PASSED, UNABLE, WITHHELD, Case, Duty, beacon_of, draw_case
+from swarm.credit_snapshot import dump, load
+from swarm.credits import CreditState, apply_entry, fold
+from swarm.errors import LedgerInvalid
+from swarm.identity import Identity
+from swarm.messages import seal
+from swarm.rpc.v1.ledger_pb2 import RoundConfirmed
+from swarm.rpc.v1.signed_pb2 import Signed
+from tests.world import COORDINATOR, FLOPS_PER_TOKEN, SEQUENCE_LENGTH, World, entry, identity, manifest
+
+WORLD = World(manifest(audit={"rate": 0.0, "first": 2, "within_rounds": 4}))
+PEERS = [identity(number) for number in range(6)]
+CHEAT = PEERS[0]
+START = [WORLD.opened(), *(WORLD.admitted(peer) for peer in PEERS)]
+FLOPS = 4 * SEQUENCE_LENGTH * FLOPS_PER_TOKEN
+BEACON = bytes(range(32))
+
+
+def commit(number: int, peer: Identity = CHEAT) -> Signed:
+    return WORLD.commit(peer, number)
+
+
+def a_round(number: int, reporting: list[Identity] = PEERS) -> list[bytes]:
+    """A confirmed round of all peers, of which some report."""
+    commits = [WORLD.commit(peer, number) for peer in PEERS]
+    proposal = WORLD.proposal(PEERS[0], number, commits)
+    pairs = [(peer, its) for peer, its in zip(PEERS, commits, strict=True) if peer in reporting]
+    reports = [entry(reported=WORLD.report(peer, its, proposal)) for peer, its in pairs]
+    return [entry(proposed=proposal), *reports[:4], WORLD.confirmed(number, proposal), *reports[4:]]
+
+
+def after(*entries: bytes) -> CreditState:
+    return fold([*START, *entries], COORDINATOR.peer_id)
+
+
+def auditors(state: CreditState, number: int = 0, about: Identity = CHEAT) -> list[Identity]:
+    """Who has a turn now."""
+    asked = [(peer, state.duties(WORLD.run_id, peer.peer_id)) for peer in PEERS]
+    return [peer for peer, duties in asked if any((duty.round, duty.peer_id) == (number, about.peer_id) for duty in duties)]
+
+
+def verdicts(entries: list[bytes], *findings: str, number: int = 0) -> list[bytes]:
+    """The entries with these findings of the auditors whose turn it is, one after the other."""
+    for finding in findings:
+        (auditor,) = auditors(after(*entries), number)
+        entries = [*entries, WORLD.audited(auditor, commit(number), finding, reason="leaf")]
+    return entries
+
+
+def earned(state: CreditState, peer: Identity = CHEAT) -> tuple[int, int, int]:
+    balance = state.balance(WORLD.run_id, peer.peer_id)
+    return balance.pending_flops // FLOPS, balance.verified_flops // FLOPS, balance.final_flops // FLOPS
+
+
+def refused(*entries: bytes) -> str:
+    """Why the last entry is refused."""
+    state = after(*entries[:-1])
+    with pytest.raises(LedgerInvalid) as caught:
+        apply_entry(state, len(START) + len(entries) - 1, entries[-1])
+    return caught.value.message.split(": ")[1]
+
+
+def test_a_new_keys_first_contributions_are_all_audited() -> None:
+    """By somebody else each, one auditor at a time; later ones at the manifest's rate, which is none here."""
+    rounds = [*a_round(0), *a_round(1), *a_round(2)]
+    for number, asked in ((0, 1), (1, 1), (2, 0)):
+        for peer in PEERS:
+            found = auditors(after(*rounds), number, peer)
+            assert len(found) == asked
+            assert peer not in found
+
+
+def test_what_is_drawn_keeps_its_rate_and_its_auditors_differ() -> None:
+    """A twentieth of many contributions, and no auditor much more often than another."""
+    names = [peer.peer_id for peer in PEERS]
+    cases = [draw_case(number.to_bytes(32, "big"), number, "me", b"", 0.05, names) for number in range(4000)]
+    drawn = [case for case in cases if case is not None]
+    assert 140 <= len(drawn) <= 260
+    firsts = [case.auditors[0] for case in drawn]
+    assert min(map(firsts.count, names)) > len(drawn) / 12
+    assert all(len(case.auditors) == min(len(names), MOST_AUDITORS) for case in drawn)
+    assert len({case.duty.seed for case in drawn}) == len(drawn)
+    assert draw_case(BEACON, 1, "me", b"", 1.0, []) is None
+
+
+def test_the_beacon_is_the_confirmations_signature() -> None:
+    """The same confirmation gives the same draw, whoever asks; another round another one."""
+    first, again, other = (
+        seal(COORDINATOR, RoundConfirmed(run_id=WORLD.run_id, round=number, state_root=b"r" * 32)) for number in (1, 1, 2)
+    )
+    assert beacon_of(first) == beacon_of(again) != beacon_of(other)
+
+
+def test_one_that_finds_nothing_wrong_decides() -> None:
+    """The case is closed, and the credit becomes final in its time."""
+    entries = verdicts(a_round(0), PASSED)
+    assert auditors(after(*entries)) == []
+    rounds = [each for number in range(1, 5) for each in a_round(number)]
+    assert earned(after(*entries, *rounds)) == (0, 4, 1)
+
+
+def test_two_that_find_it_wrong_take_all_that_isnt_final_and_suspend_the_key() -> None:
+    """Also what is reported later; the others keep theirs, and the key gets no admission."""
+    entries = verdicts([*a_round(0), *a_round(1)], FAILED)
+    assert earned(after(*entries)) == (0, 2, 0)
+    entries = verdicts(entries, FAILED)
+    state = after(*entries)
+    assert earned(state) == (0, 0, 0)
+    assert earned(state, PEERS[1]) == (0, 2, 0)
+    assert state.suspended(WORLD.run_id) == {CHEAT.peer_id: "leaf"}
+    assert auditors(state, 1) == []
+    assert [balance.peer_id for balance in state.leaderboard(WORLD.run_id, 3)] != []
+    proposal, reports = WORLD.round(PEERS, 2)
+    assert refused(*entries, entry(proposed=proposal), entry(reported=reports[0])) == "suspended"
+
+
+def test_a_first_bad_finding_alone_does_nothing() -> None:
+    """Two good ones outweigh it."""
+    entries = verdicts(a_round(0), FAILED, PASSED)
+    assert len(auditors(after(*entries))) == 1
+    state = after(*verdicts(entries, PASSED))
+    assert auditors(state) == []
+    assert earned(state) == (0, 1, 0)
+    assert state.suspended(WORLD.run_id) == {}
+
+
+def test_what_isnt_shown_earns_nothing_and_suspends_nobody() -> None:
+    """Not serving auditors is no way out, and no crime."""
+    state = after(*verdicts([*a_round(0), *a_round(1)], WITHHELD, WITHHELD))
+    assert earned(state) == (0, 1, 0)
+    assert state.suspended(WORLD.run_id) == {}
+    assert earned(after(*verdicts(a_round(0), FAILED, WITHHELD))) == (0, 0, 0)
+
+
+def test_a_report_that_comes_after_its_contribution_was_voided_earns_nothing() -> None:
+    """Commits are audited whether they are reported or not."""
+    entries = verdicts(a_round(0, PEERS[1:]), WITHHELD, WITHHELD)
+    commits = [WORLD.commit(peer, 0) for peer in PEERS]
+    late = entry(reported=WORLD.report(CHEAT, commits[0], WORLD.proposal(PEERS[0], 0, commits)))
+    assert earned(after(*entries, late)) == (0, 0, 0)
+
+
+def test_auditors_that_cant_look_pass_it_on() -> None:
+    """Until nobody is left, and then the contribution stands."""
+    entries = verdicts(a_round(0), *[UNABLE] * 5)
+    assert auditors(after(*entries)) == []
+    assert earned(after(*entries)) == (0, 1, 0)
+
+
+def test_an_auditor_that_says_nothing_is_waited_for_three_rounds() -> None:
+    """Then the next has its turn, too."""
+    rounds = [each for number in range(4) for each in a_round(number)]
+    assert len(auditors(after(*rounds[:-7]))) == 1
+    assert len(auditors(after(*rounds))) == 2
+
+
+def test_an_audit_ends_when_the_credit_becomes_final() -> None:
+    """What wasn't found wrong in time stands."""
+    rounds = [each for number in range(5) for each in a_round(number)]
+    (auditor, *_) = auditors(after(*a_round(0)))
+    assert refused(*rounds, WORLD.audited(auditor, commit(0), FAILED)) == "no_audit"
+
+
+def test_who_wasnt_drawn_has_no_say() -> None:
+    """Nor has anybody twice, nor about another commit, nor with an unknown word."""
+    entries = a_round(0)
+    (auditor,) = auditors(after(*entries))
+    stranger = next(peer for peer in PEERS[1:] if peer is not auditor)
+    assert refused(*entries, WORLD.audited(stranger, commit(0), FAILED)) == "not_an_auditor"
+    assert refused(*entries, WORLD.audited(CHEAT, commit(0))) == "not_an_auditor"
+    assert refused(*entries, WORLD.audited(auditor, WORLD.commit(CHEAT, 0, 5))) == "no_audit"
+    assert refused(*entries, WORLD.audited(auditor, commit(0), "fine")) == "malformed"
+    once = WORLD.audited(auditor, commit(0), UNABLE)
+    assert refused(*entries, once, once) == "not_an_auditor"
+
+
+def test_keys_of_one_account_dont_audit_each_other() -> None:
+    """Whoever holds one of them holds them all."""
+    alone = World(manifest(audit={"rate": 1.0, "first": 0}))
+    peers = PEERS[:1]
+    proposal, (report,) = alone.round(peers, 0)
+    entries = [alone.opened(), alone.admitted(peers[0]), entry(proposed=proposal), entry(reported=report)]
+    state = fold([*entries, alone.confirmed(0, proposal)], COORDINATOR.peer_id)
+    assert state.duties(alone.run_id, peers[0].peer_id) == []
+
+
+@pytest.mark.parametrize("cut", range(0, 20, 3))
+def test_open_cases_survive_a_snapshot(cut: int) -> None:
+    """Written down and read back anywhere, the rest of the ledger leads to the same."""
+    entries = [*START, *verdicts([*a_round(0), *a_round(1)], FAILED, FAILED)]
+    whole, restored = fold(entries, COORDINATOR.peer_id), load(dump(fold(entries[:cut], COORDINATOR.peer_id)))
+    for index, each in enumerate(entries[cut:], cut):
+        apply_entry(restored, index, each)
+    assert restored.balances(WORLD.run_id) == whole.balances(WORLD.run_id)
+    assert restored.suspended(WORLD.run_id) == whole.suspended(WORLD.run_id)
+    assert [auditors(restored, number, peer) for number in (0, 1) for peer in PEERS] == [
+        auditors(whole, number, peer) for number in (0, 1) for peer in PEERS
+    ]
+
+
+def test_no_two_findings_of_different_kinds_convict() -> None:
+    """Only two failures suspend; every other pair of bad findings voids one contribution at most."""
+    for pair in combinations((FAILED, WITHHELD, UNABLE, PASSED), 2):
+        case = Case(Duty(0, "x", b"", b""), ("a", "b", "c"), dict(zip("ab", pair, strict=True)))
+        assert case.outcome != FAILED
