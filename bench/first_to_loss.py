@@ -123,7 +123,8 @@ class Race:
         for row in self._busy_rows(out):
             out.say(f"  {row.name}")
             found[row.name] = (row, await self._judge(out, row, await self._race(row, NOTE_S)))
-        bound_s = BOUND_OVER_OURS * min(reached.time_s for _, reached in found.values())
+        times = [reached.seconds for _, reached in found.values() if reached.seconds is not None]
+        bound_s = BOUND_OVER_OURS * min(times, default=max(reached.time_s for _, reached in found.values()))
         waiting = self._waiting_rows(out)
         out.say(f"  side by side, for at most {bound_s:.0f} s: {', '.join(row.name for row in waiting)}")
         curves = await asyncio.gather(*(self._race(row, bound_s) for row in waiting), return_exceptions=True)

@@ -48,7 +48,7 @@ class Simulated:
 
 
 @dataclass
-class _Feedback:
+class Feedback:
     """What is left at one place, a sender or the reducers; kept when a dense codec follows another."""
 
     held: ErrorFeedback | None = None
@@ -78,7 +78,7 @@ def simulate(run: manifest.Manifest, files: Path, peers: int, *, told: Told = la
     reader = open_shards(run, files, run.data.train)
     trainers = [Trainer(run, torch.device("cpu"), reader) for _ in range(peers)]
     state = initial_state(strategy, initial_theta(run.model))
-    senders, reducers = [_Feedback() for _ in range(peers)], _Feedback()
+    senders, reducers = [Feedback() for _ in range(peers)], Feedback()
     payload, steps = 0.0, 0
     for round_index in range(1, run.rounds.total + 1):
         phase = run.phase(round_index)

@@ -8,6 +8,9 @@ Only read from `SWARM_ATTACK`, which they set for the attackers among the proces
     alie                            "a little is enough" (Baruch et al., 1902.06156): every value off by a deviation
     zeros, stale, plausible_noise   free riding: nothing, the last round's update, or noise of an honest update's norm
     skip                            half of the samples, all of the weight
+    label_flip                      training on the wrong labels
+    copy                            another's commit, parts and leaves in the place of its own
+    sybil                           noise of an honest update's norm, and a new key as soon as the old one is suspended
     tamper                          an honest update, but a reducer that merges with the wrong sign
 
 The attackers of ALIE and IPM know everybody's updates in the literature; here each knows its own honest one, and takes that for
@@ -16,16 +19,23 @@ the mean and its magnitudes for the deviations.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from peer.codec import Vector
-from peer.rounds.run import Contribution
-from swarm.errors import UsageError
+from peer.leaves import MAX_LEAVES_BYTES
+from peer.network.node import PeerFailure
+from peer.rounds.run import Contribution, RoundRun
+from peer.rounds.values import CommitFacts
+from swarm.errors import Rejected, UsageError
 
+COPY_ATTEMPTS, COPY_WAIT_S = 100, 0.05
 SCALE, NOISE_NORMS = np.float32(1000), 10.0
 ATTACK_VARIABLE = "SWARM_ATTACK"
 IPM_SHARE, ALIE_DEVIATIONS = np.float32(0.5), np.float32(1.0)
@@ -65,6 +75,26 @@ class Attack:
         """How much of the work is done."""
         return max(1, quota // 2) if self.kind == "skip" else quota
 
+    def labels(self, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """What it trains on in the place of these token ids."""
+        return vocabulary - 1 - labels if self.kind == "label_flip" else labels
+
+    async def copied(self, round_run: RoundRun) -> CommitFacts | None:
+        """A commit that it has fetched from its author, to pass it off as its own; None where it sends its own."""
+        if self.kind != "copy":
+            return None
+        transfer, codec = round_run.services.transfer, round_run.exchange.codec
+        for _ in range(COPY_ATTEMPTS):
+            for commit in list(round_run.state.commits.values()):
+                if commit.weight:
+                    sizes = {name: codec.part_size_limit(part) for part, name in enumerate(commit.part_hashes)}
+                    sizes |= {commit.evidence_root: MAX_LEAVES_BYTES} if commit.evidence_root else {}
+                    with contextlib.suppress(PeerFailure, Rejected):
+                        await transfer.obtain(commit.peer, sizes, round_run.exchange.keep)
+                        return commit
+            await asyncio.sleep(COPY_WAIT_S)
+        return None
+
     def parts(self, parts: list[bytes]) -> list[bytes]:
         """The encoded update."""
         return [b"\xff" * len(part) for part in parts] if self.kind == "nan" else parts
@@ -92,5 +122,6 @@ UPDATES: dict[str, Callable[[Attack, Vector], Vector]] = {
     "zeros": lambda attack, update: np.zeros_like(update),
     "stale": lambda attack, update: update if attack._last is None else attack._last,
     "plausible_noise": lambda attack, update: attack._noise(update, 1.0),
+    "sybil": lambda attack, update: attack._noise(update, 1.0),
 }
-KINDS = (*UPDATES, "nan", "skip", "tamper")
+KINDS = (*UPDATES, "nan", "skip", "label_flip", "copy", "tamper")

@@ -578,8 +578,10 @@ class Daemon:
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
         docket = Docket(self.options.directory / EVIDENCE, parts.run.run_id)
         await asyncio.to_thread(docket.load)
-        auditor = Auditor(parts.services, docket, self.options.check_traffic)
         desk = AuditDesk(parts.services, training, parts.coordination.connected)
+        for proven in docket.proven.values():
+            desk.convict(proven)
+        auditor = Auditor(parts.services, docket, self.options.check_traffic, desk.convict)
         self.engine = Engine(
             parts.services, training, parts.snapshots, entry, auditor, desk, self._on_round, parts.coordination.nudge
         )
@@ -596,6 +598,9 @@ class Daemon:
         reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
         validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
         trainer = Trainer(manifest, self.options.device, reader, validation)
+        attack = self.parts.services.attack
+        if attack is not None:
+            trainer.relabel = lambda labels: attack.labels(labels, vocabulary)
         trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)
         return TrainingThread(trainer, self.governor.brake.on_progress)
 

@@ -10,7 +10,7 @@ evidence shows what was signed and not why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,7 +31,7 @@ MAX_EVIDENCE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who did what, where, and what shows it."""
+    """Who did what, where, and what shows it; `hash` names the evidence."""
 
     accused: str
     kind: str
@@ -39,6 +39,7 @@ class Verdict:
     round_index: int
     part: int
     why: str
+    hash: bytes = b""
 
 
 def merged_bytes(
@@ -65,12 +66,10 @@ def verify_evidence(raw: bytes) -> Verdict:
     except ManifestInvalid as error:
         raise Rejected("malformed", f"the manifest: {error.message}") from error
     run_id = payload_hash(evidence.manifest)
-    match evidence.kind:
-        case "bad_part":
-            return _bad_part(evidence, manifest, run_id)
-        case "wrong_merge":
-            return _wrong_merge(evidence, manifest, run_id)
-    raise Rejected("malformed", f"evidence of the kind {evidence.kind[:32]!r}")
+    proving = {BAD_PART: _bad_part, WRONG_MERGE: _wrong_merge}.get(evidence.kind)
+    if proving is None:
+        raise Rejected("malformed", f"evidence of the kind {evidence.kind[:32]!r}")
+    return replace(proving(evidence, manifest, run_id), hash=blob_hash(raw))
 
 
 def _bad_part(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:

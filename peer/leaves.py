@@ -19,7 +19,7 @@ from swarm.errors import Rejected
 from swarm.messages import parse
 from swarm.rpc.v1.signed_pb2 import Leaves
 
-MOST_LEAVES = 16
+MOST_LEAVES, MOST_GRADIENT_LEAVES = 16, 4
 PRECISIONS = ("fp32", "bf16", "fp16")
 MAX_LEAVES_BYTES = MOST_LEAVES * (SKETCH_BYTES + 32) + 64
 
@@ -39,9 +39,9 @@ class Leaf:
     sketch: Sketch
 
 
-def leaf_ends(total: int, unit: int) -> tuple[int, ...]:
-    """Where the leaves of a round of `total` samples end: about `MOST_LEAVES` equal ones, each of whole units of samples."""
-    length = unit * -(-total // (unit * MOST_LEAVES))
+def leaf_ends(total: int, unit: int, most: int = MOST_LEAVES) -> tuple[int, ...]:
+    """Where the leaves of a round of `total` samples end: at most `most` equal ones, each of whole units of samples."""
+    length = unit * -(-total // (unit * most))
     return (*range(length, total, length), total)
 
 

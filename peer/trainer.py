@@ -24,7 +24,7 @@ from torch.nn import functional
 from peer.batches import MAX_PROBE_SAMPLES, Plan, feed, grouped, halved, plan_for_host
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices
 from peer.device import autocast_dtype, free_bytes, precision_of
-from peer.leaves import Leaf, Tracer, leaf_ends
+from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.model import FlatParameters, build_model
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
 from peer.sketch import Sketcher
@@ -34,6 +34,7 @@ from swarm.errors import OutOfMemory
 Vector = NDArray[np.float32]
 T = TypeVar("T")
 ShouldStop = Callable[[], str | None]
+Relabel = Callable[[torch.Tensor], torch.Tensor]
 
 NOT_FINITE = "non_finite"
 STOP_CHECK_S = 0.1
@@ -156,6 +157,7 @@ class _Run:
     should_stop: ShouldStop
     progress: Callable[[Progress], None]
     tracer: Tracer | None = None
+    relabel: Relabel | None = None
     done: int = 0
     losses: list[tuple[_Loss, int]] = field(default_factory=list)
     stopped: str | None = None
@@ -200,6 +202,8 @@ class Trainer:
         self._validation = validation
         self._dtype = autocast_dtype(device) if dtype is None else dtype
         self._plan = None if micro_batch is None else Plan(micro_batch, checkpointing=False)
+        self.relabel: Relabel | None = None
+        """What a hostile peer trains on in the place of these labels; see `peer.attacks`."""
         self._network: Any = None
         self._flat: FlatParameters | None = None
         self._inner: InnerOptimizer | None = None
@@ -248,8 +252,8 @@ class Trainer:
         strategy = self._manifest.strategy
         samples = quota if isinstance(strategy, manifest.Sync) else quota * strategy.batch_samples
         assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
-        tracer = Tracer(sketcher, leaf_ends(samples, self._unit)) if sketcher is not None and samples else None
-        run = _Run(assignment, samples, should_stop, progress, tracer)
+        tracer = Tracer(sketcher, self._leaf_ends(samples)) if sketcher is not None and samples else None
+        run = _Run(assignment, samples, should_stop, progress, tracer, self.relabel)
         with self._seeded(assignment):
             self._prepare(theta)
             match strategy:
@@ -415,6 +419,11 @@ class Trainer:
         strategy = self._manifest.strategy
         return 1 if isinstance(strategy, manifest.Sync) else strategy.batch_samples
 
+    def _leaf_ends(self, samples: int) -> tuple[int, ...]:
+        """Where leaves end. A leaf of gradients bounds the micro-batch, and is all that an audit computes: few large ones."""
+        sync = isinstance(self._manifest.strategy, manifest.Sync)
+        return leaf_ends(samples, self._unit, MOST_GRADIENT_LEAVES if sync else MOST_LEAVES)
+
     def _accumulate_scaled(self, run: _Run, start: int) -> None:
         """Leave the mean gradient over the quota's samples, from position `start` on, in the network."""
         holder = torch.optim.SGD(self._network.parameters(), lr=0.0)
@@ -525,7 +534,7 @@ class Trainer:
                 run.stopped = run.should_stop()
                 if run.stopped is not None:
                     break
-                run.note(self._backward(batch, share=len(batch) / count), len(batch))
+                run.note(self._backward(batch, len(batch) / count, run.relabel), len(batch))
                 self._trace_gradient(run)
             return run.done - mark[0]
 
@@ -575,16 +584,17 @@ class Trainer:
             self._empty_cache()
         raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
 
-    def _backward(self, batch: torch.Tensor, share: float) -> torch.Tensor:
-        loss = self._losses(batch).mean()
+    def _backward(self, batch: torch.Tensor, share: float, relabel: Relabel | None = None) -> torch.Tensor:
+        loss = self._losses(batch, relabel).mean()
         torch.autograd.backward(self._scaler.scale(loss * share))
         return loss
 
-    def _losses(self, batch: torch.Tensor) -> torch.Tensor:
+    def _losses(self, batch: torch.Tensor, relabel: Relabel | None = None) -> torch.Tensor:
         """The loss of every token in nats, [samples, sequence_length], for ids [samples, sequence_length + 1]."""
         with self._autocast():
             logits = self._network(input_ids=batch[:, :-1], use_cache=False).logits
-        losses = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        labels = batch[:, 1:] if relabel is None else relabel(batch[:, 1:])
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         return losses.view(len(batch), -1)
 
     def _autocast(self) -> AbstractContextManager[Any]:

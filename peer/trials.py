@@ -6,7 +6,7 @@ Honest peers know nothing of it. What counts is read from their folders and from
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from peer.evidence import verify_evidence
 from peer.outcome import EVIDENCE, held_out_losses, newest_weights
 from peer.recipes import tiny_manifest
 from peer.rounds.docket import SUFFIX
+from peer.tasks import cancel
 from swarm.credits import CreditState, apply_entry
 from swarm.errors import SwarmError
 from swarm.identity import Identity
@@ -27,6 +28,7 @@ from swarm.scenario import Scenario, last_round, write_run
 CHECK_VARIABLE = "SWARM_CHECK_TRAFFIC"
 POLL_S = 0.5
 STALL_S, NEVER = 300.0, 1 << 60
+SYBIL, KEYS_EACH = "sybil", 4
 VALIDATION_SAMPLES = 512
 
 Told = Callable[[str], None]
@@ -77,16 +79,25 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
     async with LocalSwarm(folder, {CHECK_VARIABLE: str(trial.check_traffic)}) as swarm:
         await swarm.start_coordinator(path, key)
         honest, attackers = list[LocalPeer](), list[LocalPeer]()
-        for index in range(trial.peers):
-            attacks = bool(trial.kind) and index < trial.attackers
+
+        async def join(attacks: bool) -> None:
             environment = {ATTACK_VARIABLE: trial.kind} if attacks else {}
-            peer = await swarm.join(f"peer-{index}", "--files", str(folder / "files"), environment=environment)
+            name = f"peer-{len(honest) + len(attackers)}"
+            peer = await swarm.join(name, "--files", str(folder / "files"), environment=environment)
             (attackers if attacks else honest).append(peer)
-        await _until_over(honest, trial.rounds, told)
+
+        for index in range(trial.peers):
+            await join(bool(trial.kind) and index < trial.attackers)
+        renewing = asyncio.create_task(_renew(swarm.link, attackers, join)) if trial.kind == SYBIL else None
+        try:
+            await _until_over(honest, trial.rounds, told)
+        finally:
+            if renewing is not None:
+                await cancel([renewing])
         seen = Scenario(swarm, folder, {peer.name: peer for peer in honest})
         credit = await seen.credit()
         suspended = await _suspended(swarm.link)
-    guilty = {Identity.load(peer.directory / "identity.key").peer_id for peer in attackers}
+    guilty = {_key(peer) for peer in attackers}
     loss = await asyncio.to_thread(_loss, manifest, folder, honest[0].directory)
     accused = {path.stem: path for peer in honest for path in (peer.directory / EVIDENCE).glob(f"*{SUFFIX}")}
     proven = {name: await asyncio.to_thread(_round_of, path) for name, path in accused.items()}
@@ -101,6 +112,24 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
         credit_kept=sum(amount for peer, amount in credit.items() if peer in guilty) / total if total else 0.0,
         roots_agree=not seen.differing_roots(),
     )
+
+
+async def _renew(link: str, attackers: list[LocalPeer], join: Callable[[bool], Awaitable[None]]) -> None:
+    """Give an attacker a new key whenever one of theirs is suspended, a few times each."""
+    most, replaced = KEYS_EACH * len(attackers), set[str]()
+    async with await CoordinatorClient.connect(JoinLink.parse(link)) as client:
+        while len(attackers) < most:
+            await asyncio.sleep(POLL_S)
+            suspended = set((await client.list_audits("")).suspended)
+            for peer in list(attackers):
+                if peer.name not in replaced and _key(peer) in suspended:
+                    replaced.add(peer.name)
+                    await peer.end()
+                    await join(True)
+
+
+def _key(peer: LocalPeer) -> str:
+    return Identity.load(peer.directory / "identity.key").peer_id
 
 
 def _manifest(trial: Trial, files: Path) -> Manifest:

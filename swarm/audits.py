@@ -15,7 +15,8 @@ from typing import NamedTuple
 from swarm.rpc.v1.signed_pb2 import Signed
 
 PASSED, FAILED, WITHHELD, UNABLE = "passed", "failed", "withheld", "unable"
-FINDINGS = (PASSED, FAILED, WITHHELD, UNABLE)
+CONVICTED = "convicted"
+FINDINGS = (PASSED, FAILED, WITHHELD, UNABLE, CONVICTED)
 MOST_AUDITORS = 5
 DECIDING = 2
 PATIENCE_ROUNDS = 3

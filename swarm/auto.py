@@ -40,6 +40,7 @@ TRAFFIC_SHARE = 0.025  # int4 about every 11 steps: half the interval gains less
 ROUND_S = 0.5  # what a round takes besides its payload: signatures, proposal, results
 LATE_SHARE = 0.2  # an exchange of up to this share of a round can overlap with it at hardly any cost
 QUIET_SHARE = 0.05  # below this share waiting costs less than a late result
+FEW_ROUNDS = 24  # with fewer, late results were worse by 4 % of the loss: more than the wait is worth
 LONG_RUN_STEPS = 20_000  # from here on `sparse` had enough rounds to pay in the literature
 LEAST_ROUNDS = 8
 MOST_PEERS = 64
@@ -148,6 +149,7 @@ def plan(draft: Draft) -> Plan:
         rung = Rung(rung.kind, min(rung.inner_steps, max(1, draft.steps // LEAST_ROUNDS)))
     segments = _segments(draft, rung)
     share = _wait_share(draft, rung, draft.peers)
+    rounds = sum(segment.rounds for segment in segments)
     inner, inner_reason = _inner(draft)
     first, *later = _phases(segments)
     most, most_reason = _most_peers(draft, rung)
@@ -158,16 +160,16 @@ def plan(draft: Draft) -> Plan:
         outer=Outer(),
         schedule=_schedule(draft),
         phases=tuple(later),
-        overlap="off" if share <= QUIET_SHARE else "auto",
+        overlap="off" if share <= QUIET_SHARE or rounds < FEW_ROUNDS else "auto",
     )
     why = (
         inner_reason,
         reason,
         _why_phases(draft, segments),
         "outer step: plain averaging; outer momentum needs far more rounds before it pays",
-        _why_overlap(share),
+        _why_overlap(share, rounds),
         most_reason,
-        f"length: {sum(item.rounds for item in segments):,} rounds, {draft.steps:,} steps of {draft.tokens_per_step:,} tokens "
+        f"length: {rounds:,} rounds, {draft.steps:,} steps of {draft.tokens_per_step:,} tokens "
         f"with {draft.peers} peers; the learning rate falls with the tokens that were really trained on",
     )
     return Plan(draft, segments, strategy, most, why)
@@ -370,9 +372,11 @@ def _most_peers(draft: Draft, rung: Rung) -> tuple[int, str]:
     return most, f"group: up to {most} peers, as everybody fetches everybody's update"
 
 
-def _why_overlap(share: float) -> str:
+def _why_overlap(share: float, rounds: int) -> str:
     if share <= QUIET_SHARE:
         return f"overlap: off; waiting takes {share:.1%} of the time, and a late result costs quality"
+    if rounds < FEW_ROUNDS:
+        return f"overlap: off; waiting takes {share:.0%} of a round's training, but with {rounds} rounds late results cost more"
     if share <= LATE_SHARE:
         return f"overlap: auto; a result that comes {share:.0%} of a round late costs little and saves the wait"
     return f"overlap: auto; waiting would take {share:.0%} of a round's training"

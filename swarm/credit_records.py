@@ -180,6 +180,11 @@ class RoundRecord:
     void: set[str] = field(default_factory=set)
     cases: dict[str, Case] = field(default_factory=dict)
 
+    @property
+    def next_roster(self) -> frozenset[str] | None:
+        """Who takes part after the round; None before it is confirmed."""
+        return None if self.confirmed is None else self.proposals[self.confirmed.proposal_hash].nomination.next_roster
+
     def matches(self, claim: Claim) -> bool:
         confirmed = self.confirmed
         return (
@@ -205,3 +210,4 @@ class RunRecord:
     grants: dict[int, Permission] = field(default_factory=dict)
     tokens: int = 0
     suspended: dict[str, str] = field(default_factory=dict)
+    accusers: dict[str, set[str]] = field(default_factory=dict)

@@ -57,6 +57,7 @@ def _dump_run(run: RunRecord) -> Json:
         "grants": [[grant.round, grant.peer_id, grant.base_root.hex(), grant.present] for grant in run.grants.values()],
         "tokens": run.tokens,
         "suspended": run.suspended,
+        "accusers": {peer_id: sorted(accusers) for peer_id, accusers in run.accusers.items()},
     }
 
 
@@ -84,6 +85,7 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
         },
         tokens=values["tokens"],
         suspended=dict(values["suspended"]),
+        accusers={peer_id: set(accusers) for peer_id, accusers in values["accusers"].items()},
     )
 
 

@@ -7,7 +7,8 @@
     Reported    by a peer of the proposal: its contribution is *pending*
     Confirmed   a strict majority of the proposal's peers came to one state: contributions to it are *verified*, others void;
                 which of the commits are audited follows from it
-    Audited     by a peer that was drawn: two bad findings void the contribution, or all of the key's that isn't final
+    Audited     by a peer that was drawn: two bad findings void the contribution, or all of the key's that isn't final;
+                or by a peer of the roster that holds proof of a fraud: so many as make a majority count like the latter
     (later)     once round r + hold_rounds is confirmed, round r's credit is *final*
 
 `apply_entry` either changes the state or raises `LedgerInvalid` with the entry's index and the broken rule, and changes nothing.
@@ -24,7 +25,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 
-from swarm.audits import FAILED, WITHHELD, Duty, draw_case
+from swarm.audits import Duty
+from swarm.credit_audits import check_suspended, draw_audits, judge_finding, take_finding
 from swarm.credit_records import (
     FLOPS_PER_CREDIT,
     KEPT,
@@ -35,7 +37,6 @@ from swarm.credit_records import (
     RoundRecord,
     RoundSet,
     RunRecord,
-    Standings,
     Tally,
     Terms,
     rank,
@@ -117,7 +118,7 @@ class CreditState:
         """
         run = self._run(run_id)
         member = self._member(run, peer_id)
-        _check_suspended(run, peer_id)
+        check_suspended(run, peer_id)
         if member.revoked:
             raise Rejected("revoked", "the account has revoked this key", peer_id)
         return member.tally.account, member.expires_at
@@ -141,7 +142,7 @@ class CreditState:
         before = self._run(run_id).rounds.get(number - 1)
         if before is None:
             return []
-        roster = _roster_after(before)
+        roster = before.next_roster
         if roster is not None:
             return [roster]
         return [proposal.nomination.next_roster for proposal in before.proposals.values()]
@@ -206,7 +207,7 @@ class CreditState:
             case Revocation():
                 self._judge_revocation(opened)
             case Finding():
-                self._judge_finding(opened)
+                judge_finding(self._run(opened.run_id), opened)
             case Permission():
                 if opened.round in self._run(opened.run_id).grants:
                     raise Rejected("already_granted", f"round {opened.round}", opened.peer_id)
@@ -238,7 +239,7 @@ class CreditState:
             case Revocation():
                 self._runs[opened.run_id].members[opened.peer_id].revoked = True
             case Finding():
-                _take_finding(self._runs[opened.run_id], opened)
+                take_finding(self._runs[opened.run_id], opened)
             case Opening():
                 self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest), opened.owner)
         self.size += 1
@@ -293,20 +294,10 @@ class CreditState:
         if account != revocation.account or account == revocation.peer_id:
             raise Rejected("other_account", "only the account that certified a key revokes it", revocation.account)
 
-    def _judge_finding(self, finding: Finding) -> None:
-        run = self._run(finding.run_id)
-        _check_suspended(run, finding.auditor)
-        current = run.rounds.get(finding.round)
-        case = current.cases.get(finding.peer_id) if current is not None else None
-        if case is None or case.duty.commit_hash != finding.commit_hash:
-            raise Rejected("no_audit", f"round {finding.round}", finding.auditor)
-        if not case.has_turn(finding.auditor, run.newest or 0):
-            raise Rejected("not_an_auditor", f"round {finding.round}", finding.auditor)
-
     def _judge_claimant(self, claim: Claim) -> Member:
         run = self._run(claim.run_id)
         member = self._member(run, claim.peer_id)
-        _check_suspended(run, claim.peer_id)
+        check_suspended(run, claim.peer_id)
         if member.revoked:
             raise Rejected("revoked", "the account has revoked this key", claim.peer_id)
         if claim.round in member.reported:
@@ -444,15 +435,9 @@ def _fault(index: int, error: Rejected | ManifestInvalid) -> LedgerInvalid:
     return LedgerInvalid(f"entry {index}: {error}{who}", BROKEN)
 
 
-def _roster_after(current: RoundRecord) -> frozenset[str] | None:
-    if current.confirmed is None:
-        return None
-    return current.proposals[current.confirmed.proposal_hash].nomination.next_roster
-
-
 def _judge_roster(run: RunRecord, nomination: Nomination) -> None:
     before = run.rounds.get(nomination.round - 1)
-    roster = None if before is None else _roster_after(before)
+    roster = None if before is None else before.next_roster
     if roster is None:
         return
     if nomination.leader not in roster:
@@ -493,68 +478,10 @@ def _confirm(run: RunRecord, confirmation: Confirmation) -> None:
     current.claims = []
     run.newest = confirmation.round if run.newest is None else max(run.newest, confirmation.round)
     heapq.heappush(run.unsettled, confirmation.round)
-    _draw_audits(run, confirmation, current)
+    draw_audits(run, confirmation, current)
     while run.unsettled and run.unsettled[0] + run.terms.hold_rounds <= run.newest:
         _finalise(run, heapq.heappop(run.unsettled))
     _prune(run, confirmation.round - 1)
-
-
-def _draw_audits(run: RunRecord, confirmation: Confirmation, current: RoundRecord) -> None:
-    """Open a case for each of the round's commits that is drawn: all of a new key's."""
-    terms = run.terms
-    if not terms.audit_rate and not terms.audit_first:
-        return
-    commits = current.proposals[confirmation.proposal_hash].nomination.commits
-    working = {peer: run.members[peer] for peer, item in commits.items() if item.weight and peer not in run.suspended}
-    for peer_id, member in working.items():
-        rate = 1.0 if member.contributions < terms.audit_first else terms.audit_rate
-        member.contributions = min(member.contributions + 1, terms.audit_first)
-        others = [other for other, its in working.items() if its.tally is not member.tally]
-        number = confirmation.round
-        case = draw_case(confirmation.beacon, number, peer_id, commits[peer_id].commit_hash, rate, others)
-        if case is not None:
-            current.cases[peer_id] = case
-
-
-def _take_finding(run: RunRecord, finding: Finding) -> None:
-    """Note what an auditor found; void what two of them found bad."""
-    cases = run.rounds[finding.round].cases
-    case = cases[finding.peer_id]
-    case.findings[finding.auditor] = finding.finding
-    if case.outcome:
-        del cases[finding.peer_id]
-    if case.outcome == WITHHELD:
-        _void(run, finding.round, finding.peer_id)
-    elif case.outcome == FAILED:
-        run.suspended[finding.peer_id] = finding.reason
-        for number, current in run.rounds.items():
-            current.cases.pop(finding.peer_id, None)
-            _void(run, number, finding.peer_id)
-    if case.outcome in (WITHHELD, FAILED):
-        run.standings = Standings(run.tallies.values())
-
-
-def _void(run: RunRecord, number: int, peer_id: str) -> None:
-    """Take back what a key has earned in a round, unless it is final; a report that is still to come earns nothing."""
-    current = run.rounds[number]
-    if current.final:
-        return
-    current.void.add(peer_id)
-    for tally, claim in current.claims:
-        if claim.peer_id == peer_id:
-            tally.pending -= claim.tokens
-    current.claims = [(tally, claim) for tally, claim in current.claims if claim.peer_id != peer_id]
-    for tally, tokens, peer in current.held:
-        if peer == peer_id:
-            tally.verified -= tokens
-            tally.rounds -= tokens > 0
-    current.held = [each for each in current.held if each[2] != peer_id]
-
-
-def _check_suspended(run: RunRecord, peer_id: str) -> None:
-    reason = run.suspended.get(peer_id)
-    if reason is not None:
-        raise Rejected("suspended", f"two audits found its work wrong: {reason}", peer_id)
 
 
 def _verify(run: RunRecord, current: RoundRecord, tally: Tally, claim: Claim) -> None:

@@ -57,6 +57,7 @@ class Auditor:
     services: Services
     docket: Docket
     share: float
+    on_proven: Callable[[Verdict], None] = lambda verdict: None
     random: SystemRandom = field(default_factory=SystemRandom)
     _before: tuple[int, dict[str, SpanFacts]] = field(default_factory=lambda: (-1, {}))
     _heard: set[bytes] = field(default_factory=set)
@@ -210,6 +211,7 @@ class Auditor:
         verdict = await self._in_pool(self.docket.add, raw)
         if verdict is not None:
             self.services.observer.refused(verdict.accused, verdict.kind)
+            self.on_proven(verdict)
         return verdict
 
     async def _in_pool(self, function: Callable[..., T], *args: object) -> T:

@@ -13,6 +13,7 @@ import numpy as np
 import structlog
 
 from peer.codec import Codec, Codecs
+from peer.evidence import Verdict
 from peer.judging import (
     NOT_SHOWN,
     UNABLE_TO_LOOK,
@@ -31,7 +32,7 @@ from peer.rounds.run import RoundRun, Services
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitFacts
 from peer.sketch import Sketcher, sketch_seed
-from swarm.audits import FAILED
+from swarm.audits import CONVICTED, FAILED
 from swarm.errors import NotAdmitted, OutOfMemory, Rejected, SwarmError
 from swarm.manifest import CenteredClip, DiLoCo, Sync
 from swarm.messages import parse, seal
@@ -40,7 +41,7 @@ from swarm.rpc.v1.coordinator_pb2 import AuditDuty
 from swarm.rpc.v1.signed_pb2 import AuditVerdict, Commit
 
 KEPT_ROUNDS, KEPT_BYTES = 4, 1 << 30
-SHORTEST_POLL_S, LONGEST_POLL_S = 0.5, 30.0
+SHORTEST_POLL_S, SHORTEST_IDLE_POLL_S, LONGEST_POLL_S = 0.5, 3.0, 30.0
 POLLS_A_ROUND = 4
 SHORTEST_WAIT_S, WAIT_ROUNDS = 3.0, 2
 PATIENCE_S = 10.0
@@ -70,6 +71,7 @@ class AuditDesk:
     _kept: list[Kept] = field(default_factory=list)
     _round_s: float = 2.0
     _asked_s: dict[tuple[int, str], float] = field(default_factory=dict)
+    _convictions: dict[str, Verdict] = field(default_factory=dict)
     _settled: dict[tuple[int, str], Judgement | None] = field(default_factory=dict)
 
     def keep(self, run: RoundRun, state: OuterState | None, wall_s: float) -> None:
@@ -80,14 +82,18 @@ class AuditDesk:
         self._kept = [*self._kept, Kept(run.round_index, state, dict(run.state.commits))][-most:]
         self._round_s = wall_s
 
+    def convict(self, verdict: Verdict) -> None:
+        """Tell the coordinator that we hold proof against a peer; so does everybody who has checked it."""
+        self._convictions[verdict.accused] = verdict
+
     async def work(self) -> None:
-        """Look for audits for ever."""
-        if not self.services.manifest.is_audited:
-            await asyncio.Event().wait()
+        """Look for audits, and for who is suspended, for ever."""
+        shortest_s = SHORTEST_POLL_S if self.services.manifest.is_audited else SHORTEST_IDLE_POLL_S
         while True:
-            await asyncio.sleep(min(LONGEST_POLL_S, max(SHORTEST_POLL_S, self._round_s / POLLS_A_ROUND)))
+            await asyncio.sleep(min(LONGEST_POLL_S, max(shortest_s, self._round_s / POLLS_A_ROUND)))
             try:
                 await self._look()
+                await self._tell_convictions()
             except (SwarmError, Rejected) as error:
                 log.info("audits_not_asked_for", error=str(error))
 
@@ -114,7 +120,6 @@ class AuditDesk:
     async def _tell(self, duty: AuditDuty, judgement: Judgement) -> None:
         """Sign it and hand it in. Raises `SwarmError` where the coordinator can't be reached."""
         verdict = AuditVerdict(
-            run_id=self.services.checker.run_id,
             round=duty.round,
             peer_id=duty.peer_id,
             commit_hash=duty.commit_hash,
@@ -125,14 +130,29 @@ class AuditDesk:
             tolerance=judgement.tolerance,
             claimed=judgement.claimed,
             found=judgement.found,
-            issued_at=int(self.services.clock.wall_s()),
         )
+        self.done += not await self._refused(verdict)
+
+    async def _tell_convictions(self) -> None:
+        """Hand in what we hold proof of, once; who isn't in the roster yet tries again."""
+        for accused, proof in list(self._convictions.items()):
+            verdict = AuditVerdict(
+                round=proof.round_index, peer_id=accused, commit_hash=proof.hash, finding=CONVICTED, reason=proof.kind
+            )
+            if await self._refused(verdict) != "not_in_roster":
+                del self._convictions[accused]
+
+    async def _refused(self, verdict: AuditVerdict) -> str:
+        """Sign a verdict and hand it in; why it wasn't taken. Raises `SwarmError` where the coordinator can't be reached."""
+        verdict.run_id, verdict.issued_at = self.services.checker.run_id, int(self.services.clock.wall_s())
         try:
             await (await self.client()).submit_audit(seal(self.services.identity, verdict))
-        except (Rejected, NotAdmitted) as error:
-            log.info("audit_not_taken", round=duty.round, peer=duty.peer_id, reason=str(error))
-        else:
-            self.done += 1
+        except NotAdmitted as error:
+            return error.message
+        except Rejected as error:
+            log.info("finding_not_taken", round=verdict.round, peer=verdict.peer_id, reason=error.reason)
+            return error.reason
+        return ""
 
     async def _audited(self, duty: AuditDuty) -> Judgement | None:
         """What we find; None to try again later."""

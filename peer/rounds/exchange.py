@@ -59,7 +59,7 @@ class Exchange:
         """Encode our update, [parameters], and keep the parts where others can fetch them; their hashes."""
         blobs = await self._in_pool(self._encode_all, update)
         for name, content in blobs:
-            self._keep(name, content)
+            self.keep(name, content)
         return tuple(name for name, _ in blobs)
 
     def begin(self, proposal_hash: bytes) -> None:
@@ -111,7 +111,7 @@ class Exchange:
             if name not in self.transfer.store
         }
         if wanted:
-            await self.transfer.fetch(source, wanted, keep=self._keep)
+            await self.transfer.fetch(source, wanted, keep=self.keep)
         await self._in_pool(self._take_span, span)
 
     def merged(self, proposal: ProposalFacts) -> Vector | None:
@@ -163,7 +163,7 @@ class Exchange:
             if not wanted or source == self.me:
                 return
             try:
-                await self.transfer.obtain(source, wanted, self._keep)
+                await self.transfer.obtain(source, wanted, self.keep)
             except PeerFailure as error:
                 failure = failure or error
                 continue
@@ -195,7 +195,7 @@ class Exchange:
         if not wanted:
             return
         try:
-            await self.transfer.obtain(source, wanted, self._keep, origin=origin)
+            await self.transfer.obtain(source, wanted, self.keep, origin=origin)
         except PeerFailure as error:
             log.debug("pull_failed", round=self.round_index, source=source, origin=origin, reason=error.reason)
         except Rejected as error:
@@ -205,7 +205,8 @@ class Exchange:
         """Hash to size limit of those parts that aren't here."""
         return {hashes[part]: self.codec.part_size_limit(part) for part in parts if hashes[part] not in self.transfer.store}
 
-    def _keep(self, name: bytes, content: bytes) -> None:
+    def keep(self, name: bytes, content: bytes) -> None:
+        """Keep a verified blob of this round."""
         self.transfer.store.put_verified(name, content, self.round_index)
 
     def _merge_part(

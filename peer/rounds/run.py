@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import structlog
+import torch
 
 from peer.admissions import Admissions
 from peer.codec import Codecs, Vector
@@ -111,6 +112,12 @@ class Attack(Protocol):
     def contribution(self, honest: Contribution) -> Contribution:
         """What it commits."""
 
+    async def copied(self, round_run: RoundRun) -> CommitFacts | None:
+        """Another's commit that it passes off as its own."""
+
+    def labels(self, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """What it trains on."""
+
     def parts(self, parts: list[bytes]) -> list[bytes]:
         """What it serves."""
 
@@ -205,6 +212,10 @@ class RoundRun:
         if contribution.update is not None and contribution.weight:
             hashes = await self.exchange.publish(contribution.update)
             evidence = self._keep_evidence(contribution, hashes)
+        copied = await self.services.attack.copied(self) if self.services.attack is not None else None
+        if copied is not None:
+            hashes, evidence = copied.part_hashes, copied.evidence_root
+            contribution = replace(contribution, weight=copied.weight)
         self.services.observer.phase("encode", self.services.clock.monotonic_s() - started)
         self.leaving = self.is_leaving()
         announced = self._sign_commit(contribution, hashes, evidence)

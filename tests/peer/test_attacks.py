@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from peer.attacks import ATTACK_VARIABLE, KINDS, Attack
 from peer.rounds.run import Contribution
@@ -47,6 +48,13 @@ def test_work_that_is_left_out() -> None:
     assert attack.quota(20) == 10
     assert attack.contribution(HONEST).weight == 16
     assert Attack("sign_flip").quota(20) == 20
+
+
+def test_flipped_labels() -> None:
+    """The last token id for the first, and so on; others leave labels alone."""
+    labels = torch.tensor([[0, 1, 9]])
+    assert Attack("label_flip").labels(labels, 10).tolist() == [[9, 8, 0]]
+    assert Attack("skip").labels(labels, 10) is labels
 
 
 def test_parts_and_merges() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from peer.rounds.planning import leader_of
+from swarm.rpc.client import CoordinatorClient
 from swarm.scenario import Scenario
 from tests.runs import run_command
 
@@ -41,6 +42,8 @@ async def test_a_tampering_reducer_is_convicted(scenario: Callable[[int], Any]) 
         await swarm.until_rounds_more(4, [swarm.peers[name] for name in HONEST])
         statuses = [await swarm.peers[name].status() for name in HONEST]
         assert [status["roster_size"] for status in statuses] == [3, 3, 3]
+        async with await CoordinatorClient.connect(swarm.link) as client:
+            assert list((await client.list_audits(guilty)).suspended) == [guilty]
         assert swarm.differing_roots() == []
         assert swarm.missing_rounds() == []
 

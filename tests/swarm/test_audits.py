@@ -192,13 +192,39 @@ def test_keys_of_one_account_dont_audit_each_other() -> None:
     assert state.duties(alone.run_id, peers[0].peer_id) == []
 
 
+def convicted(*accusers: Identity, about: Identity = CHEAT) -> list[bytes]:
+    """What holders of a proof tell the ledger."""
+    return [WORLD.audited(peer, commit(0, about), "convicted", reason="wrong_merge") for peer in accusers]
+
+
+def test_a_majority_that_holds_proof_of_a_fraud_suspends() -> None:
+    """Four of six; three are too few, and the accused's own rosters don't matter."""
+    entries = a_round(0)
+    assert earned(after(*entries, *convicted(*PEERS[1:4]))) == (0, 1, 0)
+    state = after(*entries, *convicted(*PEERS[1:5]))
+    assert earned(state) == (0, 0, 0)
+    assert earned(state, PEERS[1]) == (0, 1, 0)
+    assert state.suspended(WORLD.run_id) == {CHEAT.peer_id: "wrong_merge"}
+    assert refused(*entries, *convicted(*PEERS[1:6])) == "no_audit"
+
+
+def test_who_may_convict() -> None:
+    """Each of the roster once, nobody else, and only whom the run knows."""
+    assert refused(*convicted(PEERS[1])) == "not_in_roster"
+    assert refused(*a_round(0), *convicted(identity(77))) == "not_in_roster"
+    assert refused(*a_round(0), *convicted(PEERS[1], PEERS[1])) == "no_audit"
+    assert refused(*a_round(0), *convicted(PEERS[1], about=identity(77))) == "no_audit"
+
+
 @pytest.mark.parametrize("cut", range(0, 20, 3))
 def test_open_cases_survive_a_snapshot(cut: int) -> None:
     """Written down and read back anywhere, the rest of the ledger leads to the same."""
-    entries = [*START, *verdicts([*a_round(0), *a_round(1)], FAILED, FAILED)]
+    accused = convicted(*PEERS[2:4], about=PEERS[1])
+    entries = [*START, *verdicts([*a_round(0), *accused, *a_round(1)], FAILED, FAILED), *convicted(*PEERS[4:], about=PEERS[1])]
     whole, restored = fold(entries, COORDINATOR.peer_id), load(dump(fold(entries[:cut], COORDINATOR.peer_id)))
     for index, each in enumerate(entries[cut:], cut):
         apply_entry(restored, index, each)
+    assert set(whole.suspended(WORLD.run_id)) == {CHEAT.peer_id, PEERS[1].peer_id}
     assert restored.balances(WORLD.run_id) == whole.balances(WORLD.run_id)
     assert restored.suspended(WORLD.run_id) == whole.suspended(WORLD.run_id)
     assert [auditors(restored, number, peer) for number in (0, 1) for peer in PEERS] == [

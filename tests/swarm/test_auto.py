@@ -109,6 +109,15 @@ def test_home_links_get_int4_and_slow_ones_less() -> None:
     assert large.strategy.overlap == "auto"
 
 
+def test_few_rounds_dont_overlap() -> None:
+    """Over a link that makes peers wait, a run of 8 rounds waits, a long one trains on; both say why."""
+    slow = {"parameters": 870_000, "sequence_length": 128, "upload_mbit": 1.2, "download_mbit": 6.0, "step_s": 0.2}
+    few, many = plan(Draft(tokens=160 * 4096, **slow)), plan(Draft(tokens=5000 * 4096, **slow))
+    assert (few.rounds, few.strategy.overlap) == (8, "off")
+    assert any("with 8 rounds late results cost more" in why for why in few.why)
+    assert many.strategy.overlap == "auto"
+
+
 def test_sparse_is_for_long_runs_over_slow_links() -> None:
     """Where int2 every 30 steps is too much, a long run takes `sparse`, a short one rarer int2."""
     slow = {"parameters": 10**9, "sequence_length": 1024, "upload_mbit": 20.0}

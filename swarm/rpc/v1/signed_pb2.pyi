@@ -890,7 +890,7 @@ Global___Leaves: _TypeAlias = Leaves  # noqa: Y015
 
 @_typing.final
 class AuditVerdict(_message.Message):
-    """What a peer found that was drawn to audit a contribution."""
+    """What a peer found that was drawn to audit a contribution; or that it holds proof of a fraud."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -909,12 +909,14 @@ class AuditVerdict(_message.Message):
     run_id: _builtins.bytes
     round: _builtins.int
     peer_id: _builtins.str
-    """Whose contribution, and the hash of its commit."""
+    """Whose contribution, and the hash of its commit, or of the Evidence."""
     commit_hash: _builtins.bytes
     finding: _builtins.str
-    """"passed", "failed", "withheld" (its author didn't show what it had committed to) or "unable" (the auditor couldn't look)."""
+    """"passed", "failed", "withheld" (its author didn't show what it had committed to) or "unable" (the auditor couldn't look);
+    "convicted": the signer has checked Evidence against the peer.
+    """
     reason: _builtins.str
-    """Why, in a word: "leaf", "loss", "update", "leaves"; empty when passed."""
+    """Why, in a word: "leaf", "loss", "update", "leaves"; empty when passed; the kind of the Evidence."""
     leaf: _builtins.int
     """The leaf that was worst, its distance from what it should be, and how much is tolerated."""
     distance: _builtins.float

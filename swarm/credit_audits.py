@@ -1,0 +1,106 @@
+"""What audits do to credit: the part of the fold over the ledger that opens cases, takes findings and takes credit back."""
+
+from __future__ import annotations
+
+from swarm.audits import CONVICTED, FAILED, WITHHELD, draw_case
+from swarm.credit_records import RoundRecord, RunRecord, Standings
+from swarm.entries import Confirmation, Finding
+from swarm.errors import Rejected
+
+
+def newest_roster(run: RunRecord) -> frozenset[str]:
+    """Who takes part after the newest confirmed round."""
+    newest = None if run.newest is None else run.rounds[run.newest].next_roster
+    return newest or frozenset()
+
+
+def judge_finding(run: RunRecord, finding: Finding) -> None:
+    """Whether the finding may be taken. Raises `Rejected`."""
+    check_suspended(run, finding.auditor)
+    if finding.finding == CONVICTED:
+        _judge_conviction(run, finding)
+        return
+    current = run.rounds.get(finding.round)
+    case = current.cases.get(finding.peer_id) if current is not None else None
+    if case is None or case.duty.commit_hash != finding.commit_hash:
+        raise Rejected("no_audit", f"round {finding.round}", finding.auditor)
+    if not case.has_turn(finding.auditor, run.newest or 0):
+        raise Rejected("not_an_auditor", f"round {finding.round}", finding.auditor)
+
+
+def _judge_conviction(run: RunRecord, finding: Finding) -> None:
+    """Once, by a peer of the roster, about a key that was admitted and is still trusted."""
+    if finding.auditor not in newest_roster(run):
+        raise Rejected("not_in_roster", "only those who take part convict", finding.auditor)
+    told = finding.auditor in run.accusers.get(finding.peer_id, ())
+    if told or finding.peer_id not in run.members or finding.peer_id in run.suspended:
+        raise Rejected("no_audit", "convicted already, or unknown", finding.auditor)
+
+
+def draw_audits(run: RunRecord, confirmation: Confirmation, current: RoundRecord) -> None:
+    """Open a case for each of the round's commits that is drawn: all of a new key's."""
+    terms = run.terms
+    if not terms.audit_rate and not terms.audit_first:
+        return
+    commits = current.proposals[confirmation.proposal_hash].nomination.commits
+    working = {peer: run.members[peer] for peer, item in commits.items() if item.weight and peer not in run.suspended}
+    for peer_id, member in working.items():
+        rate = 1.0 if member.contributions < terms.audit_first else terms.audit_rate
+        member.contributions = min(member.contributions + 1, terms.audit_first)
+        others = [other for other, its in working.items() if its.tally is not member.tally]
+        number = confirmation.round
+        case = draw_case(confirmation.beacon, number, peer_id, commits[peer_id].commit_hash, rate, others)
+        if case is not None:
+            current.cases[peer_id] = case
+
+
+def take_finding(run: RunRecord, finding: Finding) -> None:
+    """Note what an auditor found; void what two of them, or most of the roster, found bad."""
+    if finding.finding == CONVICTED:
+        accusers = run.accusers.setdefault(finding.peer_id, set())
+        accusers.add(finding.auditor)
+        if 2 * len(accusers & newest_roster(run)) > len(newest_roster(run)):
+            _suspend(run, finding)
+        return
+    cases = run.rounds[finding.round].cases
+    case = cases[finding.peer_id]
+    case.findings[finding.auditor] = finding.finding
+    if case.outcome:
+        del cases[finding.peer_id]
+    if case.outcome == WITHHELD:
+        _void(run, finding.round, finding.peer_id)
+    elif case.outcome == FAILED:
+        _suspend(run, finding)
+
+
+def _suspend(run: RunRecord, finding: Finding) -> None:
+    """Take all that isn't final, and take no more of it."""
+    run.suspended[finding.peer_id] = finding.reason
+    run.accusers.pop(finding.peer_id, None)
+    for number, current in run.rounds.items():
+        current.cases.pop(finding.peer_id, None)
+        _void(run, number, finding.peer_id)
+
+
+def _void(run: RunRecord, number: int, peer_id: str) -> None:
+    """Take back what a key has earned in a round, unless it is final; a report that is still to come earns nothing."""
+    current = run.rounds[number]
+    if current.final:
+        return
+    current.void.add(peer_id)
+    for tally, claim in current.claims:
+        if claim.peer_id == peer_id:
+            tally.pending -= claim.tokens
+    current.claims = [(tally, claim) for tally, claim in current.claims if claim.peer_id != peer_id]
+    for tally, tokens, peer in current.held:
+        if peer == peer_id:
+            tally.verified -= tokens
+            tally.rounds -= tokens > 0
+    current.held = [each for each in current.held if each[2] != peer_id]
+    run.standings = Standings(run.tallies.values())
+
+
+def check_suspended(run: RunRecord, peer_id: str) -> None:
+    reason = run.suspended.get(peer_id)
+    if reason is not None:
+        raise Rejected("suspended", f"its work was found wrong: {reason}", peer_id)
