@@ -29,6 +29,7 @@ from peer.network.node import Node
 from peer.outer import OuterState, initial_state
 from peer.rounds.engine import RoundReport
 from peer.rounds.training import TrainingThread
+from peer.sketch import Sketcher
 from peer.state import Snapshot
 from peer.trainer import Early, Progress, ShouldStop, TrainedUpdate, Trainer, Vector, ignore_progress, never_stop
 from swarm.cli.output import configure_logging
@@ -119,6 +120,9 @@ class WaitingTrainer:
     and takes its memory once for all peers.
     """
 
+    precision = "fp32"
+    is_loaded = True
+
     def __init__(self, manifest: Manifest, step_s: float, updates: Path, rank: int) -> None:
         self._manifest = manifest
         self._step_s = step_s
@@ -135,6 +139,7 @@ class WaitingTrainer:
         tokens_so_far: int,
         should_stop: ShouldStop = never_stop,
         progress: Callable[[Progress], None] = ignore_progress,
+        sketcher: Sketcher | None = None,
     ) -> TrainedUpdate:
         """Let the time of `quota` inner steps pass."""
         started, steps, stopped = time.monotonic(), 0, None

@@ -5,9 +5,6 @@ the interpreter's lock. A process gets many at once over a socket and knows noth
 
     request   4 bytes: number of proofs; 4 bytes: bytes that follow; per proof key (32), signature (64), length (4), message
     answer    one byte per proof, 1 = valid
-
-libsodium checks the equation that everybody else checks and, in addition, refuses keys and signatures with points of small
-order: what is let in here is valid everywhere.
 """
 
 from __future__ import annotations
@@ -23,11 +20,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import BinaryIO, NamedTuple
 
 import structlog
-from nacl.bindings import crypto_sign_open
-from nacl.exceptions import BadSignatureError
 
 from swarm.errors import Rejected
-from swarm.identity import SIGNATURE_BYTES, pre_authentication_encoding, public_key_of
+from swarm.identity import SIGNATURE_BYTES, is_valid, pre_authentication_encoding, public_key_of
 from swarm.rpc.v1.signed_pb2 import Signed
 
 HEADER = struct.Struct(">II")
@@ -56,15 +51,6 @@ class Proof(NamedTuple):
         if len(signature) != SIGNATURE_BYTES:
             raise Rejected("bad_signature", "wrong length", signer)
         return cls(public_key_of(signer), signature, pre_authentication_encoding(kind, signed.payload), signer, kind)
-
-
-def is_valid(public_key: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether the signature is the key's, over the message."""
-    try:
-        crypto_sign_open(signature + message, public_key)
-    except BadSignatureError:
-        return False
-    return True
 
 
 class _Batch(NamedTuple):

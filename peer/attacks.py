@@ -12,6 +12,9 @@ Only read from `SWARM_ATTACK`, which they set for the attackers among the proces
     copy                            another's commit, parts and leaves in the place of its own
     sybil                           noise of an honest update's norm, and a new key as soon as the old one is suspended
     tamper                          an honest update, but a reducer that merges with the wrong sign
+    equivocate                      a leader that proposes one thing to half of the roster and another to the rest
+    lying_donor                     wrong bytes for whoever downloads the weights
+    replay                          every message once more, in later rounds
 
 The attackers of ALIE and IPM know everybody's updates in the literature; here each knows its own honest one, and takes that for
 the mean and its magnitudes for the deviations.
@@ -34,8 +37,11 @@ from peer.network.node import PeerFailure
 from peer.rounds.run import Contribution, RoundRun
 from peer.rounds.values import CommitFacts
 from swarm.errors import Rejected, UsageError
+from swarm.rpc.v1.peer_pb2 import Delivery
+from swarm.rpc.v1.signed_pb2 import Proposal
 
 COPY_ATTEMPTS, COPY_WAIT_S = 100, 0.05
+MOST_REPLAYED = 32
 SCALE, NOISE_NORMS = np.float32(1000), 10.0
 ATTACK_VARIABLE = "SWARM_ATTACK"
 IPM_SHARE, ALIE_DEVIATIONS = np.float32(0.5), np.float32(1.0)
@@ -48,6 +54,7 @@ class Attack:
     kind: str
     random: np.random.Generator = field(default_factory=np.random.default_rng)
     _last: Vector | None = None
+    _sent: list[Delivery] = field(default_factory=list)
 
     @classmethod
     def from_environment(cls) -> Attack | None:
@@ -95,6 +102,29 @@ class Attack:
             await asyncio.sleep(COPY_WAIT_S)
         return None
 
+    def proposals(self, message: Proposal) -> list[Proposal]:
+        """What it proposes, each to a share of the roster."""
+        if self.kind != "equivocate":
+            return [message]
+        other = Proposal()
+        other.CopyFrom(message)
+        for member in other.next_roster:
+            member.quota += 1
+        return [message, other]
+
+    def served(self, chunk: memoryview | None) -> bytes | memoryview | None:
+        """A chunk of the weights, as it serves it."""
+        if chunk is None or self.kind != "lying_donor":
+            return chunk
+        return bytes([chunk[0] ^ 1]) + bytes(chunk[1:])
+
+    def again(self, delivery: Delivery) -> list[Delivery]:
+        """What it sends besides a message."""
+        if self.kind != "replay":
+            return []
+        self._sent = [*self._sent, delivery][-MOST_REPLAYED:]
+        return self._sent[:-1]
+
     def parts(self, parts: list[bytes]) -> list[bytes]:
         """The encoded update."""
         return [b"\xff" * len(part) for part in parts] if self.kind == "nan" else parts
@@ -124,4 +154,4 @@ UPDATES: dict[str, Callable[[Attack, Vector], Vector]] = {
     "plausible_noise": lambda attack, update: attack._noise(update, 1.0),
     "sybil": lambda attack, update: attack._noise(update, 1.0),
 }
-KINDS = (*UPDATES, "nan", "skip", "label_flip", "copy", "tamper")
+KINDS = (*UPDATES, "nan", "skip", "label_flip", "copy", "tamper", "equivocate", "lying_donor", "replay")

@@ -228,7 +228,7 @@ class Daemon:
             case "pause":
                 self._put("user", Hold("paused"))
             case "resume":
-                self._holds, self._refused = self._holds.put("rejections", None).put("device", None), 0
+                self._holds, self._refused = self._holds.resumed(), 0
                 self._put("user", None)
             case _:
                 self._obey(verb)
@@ -449,7 +449,8 @@ class Daemon:
         layout = Layout.of(manifest)
         snapshots, materials = Snapshots(), Materials(options.directory / FILES, options.files)
         store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
-        store.provide(snapshots.lookup)
+        attack = Attack.from_environment()
+        store.provide(snapshots.lookup if attack is None else lambda name: attack.served(snapshots.lookup(name)))
         store.provide(materials.lookup)
         rule = run.manifest.merge
         momentum = rule.worker_momentum if isinstance(rule, CenteredClip) else 0.0
@@ -486,7 +487,7 @@ class Daemon:
             SystemClock(),
             coordination.grant,
             self.faults,
-            Attack.from_environment(),
+            attack,
         )
         outbox = Outbox(options.directory)
         finder = Finder(
@@ -578,7 +579,7 @@ class Daemon:
         entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
         docket = Docket(self.options.directory / EVIDENCE, parts.run.run_id)
         await asyncio.to_thread(docket.load)
-        desk = AuditDesk(parts.services, training, parts.coordination.connected)
+        desk = AuditDesk(parts.services, training, parts.coordination.connected, self._on_suspended)
         for proven in docket.proven.values():
             desk.convict(proven)
         auditor = Auditor(parts.services, docket, self.options.check_traffic, desk.convict)
@@ -763,6 +764,11 @@ class Daemon:
         self._refused = self._refused + 1 if outcome == "refused" else 0
         if self._refused == REFUSALS_IN_A_ROW:
             self._put("rejections", Hold("contributions_rejected", f"the last one because: {outbox.last_refusal()}"))
+
+    def _on_suspended(self) -> None:
+        """Nothing that this key does counts any more: stop, so that its owner looks at it."""
+        if self._parts is not None and self._parts.services.attack is None:
+            self._put("suspension", Hold("suspended"))
 
     def _on_twin(self) -> None:
         """Two machines that sign with one key contradict each other, and lose what both have earned."""

@@ -136,7 +136,7 @@ class Waiting:
             case "snooze":
                 self._put("user", check_snooze(float(arguments.get("seconds", 0))))
             case "resume":
-                self.holds = self.holds.put("rejections", None).put("device", None)
+                self.holds = self.holds.resumed()
                 self._put("user", None)
             case "finish" | "stop":
                 self.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-ORDER = ("user", "rejections", "device", "governor", "quota")
+ORDER = ("user", "rejections", "suspension", "device", "governor", "quota")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Holds:
 
     user: Hold | None = None
     rejections: Hold | None = None
+    suspension: Hold | None = None
     device: Hold | None = None
     governor: Hold | None = None
     quota: Hold | None = None
@@ -29,6 +30,10 @@ class Holds:
     def put(self, who: str, hold: Hold | None) -> Holds:
         """With one more, or with `who`'s taken away."""
         return replace(self, **{who: hold})
+
+    def resumed(self) -> Holds:
+        """Without those that the user's word ends."""
+        return replace(self, rejections=None, suspension=None, device=None)
 
     def at(self, now_s: float) -> Holds:
         """Without those that have ended by `now_s`."""

@@ -29,6 +29,7 @@ CHECK_VARIABLE = "SWARM_CHECK_TRAFFIC"
 POLL_S = 0.5
 STALL_S, NEVER = 300.0, 1 << 60
 SYBIL, KEYS_EACH = "sybil", 4
+LYING_DONOR, LATE_ROUND = "lying_donor", 3
 VALIDATION_SAMPLES = 512
 
 Told = Callable[[str], None]
@@ -88,6 +89,9 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
 
         for index in range(trial.peers):
             await join(bool(trial.kind) and index < trial.attackers)
+        if trial.kind == LYING_DONOR:
+            await _until_round(honest[0], LATE_ROUND)
+            await join(False)
         renewing = asyncio.create_task(_renew(swarm.link, attackers, join)) if trial.kind == SYBIL else None
         try:
             await _until_over(honest, trial.rounds, told)
@@ -112,6 +116,14 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
         credit_kept=sum(amount for peer, amount in credit.items() if peer in guilty) / total if total else 0.0,
         roots_agree=not seen.differing_roots(),
     )
+
+
+async def _until_round(peer: LocalPeer, number: int) -> None:
+    """Let a trial go on for some rounds, or as far as it gets."""
+    for _ in range(int(STALL_S / POLL_S)):
+        if last_round(peer) >= number or not peer.running:
+            return
+        await asyncio.sleep(POLL_S)
 
 
 async def _renew(link: str, attackers: list[LocalPeer], join: Callable[[bool], Awaitable[None]]) -> None:

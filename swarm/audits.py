@@ -19,6 +19,8 @@ CONVICTED = "convicted"
 FINDINGS = (PASSED, FAILED, WITHHELD, UNABLE, CONVICTED)
 MOST_AUDITORS = 5
 DECIDING = 2
+TWICE_OF_256 = 32
+MOST_WRONG = 3
 PATIENCE_ROUNDS = 3
 
 
@@ -47,11 +49,22 @@ class Case:
         return self.auditors.index(peer_id) <= len(self.findings) + waited
 
     @property
+    def twice(self) -> bool:
+        """Whether two have to find nothing wrong; nobody but the coordinator's signature decides which cases these are."""
+        return len(self.auditors) >= DECIDING and self.duty.seed[-1:] < bytes([TWICE_OF_256])
+
+    @property
+    def wrong(self) -> list[str]:
+        """The auditors that said the opposite of what the case came to."""
+        opposite = {PASSED: FAILED, FAILED: PASSED}.get(self.outcome)
+        return [auditor for auditor, finding in self.findings.items() if finding == opposite]
+
+    @property
     def outcome(self) -> str:
         """`passed`, `failed`, `withheld`, `undecided` when nobody is left to ask, or empty while the case is open.
 
-        A first bad finding is put to a second auditor; two of one kind decide. One that found nothing wrong decides alone where
-        nobody found anything.
+        A first bad finding is put to a second auditor; two of one kind decide. One that found nothing wrong decides alone, where
+        nobody found anything and the case isn't one of those that are looked at twice, to see whether auditors look.
         """
         found = list(self.findings.values())
         failed, withheld, passed = found.count(FAILED), found.count(WITHHELD), found.count(PASSED)
@@ -59,7 +72,7 @@ class Case:
             return FAILED
         if failed + withheld >= DECIDING:
             return WITHHELD
-        if passed >= (DECIDING if failed + withheld else 1):
+        if passed >= (DECIDING if failed + withheld or self.twice else 1):
             return PASSED
         return "undecided" if len(found) == len(self.auditors) else ""
 
@@ -73,12 +86,14 @@ def draw_case(
     beacon: bytes, round_index: int, peer_id: str, commit_hash: bytes, rate: float, others: Iterable[str]
 ) -> Case | None:
     """The case of a contribution, if it is drawn at this rate and there is somebody of another account to look at it."""
-    if int.from_bytes(_draw(beacon, peer_id, "audit")[:8], "big") >= rate * 2**64:
+    about = hashlib.blake2b(peer_id.encode() + b"/", digest_size=32, key=beacon)
+    if int.from_bytes(_draw(about, "audit")[:8], "big") >= rate * 2**64:
         return None
-    auditors = sorted(others, key=lambda other: _draw(beacon, peer_id, other))[:MOST_AUDITORS]
-    duty = Duty(round_index, peer_id, commit_hash, _draw(beacon, peer_id, "what"))
-    return Case(duty, tuple(auditors)) if auditors else None
+    auditors = sorted(others, key=lambda other: _draw(about, other))[:MOST_AUDITORS]
+    return Case(Duty(round_index, peer_id, commit_hash, _draw(about, "what")), tuple(auditors)) if auditors else None
 
 
-def _draw(beacon: bytes, *names: str) -> bytes:
-    return hashlib.blake2b("/".join(names).encode(), digest_size=32, key=beacon).digest()
+def _draw(about: hashlib.blake2b, name: str) -> bytes:
+    drawn = about.copy()
+    drawn.update(name.encode())
+    return drawn.digest()

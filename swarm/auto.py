@@ -47,8 +47,9 @@ MOST_PEERS = 64
 MOST_PEERS_ALL_GATHER = 32
 
 REFERENCE_PARAMETERS = 870_000
-REFERENCE_LR = 1e-2
-MOST_LR = 1.2e-2
+REFERENCE_LR = 1.6e-2
+MOST_LR = 1.8e-2
+LR_EXPONENT = 1 / 3
 FINAL_FRACTION = 0.0
 WARM_UP_FROM_STEPS, WARM_UP_SHARE = 1000, 0.02
 EARLY_SHARE, EARLY_FACTOR = 0.07, 0.45  # the first steps, while weights change fast, have rounds of about half the length
@@ -354,8 +355,8 @@ def _schedule(draft: Draft) -> Schedule:
 
 
 def _inner(draft: Draft) -> tuple[Muon, str]:
-    """Muon; the learning rate falls with the fourth root of the size, a rule of thumb beyond what was measured."""
-    scale = (REFERENCE_PARAMETERS / draft.parameters) ** 0.25
+    """Muon; the learning rate falls with the cube root of the size, a rule of thumb beyond what was measured."""
+    scale = (REFERENCE_PARAMETERS / draft.parameters) ** LR_EXPONENT
     lr = min(MOST_LR, float(f"{REFERENCE_LR * scale:.2g}"))
     inner = Muon(lr=lr, adamw=AdamW(lr=float(f"{lr / 2:.2g}")))
     return (

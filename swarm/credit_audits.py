@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarm.audits import CONVICTED, FAILED, WITHHELD, draw_case
+from swarm.audits import CONVICTED, FAILED, MOST_WRONG, WITHHELD, draw_case
 from swarm.credit_records import RoundRecord, RunRecord, Standings
 from swarm.entries import Confirmation, Finding
 from swarm.errors import Rejected
@@ -60,26 +60,31 @@ def take_finding(run: RunRecord, finding: Finding) -> None:
         accusers = run.accusers.setdefault(finding.peer_id, set())
         accusers.add(finding.auditor)
         if 2 * len(accusers & newest_roster(run)) > len(newest_roster(run)):
-            _suspend(run, finding)
+            _suspend(run, finding.peer_id, finding.reason)
         return
     cases = run.rounds[finding.round].cases
     case = cases[finding.peer_id]
     case.findings[finding.auditor] = finding.finding
     if case.outcome:
         del cases[finding.peer_id]
+    for auditor in case.wrong:
+        member = run.members[auditor]
+        member.wrong_audits += 1
+        if member.wrong_audits >= MOST_WRONG and auditor not in run.suspended:
+            _suspend(run, auditor, "wrong_audits")
     if case.outcome == WITHHELD:
         _void(run, finding.round, finding.peer_id)
     elif case.outcome == FAILED:
-        _suspend(run, finding)
+        _suspend(run, finding.peer_id, finding.reason)
 
 
-def _suspend(run: RunRecord, finding: Finding) -> None:
-    """Take all that isn't final, and take no more of it."""
-    run.suspended[finding.peer_id] = finding.reason
-    run.accusers.pop(finding.peer_id, None)
+def _suspend(run: RunRecord, peer_id: str, reason: str) -> None:
+    """Take all of a key's credit that isn't final, and take nothing more from it."""
+    run.suspended[peer_id] = reason
+    run.accusers.pop(peer_id, None)
     for number, current in run.rounds.items():
-        current.cases.pop(finding.peer_id, None)
-        _void(run, number, finding.peer_id)
+        current.cases.pop(peer_id, None)
+        _void(run, number, peer_id)
 
 
 def _void(run: RunRecord, number: int, peer_id: str) -> None:

@@ -152,6 +152,7 @@ class Member:
     expires_at: int = 0
     revoked: bool = False
     contributions: int = 0
+    wrong_audits: int = 0
 
 
 @dataclass(slots=True)

@@ -90,7 +90,8 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
 
 
 def _dump_member(member: Member) -> Iterable[Json]:
-    return member.weight_limit, member.reported.bounds, member.expires_at, member.revoked, member.contributions
+    settings = member.weight_limit, member.reported.bounds, member.expires_at, member.revoked
+    return *settings, member.contributions, member.wrong_audits
 
 
 def _dump_case(case: Case) -> Json:

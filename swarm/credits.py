@@ -162,6 +162,11 @@ class CreditState:
         cases = itertools.chain.from_iterable(current.cases.values() for current in run.rounds.values())
         return [case.duty for case in cases if case.has_turn(peer_id, newest)]
 
+    def is_void(self, run_id: bytes, number: int, peer_id: str) -> bool:
+        """Whether audits took what the peer earned, or will have earned, in a round that isn't forgotten yet."""
+        current = self._run(run_id).rounds.get(number)
+        return current is not None and peer_id in current.void
+
     def suspended(self, run_id: bytes) -> dict[str, str]:
         """The keys that audits have suspended, and what they found."""
         return self._run(run_id).suspended

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from swarm.credits import CreditState
-from swarm.entries import Admission, Claim, Confirmation, Nomination, Opened, Revocation, open_entry
+from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Opened, Revocation, open_entry
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
 
 REASONS: dict[str, str] = {
@@ -23,13 +23,20 @@ REASONS: dict[str, str] = {
     "not_reported": "Its contribution is in the round, but its report has not come. A peer keeps reports while it can't reach "
     "the coordinator, and sends them later: `swarm status` shows how many wait.",
     "other_proposal": "It reported a proposal that didn't make the round.",
+    "withheld": "It was drawn for an audit, and two auditors in turn couldn't get what it had committed to, so it earns nothing: "
+    "a peer has to be reachable for some rounds after its work.",
+    "failed_audit": "Its work was found wrong ({audit}): what the key had and wasn't final was taken, and it is suspended.",
+    "suspended": "The key had been suspended before it reported, as its work was found wrong ({audit}).",
     "other_state": "The state that it came to isn't the majority's, so its contribution is void: memory or disk may be faulty.",
 }
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known of one key in one round. `tokens` are those that it was credited for, or will be."""
+    """What is known of one key in one round.
+
+    `tokens` are those that it was credited for, or will be; `audits` has a line for each auditor that looked at it.
+    """
 
     peer_id: str
     account: str
@@ -38,6 +45,7 @@ class Explanation:
     why: str
     tokens: int = 0
     flops: int = 0
+    audits: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,6 +60,8 @@ class _Seen:
     confirmed: Confirmation | None = None
     confirmed_before: Confirmation | None = None
     claim: Claim | None = None
+    void: bool = False
+    findings: list[Finding] = field(default_factory=list)
 
 
 def explain(entries: Iterable[bytes], coordinator: str, run_id: bytes, peer_id: str, number: int) -> Explanation:
@@ -68,13 +78,16 @@ def explain(entries: Iterable[bytes], coordinator: str, run_id: bytes, peer_id: 
             raise LedgerInvalid(f"entry {index}: {error}", "check it with: swarm ledger verify") from error
         if opened.run_id == run_id:
             _note(seen, index, opened, peer_id, number)
+            seen.void = seen.void or state.is_void(run_id, number, peer_id)
     reason = _reason(state, seen, run_id, peer_id, number)
     earns = reason in ("final", "verified", "pending") and seen.claim is not None
     tokens = seen.claim.tokens if earns and seen.claim is not None else 0
     credit = state.manifest(run_id).credit
     account = state.balance(run_id, peer_id).account
-    why = REASONS[reason].format(hold=credit.hold_rounds)
-    return Explanation(peer_id, account, number, reason, why, tokens, tokens * credit.flops_per_token)
+    found_wrong = state.suspended(run_id).get(peer_id, "")
+    why = REASONS[reason].format(hold=state.manifest(run_id).hold_rounds, audit=found_wrong)
+    audits = tuple(f"{item.auditor}: {item.finding}{item.reason and f' ({item.reason})'}" for item in seen.findings)
+    return Explanation(peer_id, account, number, reason, why, tokens, tokens * credit.flops_per_token, audits)
 
 
 def _note(seen: _Seen, index: int, opened: Opened, peer_id: str, number: int) -> None:
@@ -83,6 +96,8 @@ def _note(seen: _Seen, index: int, opened: Opened, peer_id: str, number: int) ->
             seen.admitted = True
         case Revocation() if opened.peer_id == peer_id:
             seen.revoked_at = index
+        case Finding() if (opened.round, opened.peer_id) == (number, peer_id):
+            seen.findings.append(opened)
         case Nomination() if opened.round == number:
             seen.proposals[opened.proposal_hash] = opened
         case Nomination() if opened.round == number - 1:
@@ -102,6 +117,8 @@ def _reason(state: CreditState, seen: _Seen, run_id: bytes, peer_id: str, number
         return "not_yet"
     if seen.claim is not None:
         return _of_claim(state, seen, seen.claim, run_id, number)
+    if peer_id in state.suspended(run_id):
+        return "suspended"
     if seen.revoked_at is not None:
         return "revoked"
     made = seen.proposals.get(seen.confirmed.proposal_hash) if seen.confirmed is not None else None
@@ -122,8 +139,10 @@ def _of_claim(state: CreditState, seen: _Seen, claim: Claim, run_id: bytes, numb
         return "other_proposal"
     if claim.state_root != confirmed.state_root:
         return "other_state"
+    if seen.void:
+        return "failed_audit" if claim.peer_id in state.suspended(run_id) else "withheld"
     newest = state.progress(run_id).confirmed_round
-    return "final" if newest >= number + state.manifest(run_id).credit.hold_rounds else "verified"
+    return "final" if newest >= number + state.manifest(run_id).hold_rounds else "verified"
 
 
 def _was_in_roster(seen: _Seen, peer_id: str) -> bool:

@@ -12,12 +12,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
-from swarm.identity import Identity, public_key_of
+from swarm.identity import Identity, is_valid, public_key_of
 from swarm.manifest import MAX_MANIFEST_BYTES, Manifest
 from swarm.merkle import HASH_BYTES, MerkleTree, leaf_hash, verify_inclusion
 from swarm.messages import MANIFEST_KIND, base32, check_signed, open_signed, parse, payload_hash
@@ -74,10 +72,8 @@ def verify_checkpoint(note: str, origin: str, peer_id: str) -> Checkpoint:
     if checkpoint.origin != origin:
         raise _fault(f"the checkpoint is of {checkpoint.origin!r}, not of {origin!r}")
     signature = _signature_by(signatures, origin, public_key_of(peer_id))
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key_of(peer_id)).verify(signature, checkpoint.text.encode())
-    except InvalidSignature as error:
-        raise _fault("the checkpoint's signature is not valid") from error
+    if not is_valid(public_key_of(peer_id), signature, checkpoint.text.encode()):
+        raise _fault("the checkpoint's signature is not valid")
     return checkpoint
 
 

@@ -297,15 +297,24 @@ class Manifest(Frozen):
         return max(strategy.inner_steps, *(phase.inner_steps for phase in strategy.phases), 1)
 
     @property
-    def is_audited(self) -> bool:
-        """Whether others can compute a contribution again: what it starts from is agreed, and nothing in it is drawn."""
-        strategy, audit = self.strategy, self.audit
-        if isinstance(strategy, DiLoCo) and (strategy.inner_state == "kept" or strategy.overlap != "off"):
-            return False
-        config = self.model.config
+    def why_not_audited(self) -> str:
+        """Why contributions aren't audited; empty where they are, as what they start from is agreed and nothing is drawn."""
+        strategy, config = self.strategy, self.model.config
         dropout = [value for key, value in config.items() if "drop" in key]
-        plain = not any(dropout) and (bool(dropout) or config["model_type"] in WITHOUT_DROPOUT)
-        return plain and (audit.rate > 0 or audit.first > 0)
+        problems = {
+            "strategy.inner_state is kept, so others can't compute a round again": isinstance(strategy, DiLoCo)
+            and strategy.inner_state == "kept",
+            "strategy.overlap lets rounds begin before their base is agreed": isinstance(strategy, DiLoCo)
+            and strategy.overlap != "off",
+            "the architecture may have dropout": any(dropout) or not (dropout or config["model_type"] in WITHOUT_DROPOUT),
+            "audit.rate and audit.first are 0": not (self.audit.rate or self.audit.first),
+        }
+        return next((problem for problem, holds in problems.items() if holds), "")
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether others compute contributions again."""
+        return not self.why_not_audited
 
     @property
     def hold_rounds(self) -> int:

@@ -43,6 +43,11 @@ TABLE: dict[str, Reason] = {
     "contributions_rejected": Reason(
         "five contributions in a row were refused", by_itself=False, hint="see `detail`, then: swarm doctor, swarm resume"
     ),
+    "suspended": Reason(
+        "the coordinator has suspended this key",
+        by_itself=False,
+        hint="swarm explain --round N says what was found; swarm doctor",
+    ),
     "quota_used": Reason("the month's traffic quota is used up; it goes on by itself next month (UTC)"),
     "finishing": Reason("completing the round, then stopping"),
     "stopping": Reason("stopping now"),

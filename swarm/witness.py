@@ -15,11 +15,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from swarm.errors import LedgerInvalid, Rejected, UsageError
-from swarm.identity import SIGNATURE_BYTES, Identity, public_key_of
+from swarm.identity import SIGNATURE_BYTES, Identity, is_valid, public_key_of
 from swarm.ledger import KEY_HASH_BYTES, SIGNATURE_PREFIX, Checkpoint, origin_of, verify_checkpoint
 from swarm.merkle import verify_consistency
 from swarm.rpc.client import CoordinatorClient
@@ -67,11 +64,10 @@ def _check(peer_id: str, encoded: str, text: str) -> int:
         if len(marked) != MARKED_BYTES or marked[:KEY_HASH_BYTES] != _key_hash(peer_id):
             raise LedgerInvalid(f"the cosignature of {peer_id} is malformed")
         (time_s,) = TIME.unpack_from(marked, KEY_HASH_BYTES)
-        Ed25519PublicKey.from_public_bytes(key).verify(marked[-SIGNATURE_BYTES:], _signed_bytes(text, time_s))
     except (binascii.Error, Rejected) as error:
         raise LedgerInvalid(f"the cosignature of {peer_id[:64]} is malformed") from error
-    except InvalidSignature as error:
-        raise LedgerInvalid(f"the cosignature of {peer_id} is not valid") from error
+    if not is_valid(key, marked[-SIGNATURE_BYTES:], _signed_bytes(text, time_s)):
+        raise LedgerInvalid(f"the cosignature of {peer_id} is not valid")
     return int(time_s)
 
 

@@ -32,19 +32,19 @@ from peer.rounds.run import RoundRun, Services
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitFacts
 from peer.sketch import Sketcher, sketch_seed
-from swarm.audits import CONVICTED, FAILED
+from swarm.audits import CONVICTED, FAILED, PASSED
 from swarm.errors import NotAdmitted, OutOfMemory, Rejected, SwarmError
 from swarm.manifest import CenteredClip, DiLoCo, Sync
-from swarm.messages import parse, seal
+from swarm.messages import seal
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import AuditDuty
-from swarm.rpc.v1.signed_pb2 import AuditVerdict, Commit
+from swarm.rpc.v1.signed_pb2 import AuditVerdict
 
 KEPT_ROUNDS, KEPT_BYTES = 4, 1 << 30
 SHORTEST_POLL_S, SHORTEST_IDLE_POLL_S, LONGEST_POLL_S = 0.5, 3.0, 30.0
 POLLS_A_ROUND = 4
 SHORTEST_WAIT_S, WAIT_ROUNDS = 3.0, 2
-PATIENCE_S = 10.0
+PATIENCE_S, AWAY_S = 10.0, 5.0
 FLOAT_BYTES = 4
 
 log = structlog.get_logger(__name__)
@@ -55,6 +55,7 @@ class Kept:
     """What an audit of a round starts from."""
 
     round_index: int
+    base_root: bytes
     state: OuterState
     commits: dict[str, CommitFacts]
 
@@ -66,6 +67,7 @@ class AuditDesk:
     services: Services
     training: TrainingThread
     client: Callable[[], Awaitable[CoordinatorClient]]
+    on_suspended: Callable[[], None] = lambda: None
     suspended: frozenset[str] = frozenset()
     done: int = 0
     _kept: list[Kept] = field(default_factory=list)
@@ -76,11 +78,15 @@ class AuditDesk:
 
     def keep(self, run: RoundRun, state: OuterState | None, wall_s: float) -> None:
         """Remember what a finished round started from, for as long as there is room."""
+        self._round_s = wall_s
         if state is None or not self.services.manifest.is_audited:
             return
         most = max(1, min(KEPT_ROUNDS, KEPT_BYTES // (FLOAT_BYTES * state.theta.size)))
-        self._kept = [*self._kept, Kept(run.round_index, state, dict(run.state.commits))][-most:]
-        self._round_s = wall_s
+        self._kept = [*self._kept, Kept(run.round_index, run.setup.base_root, state, dict(run.state.commits))][-most:]
+
+    def forget(self) -> None:
+        """Free the memory that past states take."""
+        self._kept = []
 
     def convict(self, verdict: Verdict) -> None:
         """Tell the coordinator that we hold proof against a peer; so does everybody who has checked it."""
@@ -96,6 +102,7 @@ class AuditDesk:
                 await self._tell_convictions()
             except (SwarmError, Rejected) as error:
                 log.info("audits_not_asked_for", error=str(error))
+                await asyncio.sleep(AWAY_S)
 
     async def _look(self) -> None:
         answer = await (await self.client()).list_audits(self.services.identity.peer_id)
@@ -104,6 +111,7 @@ class AuditDesk:
         self._asked_s = {place: first_s for place, first_s in self._asked_s.items() if place in due}
         self._settled = {place: found for place, found in self._settled.items() if place in due}
         if self.services.identity.peer_id in self.suspended:
+            self.on_suspended()
             return
         for place, duty in due.items():
             if place not in self._settled:
@@ -163,14 +171,14 @@ class AuditDesk:
             return UNABLE_TO_LOOK if duty.round <= newest else None
         try:
             return await self._looked_at(kept, commit, duty.seed)
-        except OutOfMemory as error:
-            log.warning("not_audited", round=duty.round, peer=duty.peer_id, error=error.message)
+        except (OutOfMemory, RuntimeError) as error:  # a device that fails is the trainer's to report
+            log.warning("not_audited", round=duty.round, peer=duty.peer_id, error=str(error))
             return UNABLE_TO_LOOK
         except PeerFailure as error:
             log.info("not_shown", round=duty.round, peer=duty.peer_id, reason=error.reason)
             return self._not_shown((int(duty.round), duty.peer_id))
         except Rejected as error:
-            return Judgement(FAILED, error.reason) if error.reason == "bad_leaves" else NOT_SHOWN
+            return Judgement(FAILED, error.reason) if error.reason in ("bad_leaves", "bad_part") else NOT_SHOWN
 
     def _not_shown(self, place: tuple[int, str]) -> Judgement | None:
         """Ask again for some rounds: its author may only be away for a moment."""
@@ -180,12 +188,13 @@ class AuditDesk:
 
     async def _looked_at(self, kept: Kept, commit: CommitFacts, seed: bytes) -> Judgement | None:
         manifest = self.services.manifest
-        found = await self.services.transfer.fetch(commit.peer, {commit.evidence_root: MAX_LEAVES_BYTES}, patience_s=PATIENCE_S)
+        found = await self._contents(commit, {commit.evidence_root: MAX_LEAVES_BYTES})
         leaves, precision = unpack(found[commit.evidence_root], commit.peer)
         unit = 1 if isinstance(manifest.strategy, Sync) else manifest.strategy.batch_samples
         if not adds_up(leaves, commit.weight, unit):
             return Judgement(FAILED, "leaves")
-        sketcher = self._sketcher(kept, commit)
+        seed_of_signs = sketch_seed(self.services.checker.run_id, kept.round_index, kept.base_root)
+        sketcher = Sketcher(seed_of_signs, kept.state.theta.size)
         leaf, block = what_to_look_at(seed, len(leaves))
         sent = await self._check_update(kept, commit, leaves, sketcher, block)
         if sent.finding == FAILED:
@@ -193,40 +202,35 @@ class AuditDesk:
         coarse = {precision, self.training.trainer.precision} != {"fp32"}
         return await self._check_work(kept, commit, leaves, sketcher, leaf, tolerance(manifest, coarse=coarse))
 
-    def _sketcher(self, kept: Kept, commit: CommitFacts) -> Sketcher:
-        base_root = parse(Commit, commit.signed.commit.payload).base_root
-        return Sketcher(sketch_seed(self.services.checker.run_id, kept.round_index, base_root), kept.state.theta.size)
-
     async def _check_update(
         self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, block: int
     ) -> Judgement:
         """Whether a block of what was sent is what the leaves amount to; all of it where that is little."""
         manifest, codec = self.services.manifest, Codecs(self.services.manifest).at(kept.round_index)
-        rule = manifest.merge
-        start, end = (0, codec.values) if codec.topology == "all_gather" else sketcher.span(block)
-        parts = [part for part in range(codec.part_count) if _overlap(codec, part, start, end)]
+        whole, rule = codec.topology == "all_gather", manifest.merge
+        span = (0, codec.values) if whole else sketcher.span(block)
+        rows = slice(None) if whole else slice(block, block + 1)
+        parts = [part for part in range(codec.part_count) if _overlap(codec, part, *span)]
         if not parts or (isinstance(rule, CenteredClip) and rule.worker_momentum):
-            return Judgement("passed")
-        names = {commit.part_hashes[part]: codec.part_size_limit(part) for part in parts}
-        store = self.services.transfer.store
-        lacking = {name: size for name, size in names.items() if name not in store}
-        fetched = await self.services.transfer.fetch(commit.peer, lacking, patience_s=PATIENCE_S) if lacking else {}
+            return Judgement(PASSED)
+        contents = await self._contents(commit, {commit.part_hashes[part]: codec.part_size_limit(part) for part in parts})
         expected = promised(manifest, leaves)
 
         def judged() -> Judgement:
-            first, last = codec.part_span(parts[0])[0], codec.part_span(parts[-1])[1]
-            values = np.empty(last - first, dtype=np.float32)
-            for part in parts:
-                name = commit.part_hashes[part]
-                content = fetched.get(name) or store.get(name) or b""
-                left, right = codec.part_span(part)
-                values[left - first : right - first] = codec.decode_part(content, part)
-            inside = values[start - first : end - first]
-            sketch = sketcher.of_vector(inside, start)
-            rows = slice(None) if codec.topology == "all_gather" else slice(block, block + 1)
+            values = np.concatenate([codec.decode_part(contents[commit.part_hashes[part]], part) for part in parts])
+            first = codec.part_span(parts[0])[0]
+            sketch = sketcher.of_vector(values[span[0] - first : span[1] - first], span[0])
             return judge_update(codec.kind, expected[rows], sketch[rows])
 
         return await asyncio.get_running_loop().run_in_executor(self.services.pool, judged)
+
+    async def _contents(self, commit: CommitFacts, sizes: dict[bytes, int]) -> dict[bytes, bytes]:
+        """Blobs of a commit, from our own store or from its author. Raises what fetching raises."""
+        store = self.services.transfer.store
+        held = {name: content for name in sizes if name in store and (content := store.get(name)) is not None}
+        lacking = {name: size for name, size in sizes.items() if name not in held}
+        fetched = await self.services.transfer.fetch(commit.peer, lacking, patience_s=PATIENCE_S) if lacking else {}
+        return {name: bytes(content) for name, content in held.items()} | fetched
 
     async def _check_work(
         self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, leaf: int, most: float

@@ -303,6 +303,7 @@ class Engine:
         """Free the memory that the state takes; it comes back from the checkpoint and from others."""
         self.place = self.state = None
         self.snapshots.clear()
+        self.desk.forget()
 
     async def _enter(self) -> None:
         await self.training.drop_early()

@@ -76,6 +76,7 @@ from swarm.rpc.v1.signed_pb2 import (
     Complaint,
     Grant,
     MergedSpan,
+    Proposal,
     Ready,
     Seal,
     SealReply,
@@ -117,6 +118,15 @@ class Attack(Protocol):
 
     def labels(self, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """What it trains on."""
+
+    def proposals(self, message: Proposal) -> list[Proposal]:
+        """What it proposes, each to a share of the roster."""
+
+    def again(self, delivery: Delivery) -> list[Delivery]:
+        """What it sends besides a message."""
+
+    def served(self, chunk: memoryview | None) -> bytes | memoryview | None:
+        """A chunk of the weights."""
 
     def parts(self, parts: list[bytes]) -> list[bytes]:
         """What it serves."""
@@ -357,9 +367,12 @@ class RoundRun:
             grant=self.state.grant,
             admissions=[token for token in joiners if token is not None],
         )
-        signed = seal(services.identity, message)
-        announced = AnnouncedProposal(proposal=signed, commits=[item.signed for item in action.forward])
-        services.post.send({*self.setup.others, *action.joiners}, Delivery(proposal=announced))
+        messages = [message] if services.attack is None else services.attack.proposals(message)
+        signed, *_ = proposals = [seal(services.identity, each) for each in messages]
+        told = sorted({*self.setup.others, *action.joiners})
+        for place, proposal in enumerate(proposals):
+            announced = AnnouncedProposal(proposal=proposal, commits=[item.signed for item in action.forward])
+            services.post.send(told[place :: len(proposals)], Delivery(proposal=announced))
         _, facts = services.checker.proposal(signed)
         self.put(ProposalArrived(facts))
 
@@ -415,6 +428,8 @@ class RoundRun:
 
     def _to_roster(self, delivery: Delivery) -> None:
         self.services.post.send(self.setup.others, delivery)
+        for old in self.services.attack.again(delivery) if self.services.attack is not None else ():
+            self.services.post.send(self.setup.others, old)
 
     # --- bulk work ------------------------------------------------------------------------------------------------------
 

@@ -48,5 +48,6 @@ def command(
             "reason": found.reason,
             "why": found.why,
             "credits": format_credits(found.flops),
+            **({"audits": "\n".join(found.audits)} if found.audits else {}),
         }
     )

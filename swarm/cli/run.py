@@ -214,7 +214,9 @@ def show(
     costs = auto.costs(manifest, peers, upload_mbit, download_mbit, step_s)
     if as_json:
         phases = [asdict(cost) for cost in costs]
-        print_json({"run_id": manifest.run_id, "manifest": manifest.model_dump(mode="json"), "phases": phases})
+        values = manifest.model_dump(mode="json")
+        audited = {"audited": manifest.is_audited, "why_not_audited": manifest.why_not_audited}
+        print_json({"run_id": manifest.run_id, "manifest": values, "phases": phases, **audited})
         return
     typer.echo(f"# run id {manifest.run_id}")
     for reason in made.why if made is not None else ():
@@ -222,7 +224,17 @@ def show(
     typer.echo(f"# {peers} peers, {upload_mbit:g}/{download_mbit:g} Mbit/s, {step_s:g} s a step, payload without framing:")
     for cost in costs:
         typer.echo(f"# {_cost_line(cost)}")
+    typer.echo(f"# {_audit_line(manifest)}")
     typer.echo(yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _audit_line(manifest: Manifest) -> str:
+    if not manifest.is_audited:
+        return f"contributions are not audited: {manifest.why_not_audited}"
+    return (
+        f"{manifest.audit.rate:.0%} of the contributions are audited, and a new key's first {manifest.audit.first}; "
+        f"credit is final after {manifest.hold_rounds} rounds"
+    )
 
 
 def _cost_line(cost: auto.Cost) -> str:

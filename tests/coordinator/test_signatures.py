@@ -10,9 +10,9 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from coordinator.signatures import SignatureChecker, is_valid
+from coordinator.signatures import SignatureChecker
 from swarm.errors import Rejected
-from swarm.identity import pre_authentication_encoding, public_key_of
+from swarm.identity import is_valid, pre_authentication_encoding, public_key_of
 from swarm.rpc.v1.signed_pb2 import Signed
 from tests.waiting import eventually
 from tests.world import World, identity

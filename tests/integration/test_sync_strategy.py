@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,7 @@ async def test_a_sync_run_ends_with_equal_roots(tmp_path: Path) -> None:
         assert sum(line["weight"] for line in last) == run.manifest.strategy.batch_samples
         assert [(await peer.status())["state"] for peer in peers] == ["run_complete"] * 2
         assert [(await peer.status())["reports_waiting"] for peer in peers] == [0, 0]
+        lines = [json.loads(line) for peer in peers for line in peer.log().splitlines() if line.startswith("{")]
+        audits = [line["finding"] for line in lines if line["event"] == "audited"]
+        assert "passed" in audits
+        assert "failed" not in audits

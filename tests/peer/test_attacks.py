@@ -9,6 +9,8 @@ import torch
 from peer.attacks import ATTACK_VARIABLE, KINDS, Attack
 from peer.rounds.run import Contribution
 from swarm.errors import UsageError
+from swarm.rpc.v1.peer_pb2 import Delivery
+from swarm.rpc.v1.signed_pb2 import Member, Proposal, Signed
 from tests.peer.codec.codec_cases import normal
 
 UPDATE = normal(4096)
@@ -55,6 +57,21 @@ def test_flipped_labels() -> None:
     labels = torch.tensor([[0, 1, 9]])
     assert Attack("label_flip").labels(labels, 10).tolist() == [[9, 8, 0]]
     assert Attack("skip").labels(labels, 10) is labels
+
+
+def test_what_else_they_say() -> None:
+    """Two proposals, wrong chunks, and old messages; everybody else says things once."""
+    message = Proposal(round=3, next_roster=[Member(peer_id="a", quota=4)])
+    first, second = Attack("equivocate").proposals(message)
+    assert (first.next_roster[0].quota, second.next_roster[0].quota) == (4, 5)
+    assert Attack("skip").proposals(message) == [message]
+    chunk = memoryview(b"chunk")
+    assert bytes(Attack("lying_donor").served(chunk) or b"") == b"bhunk"
+    assert Attack("lying_donor").served(None) is None
+    assert Attack("skip").served(chunk) is chunk
+    replay, said = Attack("replay"), [Delivery(evidence=Signed(kind=str(number))) for number in range(3)]
+    assert [replay.again(each) for each in said] == [[], said[:1], said[:2]]
+    assert Attack("skip").again(said[0]) == []
 
 
 def test_parts_and_merges() -> None:

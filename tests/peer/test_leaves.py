@@ -206,3 +206,19 @@ def test_what_an_audit_looks_at_varies_with_its_seed() -> None:
     looks = {what_to_look_at(bytes([number]) * 32, 5) for number in range(250)}
     assert {leaf for leaf, _ in looks} == set(range(5))
     assert {block for _, block in looks} == set(range(BLOCKS))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("strategy", "changes", "quota"), STRATEGIES)
+def test_a_processor_audits_a_gpu(small_run: Runs, strategy: str, changes: dict[str, Any], quota: int) -> None:
+    """What a GPU computes in half precision is within the tolerance for that."""
+    run = small_run(strategy, **changes)
+    theta = initial_theta(run.manifest.model)
+    sketcher = Sketcher(sketch_seed(b"r" * 32, 3, b"b" * 32), theta.size)
+    made = Trainer(run.manifest, torch.device("cuda"), run.train).train_round(theta, 3, "peer", quota, 1000, sketcher=sketcher)
+    lengths, last = [leaf.samples for leaf in made.leaves], len(made.leaves) - 1
+    again = Trainer(run.manifest, CPU, run.train, micro_batch=4).replay(theta, 3, "peer", 1000, lengths, last, sketcher)
+    assert again is not None
+    first = last if strategy == "sync" else 0
+    assert judge_leaves(made.leaves, again, first, tolerance(run.manifest, coarse=True)).finding == "passed"

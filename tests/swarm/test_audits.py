@@ -6,10 +6,11 @@ from itertools import combinations
 
 import pytest
 
-from swarm.audits import FAILED, MOST_AUDITORS, PASSED, UNABLE, WITHHELD, Case, Duty, beacon_of, draw_case
+from swarm.audits import FAILED, MOST_AUDITORS, MOST_WRONG, PASSED, UNABLE, WITHHELD, Case, Duty, beacon_of, draw_case
 from swarm.credit_snapshot import dump, load
 from swarm.credits import CreditState, apply_entry, fold
 from swarm.errors import LedgerInvalid
+from swarm.explain import REASONS, explain
 from swarm.identity import Identity
 from swarm.messages import seal
 from swarm.rpc.v1.ledger_pb2 import RoundConfirmed
@@ -21,7 +22,7 @@ PEERS = [identity(number) for number in range(6)]
 CHEAT = PEERS[0]
 START = [WORLD.opened(), *(WORLD.admitted(peer) for peer in PEERS)]
 FLOPS = 4 * SEQUENCE_LENGTH * FLOPS_PER_TOKEN
-BEACON = bytes(range(32))
+BEACON, ONCE, TWICE = bytes(range(32)), b"\xff" * 32, bytes(32)
 
 
 def commit(number: int, peer: Identity = CHEAT) -> Signed:
@@ -41,9 +42,9 @@ def after(*entries: bytes) -> CreditState:
     return fold([*START, *entries], COORDINATOR.peer_id)
 
 
-def auditors(state: CreditState, number: int = 0, about: Identity = CHEAT) -> list[Identity]:
+def auditors(state: CreditState, number: int = 0, about: Identity = CHEAT, world: World = WORLD) -> list[Identity]:
     """Who has a turn now."""
-    asked = [(peer, state.duties(WORLD.run_id, peer.peer_id)) for peer in PEERS]
+    asked = [(peer, state.duties(world.run_id, peer.peer_id)) for peer in PEERS]
     return [peer for peer, duties in asked if any((duty.round, duty.peer_id) == (number, about.peer_id) for duty in duties)]
 
 
@@ -235,5 +236,70 @@ def test_open_cases_survive_a_snapshot(cut: int) -> None:
 def test_no_two_findings_of_different_kinds_convict() -> None:
     """Only two failures suspend; every other pair of bad findings voids one contribution at most."""
     for pair in combinations((FAILED, WITHHELD, UNABLE, PASSED), 2):
-        case = Case(Duty(0, "x", b"", b""), ("a", "b", "c"), dict(zip("ab", pair, strict=True)))
+        case = Case(Duty(0, "x", b"", ONCE), ("a", "b", "c"), dict(zip("ab", pair, strict=True)))
         assert case.outcome != FAILED
+
+
+def test_one_case_in_eight_is_looked_at_twice() -> None:
+    """There it takes two that find nothing wrong; a blind auditor is contradicted by those that look."""
+    drawn = [draw_case(number.to_bytes(32, "big"), number, "me", b"", 1.0, "abc") for number in range(4000)]
+    assert 400 <= sum(case is not None and case.twice for case in drawn) <= 600
+    twice = Case(Duty(0, "x", b"", TWICE), ("a", "b", "c"), {"a": PASSED})
+    assert twice.outcome == ""
+    twice.findings["b"] = FAILED
+    assert twice.outcome == ""
+    twice.findings["c"] = FAILED
+    assert (twice.outcome, twice.wrong) == (FAILED, ["a"])
+    accuser = Case(Duty(0, "x", b"", ONCE), ("a", "b", "c"), {"a": FAILED, "b": PASSED, "c": PASSED})
+    assert (accuser.outcome, accuser.wrong) == (PASSED, ["a"])
+    assert Case(Duty(0, "x", b"", TWICE), ("a",), {"a": PASSED}).outcome == PASSED
+
+
+def test_an_auditor_that_is_wrong_three_times_is_suspended() -> None:
+    """It accuses whoever it is asked about; two others contradict it each time."""
+    world = World(manifest(audit={"rate": 1.0, "first": 0, "within_rounds": 40}))
+    state = fold([world.opened(), *(world.admitted(peer) for peer in PEERS)], COORDINATOR.peer_id)
+    liar, wrong = PEERS[3], 0
+    for number in range(20):
+        if wrong == MOST_WRONG:
+            break
+        proposal, reports = world.round(PEERS, number)
+        for each in (
+            entry(proposed=proposal),
+            *(entry(reported=report) for report in reports[:4]),
+            world.confirmed(number, proposal),
+        ):
+            apply_entry(state, state.size, each)
+        for about in PEERS:
+            if wrong == MOST_WRONG or auditors(state, number, about, world) != [liar]:
+                continue
+            its = world.commit(about, number)
+            apply_entry(state, state.size, world.audited(liar, its, FAILED))
+            for _ in range(2):
+                (other,) = auditors(state, number, about, world)
+                assert liar.peer_id not in state.suspended(world.run_id)
+                apply_entry(state, state.size, world.audited(other, its, PASSED))
+            wrong += 1
+    assert wrong == MOST_WRONG
+    assert state.suspended(world.run_id) == {liar.peer_id: "wrong_audits"}
+    assert load(dump(state)).suspended(world.run_id) == state.suspended(world.run_id)
+
+
+def explained(entries: list[bytes], number: int = 0) -> tuple[str, str, tuple[str, ...]]:
+    found = explain([*START, *entries], COORDINATOR.peer_id, WORLD.run_id, CHEAT.peer_id, number)
+    return found.reason, found.why, tuple(line.partition(": ")[2] for line in found.audits)
+
+
+def test_audits_are_explained() -> None:
+    """What auditors found, and what came of it."""
+    start = [*a_round(0), *a_round(1)]
+    reason, _, audits = explained(verdicts(start, FAILED, PASSED))
+    assert (reason, audits) == ("verified", ("failed (leaf)", "passed (leaf)"))
+    reason, why, audits = explained(verdicts(start, WITHHELD, WITHHELD))
+    assert (reason, len(audits)) == ("withheld", 2)
+    assert "reachable" in why
+    guilty = verdicts(start, FAILED, FAILED)
+    assert explained(guilty)[:2] == ("failed_audit", REASONS["failed_audit"].format(audit="leaf"))
+    assert explained(guilty, 1)[0] == "failed_audit"
+    proposal, reports = WORLD.round(PEERS, 2)
+    assert explained([*guilty, entry(proposed=proposal), *(entry(reported=each) for each in reports[1:])], 2)[0] == "suspended"

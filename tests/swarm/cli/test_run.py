@@ -71,6 +71,17 @@ def test_sign_and_show(path: Path, home: Path, capsys: pytest.CaptureFixture[str
     assert yaml.safe_load(capsys.readouterr().out) == manifest().model_dump(mode="json")
 
 
+def test_show_says_whether_work_is_audited(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How often, or why not."""
+    assert run(["run", "show", "run.yaml"]) == 0
+    assert "# contributions are not audited: audit.rate and audit.first are 0" in capsys.readouterr().out
+    path.write_text(yaml.safe_dump(manifest(audit={"rate": 0.05, "first": 10}).model_dump(mode="json")))
+    assert run(["run", "show", "run.yaml"]) == 0
+    assert "# 5% of the contributions are audited, and a new key's first 10" in capsys.readouterr().out
+    assert run(["run", "show", "run.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["audited"] is True
+
+
 def test_read_run(path: Path, home: Path) -> None:
     """A coordinator takes both forms; the signed one keeps its owner."""
     key = Identity.load_or_create(home / "me.key")
