@@ -150,20 +150,24 @@ class Report:
 
 
 def run(name: str, description: str | None, sections: Mapping[str, Section], argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; the exit code: 0, or 1 if a section failed. Figures short of their goals don't fail."""
+    """Measure, print and write; the exit code: 0, 1 if a section failed, or 130 when interrupted, with what there is by then.
+
+    Figures short of their goals don't fail.
+    """
     options = _parse(name, description, sections, argv)
     signal.signal(signal.SIGTERM, _interrupt)
     report = Report(name, options.quick)
     chosen = options.only or list(sections)
     try:
         asyncio.run(_measure(report, {key: sections[key] for key in sections if key in chosen}))
+        code = 1 if report.failures else 0
     except KeyboardInterrupt:
         report.say("interrupted")
-        return 130
+        code = 130
     report.show(_console())
     if options.json is not None:
         report.write(options.json)
-    return 1 if report.failures else 0
+    return code
 
 
 def _console() -> Console:

@@ -41,6 +41,9 @@ def explain(state: State, peer_id: str) -> Account:
     reasons = [] if admitted else ["This key was never admitted: has it joined this run, with this key?"]
     if peer_id in state.orders.suspended:
         reasons.append(f"The run's operator has suspended this key: {state.orders.suspended[peer_id]}.")
+    found = ledger.suspended(run_id).get(peer_id)
+    if found is not None:
+        reasons.append(f"Its work was found wrong ({found}), and the key is suspended: `swarm explain --round N` shows by whom.")
     if state.orders.state != RUNNING:
         reasons.append(f"The run is {state.orders.state}.")
     if admitted and sighting is None:

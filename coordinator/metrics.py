@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from swarm import __version__
+from swarm.audits import FINDINGS
 
 PREFIX = "swarm_coordinator_"
 DURATION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -36,6 +37,8 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
+        for finding in FINDINGS:
+            self.audits_total.labels(finding)
         self.ledger_entries = Gauge(PREFIX + "ledger_entries", "Entries in the ledger.", registry=registry)
         self.peers_alive = Gauge(PREFIX + "peers_alive", "Peers heard from within the time to live.", registry=registry)
         self.confirmed_round = Gauge(PREFIX + "confirmed_round", "Newest confirmed round.", registry=registry)

@@ -253,6 +253,12 @@ COORDINATOR = (
         ((rate("swarm_coordinator_reports_total", "outcome"), "{{outcome}}"),),
     ),
     Chart(
+        "Audits",
+        PER_SECOND,
+        "What peers found about each other's work. `failed` and `withheld` mean that somebody cheats, or can't be reached.",
+        ((rate("swarm_coordinator_audits_total", "outcome"), "{{outcome}}"),),
+    ),
+    Chart(
         "Admissions",
         PER_SECOND,
         "Announcements that asked for admission, by outcome.",

@@ -109,7 +109,7 @@ class Attack:
         other = Proposal()
         other.CopyFrom(message)
         for member in other.next_roster:
-            member.quota += 1
+            member.quota = max(1, member.quota // 2)
         return [message, other]
 
     def served(self, chunk: memoryview | None) -> bytes | memoryview | None:

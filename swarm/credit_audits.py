@@ -106,6 +106,7 @@ def _void(run: RunRecord, number: int, peer_id: str) -> None:
 
 
 def check_suspended(run: RunRecord, peer_id: str) -> None:
+    """Raise `Rejected` for a key whose work was found wrong."""
     reason = run.suspended.get(peer_id)
     if reason is not None:
         raise Rejected("suspended", f"its work was found wrong: {reason}", peer_id)

@@ -22,7 +22,6 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from multiprocessing import get_context
 
 from swarm.audits import Duty
@@ -58,6 +57,7 @@ from swarm.entries import (
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
 from swarm.ledger import parse_entry
 from swarm.manifest import Manifest
+from swarm.merkle import MerkleTree, leaf_hash
 
 __all__ = [
     "FLOPS_PER_CREDIT",
@@ -393,25 +393,37 @@ def fold(entries: Iterable[bytes], coordinator: str, check_signatures: bool = Tr
     return state
 
 
-def verify_ledger(entries: Sequence[bytes], coordinator: str, workers: int = 0, *, every_signature: bool = False) -> CreditState:
+def verify_ledger(
+    entries: Sequence[bytes],
+    coordinator: str,
+    workers: int = 0,
+    *,
+    every_signature: bool = False,
+    tree: MerkleTree | None = None,
+) -> CreditState:
     """Check every entry's signature and every rule, and return the balances. Raises `LedgerInvalid` naming the first fault.
 
     Signatures are checked by `workers` processes (0 = one per processor) where the ledger is long enough to gain by it;
-    `every_signature` also checks those of commits and results, which the reports that they are in are signed over.
+    `every_signature` also checks those of commits and results, which the reports that they are in are signed over. Where there is
+    a `tree`, the entries are added to it.
     """
     workers = workers or os.cpu_count() or 1
     chunks = _chunks(entries, coordinator, every_signature)
     if workers == 1 or len(entries) < PARALLEL_FROM:
-        return _folded(entries, coordinator, itertools.starmap(first_fault, chunks))
+        return _folded(entries, coordinator, itertools.starmap(first_fault, chunks), tree)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return _folded(entries, coordinator, pool.map(first_fault, *zip(*chunks, strict=True)))
+        return _folded(entries, coordinator, pool.map(first_fault, *zip(*chunks, strict=True)), tree)
 
 
-def _folded(entries: Sequence[bytes], coordinator: str, faults: Iterator[tuple[int, str] | None]) -> CreditState:
+def _folded(
+    entries: Sequence[bytes], coordinator: str, faults: Iterator[tuple[int, str] | None], tree: MerkleTree | None
+) -> CreditState:
     """The state after all entries, of which each chunk's first fault is found elsewhere."""
     state, fault = CreditState(coordinator), None
     for index, entry in enumerate(entries):
         if index % CHUNK_ENTRIES == 0:
+            if tree is not None:  # while the processes are busy with signatures
+                tree.extend(map(leaf_hash, entries[index : index + CHUNK_ENTRIES]))
             fault = next(faults)
         if fault is not None and fault[0] == index:
             raise LedgerInvalid(fault[1], BROKEN)
@@ -421,7 +433,7 @@ def _folded(entries: Sequence[bytes], coordinator: str, faults: Iterator[tuple[i
 
 def _chunks(entries: Sequence[bytes], coordinator: str, every_signature: bool) -> Iterator[tuple[int, list[bytes], str, bool]]:
     for first in range(0, len(entries), CHUNK_ENTRIES):
-        yield first, list(islice(entries, first, first + CHUNK_ENTRIES)), coordinator, every_signature
+        yield first, list(entries[first : first + CHUNK_ENTRIES]), coordinator, every_signature
 
 
 def first_fault(first: int, entries: list[bytes], coordinator: str, every_signature: bool = True) -> tuple[int, str] | None:

@@ -29,6 +29,7 @@ from swarm.rpc.v1.peer_pb2 import Delivery, SyncRequest
 from swarm.rpc.v1.signed_pb2 import Evidence, EvidenceNotice, MergedSpan, Signed
 
 FLOAT_BYTES = 4
+SMALL_CHECK_BYTES = 1 << 17
 MOST_NOTICES = 64
 MOST_CONTRIBUTORS = 64
 MESSAGES_BYTES = 8 << 20  # the manifest, the commits with their hashes, the proposal and the span
@@ -40,14 +41,16 @@ T = TypeVar("T")
 def chance(codec: Codec, contributors: int, share: float) -> float:
     """How likely one part is merged again, so that it costs on average `share` of what a peer moves in a round's exchange.
 
-    A check takes the part from each contributor, and the reducer's residual where the codec has one.
+    A check takes the part from each contributor, and the reducer's residual where the codec has one. What takes next to nothing
+    is done in every round; a share of 0 switches checking off.
     """
-    if contributors < 2:
+    if contributors < 2 or not share:
         return 0.0
     part = codec.part_size_limit(0)
     exchanged = 2 * codec.part_count * part * (contributors - 1) / contributors
     residual = 0 if codec.kind == EXACT else FLOAT_BYTES * codec.part_values
-    return min(1.0, share * exchanged / ((contributors - 1) * part + residual))
+    check = (contributors - 1) * part + residual
+    return 1.0 if check <= SMALL_CHECK_BYTES else min(1.0, share * exchanged / check)
 
 
 @dataclass

@@ -44,7 +44,6 @@ from swarm.rpc.v1.signed_pb2 import (
     Signed,
 )
 
-MAX_QUOTA = 1 << 30
 MAX_TERM = 1 << 31
 
 
@@ -109,12 +108,13 @@ class Checker:
         grant = proposal.HasField("grant") and self._grant_fits(proposal)
         members = tuple(RosterMember(member.peer_id, member.quota) for member in proposal.next_roster)
         limit, part_count = weight_limit(self.manifest, proposal.round), self._codec(proposal.round).part_count
+        most = full_quota(self.manifest, proposal.round + 1)  # more would be work that nobody's commit may claim
         _require(
             (
                 ("roster_too_large", len(members) <= self.manifest.rounds.max_peers and len(proposal.commits) <= 64),
                 ("bad_ballot", proposal.ballot.term < MAX_TERM and proposal.ballot.amendment < MAX_TERM),
                 ("bad_member", all(_is_peer_id(member.peer) for member in members)),
-                ("bad_quota", all(0 < member.quota <= MAX_QUOTA for member in members)),
+                ("bad_quota", all(0 < member.quota <= most for member in members)),
                 ("bad_weight", all(item.weight <= limit for item in proposal.commits)),
                 ("wrong_spans", all(item.first_part + item.part_span <= part_count for item in proposal.commits)),
             ),

@@ -46,10 +46,9 @@ def verify(
     """Check the tree against the signed checkpoint, all signatures, every rule and your receipts; recompute balances."""
     promises = read_receipts(receipts) if receipts else []  # before the ledger: a peer goes on adding to both
     copy = read_copy(file, link) if file else asyncio.run(download(find_link(link), cosigned=bool(witness)))
-    reader = LedgerReader()
-    reader.extend(copy.entries)
-    reader.check_checkpoint(copy.checkpoint())
-    state = verify_ledger(copy.entries, copy.coordinator, workers, every_signature=every_signature)
+    reader, checkpoint = LedgerReader(), copy.checkpoint()
+    state = verify_ledger(copy.entries, copy.coordinator, workers, every_signature=every_signature, tree=reader.tree)
+    reader.check_checkpoint(checkpoint)
     if copy.run_id not in state.run_ids:
         raise LedgerInvalid("the ledger doesn't open the run that it is said to be of")
     _check_receipts(reader, promises, copy)

@@ -52,6 +52,14 @@ def test_what_the_operator_ordered() -> None:
     assert "The run is paused" in told
 
 
+def test_whose_work_was_found_wrong() -> None:
+    """A key that the others have convicted is told so."""
+    convicted = [WORLD.audited(peer, WORLD.commit(CAROL, 1), "convicted", reason="wrong_merge") for peer in (ALICE, BOB)]
+    state = made(extra=(WORLD.admitted(CAROL), *convicted))
+    assert "found wrong (wrong_merge), and the key is suspended" in reasons(state, CAROL.peer_id)
+    assert "found wrong" not in reasons(state)
+
+
 def test_outside_the_roster() -> None:
     """Who trains but isn't in the newest roster is told so."""
     state = made(extra=(WORLD.admitted(CAROL),))

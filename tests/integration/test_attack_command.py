@@ -22,10 +22,9 @@ async def test_an_attacker_that_nobody_can_decode_is_convicted() -> None:
     assert found["roots_agree"]
 
 
-@pytest.mark.parametrize("kind", ["sign_flip", "skip", "label_flip", "copy"])
-async def test_an_attacker_whose_work_isnt_what_it_sends_is_suspended(kind: str) -> None:
-    """It sends the opposite, does half of the samples, trains on wrong labels or copies: it is found out, and keeps nothing."""
-    arguments = ("--kind", kind, "--attackers", "1", "--peers", "4", "--rounds", "10", "--json")
+async def test_an_attacker_whose_work_isnt_what_it_sends_is_suspended() -> None:
+    """One of four sends the opposite of its update: two auditors find it, and it keeps nothing."""
+    arguments = ("--kind", "sign_flip", "--attackers", "1", "--peers", "4", "--rounds", "10", "--json")
     outcome = await run_command("attack", *arguments, timeout_s=300)
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)

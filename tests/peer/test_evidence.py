@@ -256,10 +256,15 @@ def test_the_command_says_by_whom_and_why(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_checks_cost_a_share_of_the_traffic() -> None:
-    """With 124 M parameters every round brings one; in tiny runs few do; alone there is nothing to check."""
-    large = Codecs(manifest(model={"config": {"model_type": "llama"}, "parameters": 124_000_000}, codec={"kind": "int4"})).at(1)
+    """With 124 M parameters every round brings one, with a million few do; a tiny check costs nothing; alone there is none."""
+    large, small = (
+        Codecs(manifest(model={"config": {"model_type": "llama"}, "parameters": parameters}, codec={"kind": "int4"})).at(1)
+        for parameters in (124_000_000, 1_000_000)
+    )
     assert chance(large, 8, 0.02) == 1
+    assert 0 < chance(small, 8, 0.02) < 0.1
+    assert chance(small, 8, 100) == 1
     tiny = Codecs(run_of("int4")).at(ROUND)
-    assert 0 < chance(tiny, 3, 0.02) < 0.1
-    assert chance(tiny, 3, 100) == 1
+    assert chance(tiny, 3, 0.02) == 1
+    assert chance(tiny, 3, 0) == 0
     assert chance(tiny, 1, 0.02) == 0

@@ -1,0 +1,46 @@
+"""Attackers among real peers: what comes of each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peer.trials import Outcome, Trial, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PEERS = 4
+
+
+async def outcome_of(kind: str, folder: Path, rounds: int = 10) -> Outcome:
+    """One attacker among four peers. Whatever it does, nobody honest is accused and all agree to the end."""
+    outcome = await run(Trial(kind, 1, PEERS, rounds), folder)
+    assert outcome.rounds == rounds
+    assert outcome.roots_agree
+    assert outcome.honest_accused == 0
+    return outcome
+
+
+@pytest.mark.parametrize("kind", ["skip", "label_flip", "copy"])
+async def test_whose_work_isnt_what_it_sends_is_suspended(kind: str, tmp_path: Path) -> None:
+    """It does half of the samples, trains on wrong labels, or copies: two auditors find it out, and it keeps nothing."""
+    outcome = await outcome_of(kind, tmp_path)
+    assert outcome.convicted == 1
+    assert outcome.detected_after is not None
+    assert outcome.detected_after <= 8
+    assert outcome.credit_kept == 0
+
+
+async def test_a_new_key_is_found_out_like_the_old_one(tmp_path: Path) -> None:
+    """It comes back with another key whenever one is suspended, and none of them keeps anything."""
+    outcome = await outcome_of("sybil", tmp_path, rounds=16)
+    assert outcome.convicted >= 1
+    assert outcome.credit_kept == 0
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("lying_donor", 80), ("replay", 10)])
+async def test_who_only_disturbs_changes_nothing(kind: str, rounds: int, tmp_path: Path) -> None:
+    """Wrong chunks for a newcomer, old messages: refused, and the run goes on."""
+    outcome = await outcome_of(kind, tmp_path, rounds)
+    assert outcome.loss < 5.0
