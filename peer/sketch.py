@@ -37,6 +37,11 @@ class Sketcher:
     size: int
     _signs: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
+    @classmethod
+    def of_round(cls, run_id: bytes, round_number: int, base_root: bytes, size: int) -> Sketcher:
+        """That of everybody who starts this round from this state."""
+        return cls(sketch_seed(run_id, round_number, base_root), size)
+
     @property
     def rows(self) -> int:
         """Into how many rows a vector is cut; the last may be shorter."""

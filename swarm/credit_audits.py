@@ -74,6 +74,7 @@ def take_finding(run: RunRecord, finding: Finding) -> None:
             _suspend(run, auditor, "wrong_audits")
     if case.outcome == WITHHELD:
         _void(run, finding.round, finding.peer_id)
+        run.standings = Standings(run.tallies.values())
     elif case.outcome == FAILED:
         _suspend(run, finding.peer_id, finding.reason)
 
@@ -85,6 +86,7 @@ def _suspend(run: RunRecord, peer_id: str, reason: str) -> None:
     for number, current in run.rounds.items():
         current.cases.pop(peer_id, None)
         _void(run, number, peer_id)
+    run.standings = Standings(run.tallies.values())
 
 
 def _void(run: RunRecord, number: int, peer_id: str) -> None:
@@ -102,7 +104,6 @@ def _void(run: RunRecord, number: int, peer_id: str) -> None:
             tally.verified -= tokens
             tally.rounds -= tokens > 0
     current.held = [each for each in current.held if each[2] != peer_id]
-    run.standings = Standings(run.tallies.values())
 
 
 def check_suspended(run: RunRecord, peer_id: str) -> None:

@@ -31,7 +31,7 @@ from peer.outer import OuterState
 from peer.rounds.run import RoundRun, Services
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitFacts
-from peer.sketch import Sketcher, sketch_seed
+from peer.sketch import Sketcher
 from swarm.audits import CONVICTED, FAILED, PASSED
 from swarm.errors import NotAdmitted, OutOfMemory, Rejected, SwarmError
 from swarm.manifest import CenteredClip, DiLoCo, Sync
@@ -69,7 +69,6 @@ class AuditDesk:
     client: Callable[[], Awaitable[CoordinatorClient]]
     on_suspended: Callable[[], None] = lambda: None
     suspended: frozenset[str] = frozenset()
-    done: int = 0
     _kept: list[Kept] = field(default_factory=list)
     _round_s: float = 2.0
     _asked_s: dict[tuple[int, str], float] = field(default_factory=dict)
@@ -139,7 +138,7 @@ class AuditDesk:
             claimed=judgement.claimed,
             found=judgement.found,
         )
-        self.done += not await self._refused(verdict)
+        await self._refused(verdict)
 
     async def _tell_convictions(self) -> None:
         """Hand in what we hold proof of, once; who isn't in the roster yet tries again."""
@@ -193,8 +192,8 @@ class AuditDesk:
         unit = 1 if isinstance(manifest.strategy, Sync) else manifest.strategy.batch_samples
         if not adds_up(leaves, commit.weight, unit):
             return Judgement(FAILED, "leaves")
-        seed_of_signs = sketch_seed(self.services.checker.run_id, kept.round_index, kept.base_root)
-        sketcher = Sketcher(seed_of_signs, kept.state.theta.size)
+        run_id, size = self.services.checker.run_id, kept.state.theta.size
+        sketcher = Sketcher.of_round(run_id, kept.round_index, kept.base_root, size)
         leaf, block = what_to_look_at(seed, len(leaves))
         sent = await self._check_update(kept, commit, leaves, sketcher, block)
         if sent.finding == FAILED:

@@ -29,7 +29,7 @@ from peer.rounds.state import RoundSetup
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitArrived, Event, JoinArrived, PeerLost, ProposalFacts, RosterMember
 from peer.rounds.wire import ResultFacts, full_quota
-from peer.sketch import Sketcher, sketch_seed
+from peer.sketch import Sketcher
 from peer.state import Layout, Snapshot
 from peer.tasks import cancel
 from swarm.errors import Rejected
@@ -458,7 +458,7 @@ class Engine:
         setup, size = run.setup, self.services.manifest.model.parameters
         if not self.services.manifest.is_audited:
             return None
-        return Sketcher(sketch_seed(setup.run_id, setup.round_index, setup.base_root), size)
+        return Sketcher.of_round(setup.run_id, setup.round_index, setup.base_root, size)
 
     def _overlaps(self, run: RoundRun) -> bool:
         """Whether to go on training while this round is exchanged."""
