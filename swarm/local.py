@@ -60,6 +60,11 @@ class LocalPeer:
         """What it has printed."""
         return (self.directory / "log").read_text(errors="replace")
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What it has logged under this name."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [line for line in lines if line.get("event") == name]
+
     def signal(self, number: int) -> None:
         """Send a signal."""
         with contextlib.suppress(ProcessLookupError):

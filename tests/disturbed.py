@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 FRAME = bytes(1 << 16)
+SLOW_CHUNK_S = 0.5
 
 
 def program(what: str) -> tuple[str, ...]:
@@ -40,6 +41,30 @@ def wrong_chunks() -> None:
 
     honest = Snapshots.lookup
     Snapshots.lookup = lambda self, name: bytes(len(chunk)) if (chunk := honest(self, name)) is not None else None  # type: ignore
+
+
+def slow_donor() -> None:
+    """A donor that takes its time for each chunk of the state; what it sends is right."""
+    import asyncio
+
+    from peer.network.transfer import Transfer
+    from peer.rounds.snapshots import Snapshots
+
+    marker, lookup, send = set[bytes](), Snapshots.lookup, Transfer._send_blob
+
+    def remember(self: Snapshots, name: bytes) -> Any:
+        chunk = lookup(self, name)
+        if chunk is not None:
+            marker.add(name)
+        return chunk
+
+    async def send_late(self: Transfer, peer: str, writer: Any, name: bytes, offset: int) -> None:
+        if self.store.get(name) is not None and name in marker:
+            await asyncio.sleep(SLOW_CHUNK_S)
+        await send(self, peer, writer, name, offset)
+
+    Snapshots.lookup = remember  # type: ignore
+    Transfer._send_blob = send_late  # type: ignore
 
 
 def endless() -> None:
@@ -117,6 +142,7 @@ def die_half_way() -> None:
 MISDEEDS = {
     "wrong_chunks": wrong_chunks,
     "endless": endless,
+    "slow_donor": slow_donor,
     "wrong_root": wrong_root,
     "far_ahead": far_ahead,
     "die_half_way": die_half_way,

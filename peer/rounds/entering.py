@@ -18,6 +18,7 @@ from peer.rounds.run import Services
 from peer.rounds.values import ProposalFacts, RosterMember
 from peer.rounds.wire import full_quota
 from peer.state import Layout, Snapshot, check_chunk_hashes, differing_chunks, to_state
+from peer.tasks import cancel
 from swarm.errors import Rejected
 from swarm.messages import seal, split_hashes
 from swarm.rpc.v1.peer_pb2 import Delivery, SyncReply, SyncRequest
@@ -94,9 +95,20 @@ class Entry:
         return any(reply.round > round_index for reply in replies.values())
 
     async def fetch_state(self, root: bytes, holders: Sequence[str], local: Snapshot | None) -> OuterState:
-        """The state behind `root`: only chunks that `local` doesn't have are fetched, from all holders at once."""
+        """The state behind `root`: only chunks that `local` doesn't have are fetched, from all holders at once.
+
+        Every holder is asked for the list of chunks, so that each keeps them until they are fetched.
+        """
         sources = [peer for peer in holders if peer != self.services.identity.peer_id]
-        hashes = await self._chunk_hashes(root, sources)
+        asked = [asyncio.create_task(self._chunk_hashes(root, peer), name=f"chunk-hashes-{peer}") for peer in sources]
+        try:
+            return await self._fetch_listed(root, sources, await _first_list(root, asked), local)
+        finally:
+            await cancel(asked)
+
+    async def _fetch_listed(
+        self, root: bytes, sources: Sequence[str], hashes: Sequence[bytes], local: Snapshot | None
+    ) -> OuterState:
         mine = {name: index for index, name in enumerate(local.chunk_hashes)} if local is not None else {}
         chunks: dict[bytes, bytes | memoryview] = {}
         if local is not None:
@@ -210,21 +222,28 @@ class Entry:
     def _token(self) -> Signed | None:
         return self.services.admissions.token(self.services.identity.peer_id)
 
-    async def _chunk_hashes(self, root: bytes, sources: Sequence[str]) -> list[bytes]:
-        """The chunk hashes of a state, from the first holder whose list gives the root."""
+    async def _chunk_hashes(self, root: bytes, peer: str) -> list[bytes]:
+        """The chunk hashes of a state, from one holder; none if it doesn't give those of the root."""
         request = SyncRequest(run_id=self.services.checker.run_id, admission=self._token(), state_root=root)
-        for peer in sources:
-            try:
-                reply = await self.services.post.sync(peer, request)
-                hashes = split_hashes(reply.chunk_hashes)
-                check_chunk_hashes(hashes, root, self.layout)
-            except (PeerFailure, Rejected) as error:
-                log.info("chunk_hashes_refused", peer=peer, error=str(error))
-                if isinstance(error, Rejected):
-                    self.services.observer.refused(peer, error.reason)
-                continue
+        try:
+            reply = await self.services.post.sync(peer, request)
+            hashes = split_hashes(reply.chunk_hashes)
+            check_chunk_hashes(hashes, root, self.layout)
+        except (PeerFailure, Rejected) as error:
+            log.info("chunk_hashes_refused", peer=peer, error=str(error))
+            if isinstance(error, Rejected):
+                self.services.observer.refused(peer, error.reason)
+            return []
+        return hashes
+
+
+async def _first_list(root: bytes, asked: Sequence[asyncio.Task[list[bytes]]]) -> list[bytes]:
+    """The first list of chunk hashes that comes. Raises `MissingBlob`."""
+    for answer in asyncio.as_completed(asked):
+        hashes = await answer
+        if hashes:
             return hashes
-        raise MissingBlob("any source", f"no chunk hashes of {root.hex()[:12]}")
+    raise MissingBlob("any source", f"no chunk hashes of {root.hex()[:12]}")
 
 
 def _lists(reply: SyncReply, peer: str) -> bool:

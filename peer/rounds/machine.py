@@ -170,7 +170,7 @@ def _on_proposal(state: RoundState, proposal: ProposalFacts, now_s: float) -> Ou
         return state, []
     if state.accepted is not None and state.standing == proposal.ballot:
         if state.accepted.proposal_hash != proposal.proposal_hash:
-            return state, [Refuse(proposal.leader, "two_proposals")]
+            return _leave_two_faced(state, proposal.leader, now_s)
         return _reduce_if_possible(state)
     return _accept(state, proposal, proposal.ballot, now_s)
 
@@ -197,6 +197,7 @@ def _accept(state: RoundState, proposal: ProposalFacts, ballot: BallotNumber, no
     early = (span for span in state.early if fits(proposal, span))
     spans = {span.reducer: span for span in early}
     state = replace(state, accepted=proposal, reducing=False, reduced=False, spans=spans, fetched=frozenset(), failed=frozenset())
+    state = replace(state, shown=frozenset())
     state, actions = _reduce_if_possible(state)
     return state, actions + _fetches(state, spans)
 
@@ -254,7 +255,7 @@ def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFac
     state = _saw(state, reply.peer, now_s) if asked else state
     if ballot < state.promised:
         return _lead_if_stuck(state, now_s)
-    if not _may_stand(state, proposal, ballot):
+    if not _may_stand(state, proposal, ballot) and len(state.votes_for(proposal.proposal_hash)) < state.setup.quorum:
         return state, []
     done = replace(state, completers=_with(state.completers, reply.peer, proposal.proposal_hash))
     taken = _take_over(done, reply, proposal, ballot, now_s)
@@ -274,7 +275,7 @@ def _on_adoption(state: RoundState, leader: str, ballot: BallotNumber, reply: Se
         return state, []
     other = state.accepted is not None and state.accepted.proposal_hash != proposal.proposal_hash
     if other and state.standing == ballot:
-        return state, [Refuse(leader, "two_proposals")]
+        return _leave_two_faced(state, leader, now_s)
     ready = {} if reply.peer == state.setup.me else {reply.peer: (reply.standing, proposal.proposal_hash)}
     taken = _take_over(replace(state, readies={**state.readies, **ready}), reply, proposal, ballot, now_s)
     return (state, [Refuse(leader, taken)]) if isinstance(taken, str) else taken
@@ -521,8 +522,9 @@ def _look_around(state: RoundState, now_s: float) -> Outcome:
     asked_s = {peer: since for peer, since in state.asked_s.items() if peer in awaited | state.lost}
     state, probes = _ask_for_life(replace(state, probed_s=now_s, asked_s=asked_s), awaited - {state.setup.me}, now_s, again=True)
     state, retries = _try_again(state)
+    state, shown = _show_proposal(state)
     state, help_wanted = _ask_for_help(state, now_s)
-    return state, probes + retries + help_wanted
+    return state, probes + retries + shown + help_wanted
 
 
 def _ask_for_life(state: RoundState, peers: set[str] | frozenset[str], now_s: float, again: bool = False) -> Outcome:
@@ -620,12 +622,14 @@ def _advance(state: RoundState, now_s: float) -> Outcome:
 
 
 def _become_ready(state: RoundState, now_s: float) -> Outcome:
-    """Say once that everything is here, and again while a quorum that is ready is waited for."""
+    """Say once that everything is here, and again while a quorum that is ready is waited for; never for two at one ballot."""
     proposal = state.accepted
     if proposal is None or state.sealed or not state.gathered:
         return state, []
-    mine = (state.standing, proposal.proposal_hash)
-    again = state.readies.get(state.setup.me) == mine
+    mine, voted = (state.standing, proposal.proposal_hash), state.readies.get(state.setup.me)
+    again = voted == mine
+    if voted is not None and not again and voted[0] == state.standing:
+        return state, []
     if again and now_s < state.ready_sent_s + HELP_EVERY_S:
         return state, []
     state = replace(state, readies=_with(state.readies, state.setup.me, mine), ready_sent_s=now_s)
@@ -648,13 +652,42 @@ def _follow_leader(state: RoundState, now_s: float) -> Outcome:
         return state, []
     state = _with_deadline(state, now_s)
     overdue = state.overdue_s is not None and now_s >= state.overdue_s
-    unfit = state.lost | state.bad
-    if not overdue and state.leader not in unfit:
+    if not overdue and state.leader not in state.lost | state.bad:
         return state, []
-    silent, last = state.leader, state.term + len(state.setup.peers)
+    return _next_term(replace(state, suspicions=state.suspicions + int(overdue)), now_s)
+
+
+def _next_term(state: RoundState, now_s: float) -> Outcome:
+    """Leave the leader for the next one who could lead."""
+    unfit, left, last = state.lost | state.bad, state.leader, state.term + len(state.setup.peers)
     term = next(term for term in range(state.term + 1, last + 1) if state.setup.leader(term) not in unfit or term == last)
-    state = replace(state, term=term, stage="idle", suspicions=state.suspicions + int(overdue), overdue_s=None)
-    return _with_deadline(state, now_s), [] if state.leads else [Complain(state.leader, silent, "leader_silent")]
+    state = _with_deadline(replace(state, term=term, stage="idle", overdue_s=None), now_s)
+    return state, [] if state.leads else [Complain(state.leader, left, "leader_silent")]
+
+
+def _leave_two_faced(state: RoundState, leader: str, now_s: float) -> Outcome:
+    """A leader has proposed two things at one ballot: neither may ever get a quorum, so the next one has to ask what stands.
+
+    It's a lie, or a leader that was restarted; its place in the next roster is what it costs in either case.
+    """
+    told: list[Action] = [Refuse(leader, "two_proposals")]
+    state = replace(state, two_faced=state.two_faced | {leader})
+    if state.leader != leader:
+        return state, told
+    state, actions = _next_term(state, now_s)
+    return state, [*told, *actions]
+
+
+def _show_proposal(state: RoundState) -> Outcome:
+    """Show our proposal to those who work on another one, once: if its leader made both, it's to be left."""
+    proposal = state.accepted
+    if proposal is None or state.sealed or proposal.ballot != state.standing:
+        return state, []
+    elsewhere = {span.reducer for span in state.early if span.proposal_hash != proposal.proposal_hash}
+    votes = state.readies.items()
+    elsewhere |= {peer for peer, (ballot, name) in votes if ballot == state.standing and name != proposal.proposal_hash}
+    unaware = sorted(elsewhere - state.shown)
+    return replace(state, shown=state.shown | elsewhere), [ResendProposal(peer) for peer in unaware]
 
 
 def _with_deadline(state: RoundState, now_s: float) -> RoundState:
@@ -813,9 +846,10 @@ def _included(state: RoundState) -> tuple[IncludedCommit, ...]:
 
 
 def _next_members(state: RoundState) -> tuple[RosterMember, ...]:
-    """Who takes part next: those that are alive, stay and aren't barred, then joiners while there is room; ourselves at least."""
+    """Who takes part next: those that are alive, stay and are welcome, then joiners while there is room; ourselves at least."""
     setup = state.setup
-    leaving = {peer for peer, commit in state.commits.items() if commit.leaving} | (setup.barred - {setup.me}) | state.bad
+    leaving = {peer for peer, commit in state.commits.items() if commit.leaving} | state.bad
+    leaving |= (setup.barred | state.two_faced) - {setup.me}
     staying = [peer for peer in state.alive if peer not in leaving][: setup.max_peers]
     joiners = [peer for peer in sorted(state.joiners) if peer not in staying and peer not in leaving]
     members = sorted(staying + joiners[: setup.max_peers - len(staying)]) or [setup.me]

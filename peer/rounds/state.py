@@ -88,8 +88,9 @@ class RoundState:
     """Everything that a peer knows about the round in progress.
 
     `lost` peers are gone or silent as far as we can tell, and come back with any sign of life; `dropped` ones answer, but the
-    round goes on without them; `bad` ones have committed to parts that nobody can decode. The accepted proposal stands at ballot
-    `standing`: its own, or the one whose leader found it complete.
+    round goes on without them; `bad` ones have committed to parts that nobody can decode; `two_faced` ones have proposed two
+    things at one ballot. The accepted proposal stands at ballot `standing`: its own, or the one whose leader found it complete;
+    it has been `shown` to those who seemed to work on another one.
     """
 
     setup: RoundSetup
@@ -132,6 +133,8 @@ class RoundState:
     complaints: Mapping[str, frozenset[str]] = field(default_factory=_nothing)
     unobtainable: frozenset[str] = frozenset()
     bad: frozenset[str] = frozenset()
+    two_faced: frozenset[str] = frozenset()
+    shown: frozenset[str] = frozenset()
     extensions: int = 0
     grant: Any = None
     granted_to: frozenset[str] = frozenset()
@@ -201,20 +204,22 @@ class RoundState:
     @property
     def votes(self) -> frozenset[str]:
         """Who is ready for the accepted proposal, at the ballot at which most are."""
-        if self.accepted is None:
-            return frozenset()
-        by_ballot: dict[BallotNumber, set[str]] = {BallotNumber(): set()}
-        for peer, (ballot, name) in self.readies.items():
-            if name == self.accepted.proposal_hash:
-                by_ballot.setdefault(ballot, set()).add(peer)
-        most = max(by_ballot.values(), key=len)
-        return frozenset(most)
+        return self.votes_for(self.accepted.proposal_hash) if self.accepted is not None else frozenset()
 
     @property
     def votes_now(self) -> frozenset[str]:
         """Who is ready for the accepted proposal at the ballot at which it stands."""
         mine = (self.standing, self.accepted.proposal_hash) if self.accepted is not None else None
         return frozenset(peer for peer, vote in self.readies.items() if vote == mine)
+
+    def votes_for(self, proposal_hash: bytes) -> frozenset[str]:
+        """Who is ready for a proposal, at the ballot at which most are."""
+        by_ballot: dict[BallotNumber, set[str]] = {BallotNumber(): set()}
+        for peer, (ballot, name) in self.readies.items():
+            if name == proposal_hash:
+                by_ballot.setdefault(ballot, set()).add(peer)
+        most = max(by_ballot.values(), key=len)
+        return frozenset(most)
 
     @property
     def votes_needed(self) -> int:

@@ -171,6 +171,7 @@ class World:
         grant: GrantPolicy = grant_if_dead,
         hook: Hook | None = None,
         watch: Watch | None = None,
+        two_faced: Iterable[str] = (),
         **setup: Any,
     ) -> None:
         self.random = random.Random(seed)
@@ -181,6 +182,7 @@ class World:
         self.granted: frozenset[str] | None = None
         self.hook = hook
         self.watch = watch
+        self.two_faced = frozenset(two_faced)
         self.cuts: set[frozenset[str]] = set()
         self.cut_is_silent = False
         self.pool: list[tuple[float, int, Callable[[], None]]] = []
@@ -361,10 +363,13 @@ class World:
     def _propose(self, member: Member, action: Propose) -> None:
         covered = self.granted is not None and {item.peer for item in action.commits} <= self.granted
         grant = member.state.grant is not None and covered
-        facts = proposal_of(action.ballot, member.name, action.commits, action.next_roster, grant)
-        self.proposals[facts.proposal_hash] = facts
-        self.proposed.append((self.now_s, member.name, facts))
-        self._send_proposal(member, member.state.setup.others, facts, action.forward)
+        faces = 2 if member.name in self.two_faced else 1
+        for face in reversed(range(faces)):
+            roster = tuple(replace(item, quota=item.quota + face) for item in action.next_roster)
+            facts = proposal_of(action.ballot, member.name, action.commits, roster, grant)
+            self.proposals[facts.proposal_hash] = facts
+            self.proposed.append((self.now_s, member.name, facts))
+            self._send_proposal(member, member.state.setup.others[face::faces], facts, action.forward)
         self.at(self.now_s, lambda: self.put(member.name, ProposalArrived(facts)))
 
     def _send_proposal(

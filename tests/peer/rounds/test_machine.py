@@ -428,15 +428,49 @@ def test_a_silent_leader_is_replaced() -> None:
 
 
 def test_two_proposals_of_one_leader() -> None:
-    """A leader that signs two proposals for one ballot is refused by name, and the first stands."""
+    """A leader that signs two proposals for one ballot is refused by name and left; the first stands until the next one asks."""
     peers = names(3)
-    me = next(peer for peer in peers if peer != leader(3))
+    me = next(peer for peer in peers if peer != leader(3) and peer != leader(3, 1))
     state = with_commits(setup_of(me, peers))
     first, second = planned(peers, BallotNumber()), planned(peers, BallotNumber(), quota=7)
     state, _ = machine.step(state, ProposalArrived(first), 1.0)
     state, actions = machine.step(state, ProposalArrived(second), 1.0)
     assert Refuse(leader(3), "two_proposals") in actions
-    assert state.accepted == first
+    assert Complain(leader(3, 1), leader(3), "leader_silent") in actions
+    assert (state.accepted, state.leader) == (first, leader(3, 1))
+    again, actions = machine.step(state, ProposalArrived(second), 1.0)
+    assert actions == [Refuse(leader(3), "two_proposals")]
+    assert again == state
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+@pytest.mark.parametrize("all_gather", [False, True])
+def test_a_two_faced_leader_costs_a_round_little_and_loses_its_place(count: int, all_gather: bool) -> None:
+    """Whoever works on one of its proposals shows it to those who work on the other; the next leader needs no deadline.
+
+    Where one of the two gets a quorum, it stands, and the others take it.
+    """
+    world = World(count, two_faced={leader(count)}, hook=check_action, all_gather=all_gather)
+    world.run(60.0)
+    proposal = only_proposal(finished(world))
+    assert max(member.done_s or 99.0 for member in world.living()) < 4.0
+    if proposal.leader != leader(count):
+        assert {member.peer for member in proposal.next_roster} == set(world.peers) - {leader(count)}
+    assert {(sender, reason) for _, sender, reason in world.refused} <= {(leader(count), "two_proposals")}
+
+
+@given(worlds(("kill", "stop", "cut")), st.data())
+@settings(max_examples=120, deadline=None)
+def test_two_faced_leaders_divide_nobody(world: World, data: st.DataObject) -> None:
+    """Whatever fails besides, while they are fewer than half everybody alive ends, and without a grant with the same proposal."""
+    most = (len(world.peers) - 1) // 2
+    world.two_faced = data.draw(st.frozensets(st.sampled_from(world.peers), max_size=most))
+    world.hook = None
+    world.run(BOUND_S)
+    assume(world.granted is None or any(world.members[peer].alive for peer in world.granted))
+    living = finished(world)
+    if world.granted is None:
+        only_proposal(living)
 
 
 # --- scenarios: reducers and completed proposals --------------------------------------------------------------------------
