@@ -19,6 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo 'Python has no venv here: apt-get install python3-venv' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peer,coordinator,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/oracles byzfl
 	@touch $@
 
 demo: $(INSTALLED) ## Train a small model with a coordinator and three peers: make demo ARGS='--peers 2'

@@ -105,6 +105,7 @@ class Race:
     target: float = 0.0
     step_s: float = 0.0
     link: Link = field(default_factory=Link)
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def files(self) -> Path:
@@ -134,6 +135,7 @@ class Race:
                 continue
             found[row.name] = (row, await self._judge(out, row, curve))
         self._figures(out, found)
+        out.plot("loss over time", self.losses, x="seconds of training", y="held-out loss, nats per byte", log="x")
 
     # --- what is aimed at -----------------------------------------------------------------------------------------------
 
@@ -341,6 +343,7 @@ class Race:
             middle = (low + high) // 2
             losses[middle] = losses.get(middle) or await self._loss(curve.points[middle].weights)
             low, high = (low, middle) if losses[middle] <= self.target else (middle + 1, high)
+        self.losses[row.name] = [(curve.points[index].seconds, loss) for index, loss in losses.items()]
         done = low < len(curve.points)
         point = curve.points[low if done else -1] if curve.points else None
         index = low if done else len(curve.points) - 1

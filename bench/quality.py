@@ -181,6 +181,7 @@ class Quality:
     def _rows(self, out: Report) -> None:
         """Loss against bytes, from the most to the least traffic."""
         reference = self.taken.get(SYNC, {})
+        points = {}
         for name, runs in sorted(self.taken.items(), key=lambda item: -_mean_bytes(item[1])):
             losses = [taken.loss for taken in runs.values()]
             spread = max(losses) - min(losses)
@@ -191,6 +192,8 @@ class Quality:
                 "share_of_sync_bytes": sent / _mean_bytes(reference) if reference else None,
             }
             out.row("loss against bytes", **fields)
+            points[name] = [(taken.sent_bytes / PEERS / 1e6, taken.loss) for taken in runs.values()]
+        out.plot("loss against bytes", points, x="MB sent per peer", y="held-out loss, nats per byte", log="x")
 
     def _figures(self, out: Report) -> None:
         self._ratio(out, "auto_over_sync_validation_loss", AUTO, SYNC, "<= 1.0")

@@ -35,6 +35,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.plots import Plot, Points, draw_all
+
 COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
 PACKAGES = ("swarm-train", "torch", "hivemind", "transformers", "grpcio", "numpy", "cryptography", "torchft", "flwr")
 BUSY_LOAD_PER_CORE = 0.5
@@ -70,6 +72,7 @@ class Report:
     quick: bool = False
     figures: dict[str, Figure] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
@@ -91,6 +94,10 @@ class Report:
     def row(self, table: str, **fields: Any) -> None:
         """Note one line of the table named `table`."""
         self.rows.append({"table": table, **fields})
+
+    def plot(self, title: str, series: Mapping[str, Points], *, x: str, y: str, log: str = "") -> None:
+        """Note points to be drawn, by the name of their series; `log` names the logarithmic axes."""
+        self.plots.append(Plot(title, x, y, series, log))
 
     def say(self, text: str) -> None:
         """Tell whoever waits what goes on."""
@@ -123,6 +130,7 @@ class Report:
             "how": {name: figure.how for name, figure in self.figures.items()},
             "goals": {name: figure.goal for name, figure in self.figures.items() if figure.goal},
             "rows": self.rows,
+            "plots": [plot.as_dict() for plot in self.plots],
             "seconds": self.seconds,
             "failures": self.failures,
             "machine": self.machine,
@@ -167,6 +175,9 @@ def run(name: str, description: str | None, sections: Mapping[str, Section], arg
     report.show(_console())
     if options.json is not None:
         report.write(options.json)
+    if options.plots is not None:
+        for path in draw_all(report.plots, options.plots, name):
+            report.say(f"drawn: {path}")
     return code
 
 
@@ -182,6 +193,7 @@ def _parse(name: str, description: str | None, sections: Iterable[str], argv: Se
     )
     parser.add_argument("--quick", action="store_true", help="measure for a short time, with more noise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome to this file")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw what there is to draw into this folder, as SVG files")
     parser.add_argument("--only", action="append", choices=list(sections), metavar="SECTION", help=", ".join(sections))
     return parser.parse_args(argv)
 

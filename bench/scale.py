@@ -30,13 +30,18 @@ ROUND_S = 120.0
 async def scale(out: Report, folder: Path) -> None:
     """Every size with every codec, one after the other."""
     rounds = out.choose(ROUNDS, ROUNDS_QUICK)
+    taken: dict[str, dict[int, dict[str, float]]] = {}
     for codec in CODECS:
         found = {}
         for size in SIZES_QUICK if out.quick else SIZES:
             out.say(f"  {codec}, {size} peers")
             found[size] = await _measure(folder / f"{codec}-{size}", codec, size, rounds)
             out.row("a round by peers", codec=codec, peers=size, **found[size])
+        taken[codec] = found
         _exponents(out, codec, found)
+    for name, label in (("bytes_per_peer", "bytes that a peer sends per round"), ("seconds", "seconds of a round less training")):
+        series = {codec: [(size, found[size][name]) for size in found] for codec, found in taken.items()}
+        out.plot(label, series, x="peers", y=label, log="xy")
 
 
 async def _measure(folder: Path, codec: str, size: int, rounds: int) -> dict[str, float]:

@@ -379,6 +379,7 @@ class Journal:
             ticket=ticket,
             issued_at=now_s,
             expires_at=now_s + self.manifest.admission.valid_s,
+            newcomer=self.credits.is_newcomer(self.run_id, peer_id),
         )
         return seal(self._identity, token)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from swarm.clock import Clock, SystemClock
 from swarm.errors import Rejected
@@ -13,6 +14,14 @@ CLOCK_SLACK_S = 900.0
 MAX_TOKENS = 100_000
 
 
+class Known(NamedTuple):
+    """A valid token, and what it says."""
+
+    token: Signed
+    expires_at: int
+    newcomer: bool
+
+
 @dataclass
 class Admissions:
     """The valid tokens that this peer has seen. Expiry allows for clocks that are a quarter of an hour off."""
@@ -20,7 +29,7 @@ class Admissions:
     run_id: bytes
     coordinator: str
     clock: Clock = SystemClock()
-    _tokens: dict[str, tuple[Signed, float]] = field(default_factory=dict)
+    _tokens: dict[str, Known] = field(default_factory=dict)
 
     def admit(self, token: Signed) -> str:
         """Check a token and remember its holder; the holder's peer id. Raises `Rejected`."""
@@ -30,33 +39,38 @@ class Admissions:
         if admission.peer_id not in self._tokens and len(self._tokens) >= MAX_TOKENS:
             self._forget_expired()
         known = self._tokens.get(admission.peer_id)
-        if known is None or known[1] < admission.expires_at:
-            self._tokens[admission.peer_id] = (token, float(admission.expires_at))
+        if known is None or known.expires_at < admission.expires_at:
+            self._tokens[admission.peer_id] = Known(token, admission.expires_at, admission.newcomer)
         return admission.peer_id
 
     def is_admitted(self, peer: str) -> bool:
         """Whether a valid token of the peer is known."""
         known = self._tokens.get(peer)
-        return known is not None and known[1] + CLOCK_SLACK_S >= self.clock.wall_s()
+        return known is not None and known.expires_at + CLOCK_SLACK_S >= self.clock.wall_s()
+
+    def is_newcomer(self, peer: str) -> bool:
+        """Whether the newest token of the peer that we have seen says that all of its contributions are still audited."""
+        known = self._tokens.get(peer)
+        return known is not None and known.newcomer
 
     def check(self, peer: str, token: Signed | None) -> bool:
-        """Whether the peer is known to be admitted, or shows a valid token of its own now."""
-        if self.is_admitted(peer):
-            return True
-        if token is None or not token.payload:
-            return False
-        try:
-            return self.admit(token) == peer
-        except Rejected:
-            return False
+        """Whether the peer is known to be admitted, or shows a valid token of its own now. What it shows may be newer."""
+        known = self._tokens.get(peer)
+        shows = token is not None and bool(token.payload) and (known is None or token.payload != known.token.payload)
+        if token is not None and shows:
+            try:
+                return self.admit(token) == peer or self.is_admitted(peer)
+            except Rejected:
+                return self.is_admitted(peer)
+        return self.is_admitted(peer)
 
     def token(self, peer: str) -> Signed | None:
         """The token of a peer, to show it to others."""
         known = self._tokens.get(peer)
-        return known[0] if known else None
+        return known.token if known else None
 
     def _forget_expired(self) -> None:
         now = self.clock.wall_s()
-        self._tokens = {peer: item for peer, item in self._tokens.items() if item[1] + CLOCK_SLACK_S >= now}
+        self._tokens = {peer: known for peer, known in self._tokens.items() if known.expires_at + CLOCK_SLACK_S >= now}
         if len(self._tokens) >= MAX_TOKENS:
             raise Rejected("busy", "too many admitted peers")

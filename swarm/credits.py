@@ -123,6 +123,12 @@ class CreditState:
             raise Rejected("revoked", "the account has revoked this key", peer_id)
         return member.tally.account, member.expires_at
 
+    def is_newcomer(self, run_id: bytes, peer_id: str) -> bool:
+        """Whether all that a key contributes is still audited; so for one that isn't admitted yet."""
+        run = self._run(run_id)
+        member = run.members.get(peer_id)
+        return (0 if member is None else member.contributions) < run.terms.audit_first
+
     def member_count(self, run_id: bytes) -> int:
         """Number of keys that were admitted."""
         return len(self._run(run_id).members)

@@ -258,6 +258,7 @@ class Audit(Frozen):
 
     rate: Fraction = Field(0.05, description="share of the contributions that is audited")
     first: int = Field(10, ge=0, le=1_000_000, description="so many of a new key's contributions are all audited")
+    new_weight: float = Field(0.5, gt=0, le=1, description="until then a key gets at most this share of the others' work")
     within_rounds: int = Field(10, ge=2, le=100_000, description="an audit has so many rounds; credit isn't final before")
 
 

@@ -14,7 +14,7 @@ from swarm.clock import Clock, SystemClock
 
 IDLE_S = 1.0
 BUSY_S = 0.25
-SHORTEST_S = 0.05
+SHORTEST_S = 0.2
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Metering:
 
         That time is at most the time between the readings, and at most what the sockets say together, so that a short
         transfer isn't taken for a slow link and several at once aren't taken for a fast one. The kernel counts it in steps of
-        some milliseconds, so readings are put together until it is long enough.
+        some milliseconds, and confirmations come in bursts, so readings are put together until it is long enough.
         """
         now_s = self.clock.monotonic_s()
         if self._uplink is None:

@@ -24,6 +24,7 @@ def problem_of(state: RoundState, proposal: ProposalFacts) -> str:
         ("no_quorum", bool(names) and (len(names) >= setup.quorum or proposal.grant)),
         ("roster_too_large", 0 < len(members) <= setup.max_peers),
         ("wrong_commit", all(facts.weight == item.weight for facts, item in known)),
+        ("over_quota", not any(setup.is_too_heavy(item.peer, item.weight) for item in proposal.commits)),
         ("wrong_spans", _spans_are_right(state, proposal)),
     )
     return next((reason for reason, fine in checks if not fine), "")

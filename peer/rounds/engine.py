@@ -28,7 +28,7 @@ from peer.rounds.snapshots import Snapshots
 from peer.rounds.state import RoundSetup
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitArrived, Event, JoinArrived, PeerLost, ProposalFacts, RosterMember
-from peer.rounds.wire import ResultFacts, full_quota
+from peer.rounds.wire import ResultFacts, full_quota, quota_samples
 from peer.sketch import Sketcher
 from peer.state import Layout, Snapshot
 from peer.tasks import cancel
@@ -230,7 +230,10 @@ class Engine:
         if len(self.joiners) < 256:
             self.joiners[signed.signer] = request.admission
         if self.current is not None:
-            self.current.put(JoinArrived(signed.signer, request.admission))
+            self.current.put(self._join_of(signed.signer, request.admission))
+
+    def _join_of(self, peer: str, admission: Signed) -> JoinArrived:
+        return JoinArrived(peer, admission, self.services.admissions.is_newcomer(peer))
 
     def _on_evidence(self, signed: Signed) -> None:
         """Only members of the roster may take our time with it."""
@@ -388,7 +391,7 @@ class Engine:
 
     def _replay(self, run: RoundRun, place: Place) -> None:
         for peer, admission in self.joiners.items():
-            run.put(JoinArrived(peer, admission))
+            run.put(self._join_of(peer, admission))
         for arrival in self.inbox.events_of(place.round_index):
             if not isinstance(arrival.event, CommitArrived) or arrival.base_root == place.base_root:
                 run.put(arrival.event)
@@ -415,6 +418,9 @@ class Engine:
             shared_quota=isinstance(manifest.strategy, Sync),
             scale_to_speed=manifest.rounds.scale_to_speed,
             barred=self._barred,
+            newcomers=frozenset(member.peer for member in place.roster if self.services.admissions.is_newcomer(member.peer)),
+            new_weight=manifest.audit.new_weight,
+            quota_samples=quota_samples(manifest),
         )
 
     @property

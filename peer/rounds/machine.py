@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from peer.rounds.checks import TERMS_AHEAD, fits, problem_of, unknown_commits
-from peer.rounds.planning import quotas_of, spans_of
+from peer.rounds.planning import held_back, quotas_of, spans_of
 from peer.rounds.state import EMPTY, NEVER_S, SILENCE_FLOOR_S, RoundSetup, RoundState
 from peer.rounds.values import (
     Action,
@@ -94,8 +94,9 @@ def _handle(state: RoundState, event: Event, now_s: float) -> Outcome:
             return _on_trained(state, commit, now_s)
         case CommitArrived(commit, forwarded):
             return _on_commit(state, commit, now_s, forwarded)
-        case JoinArrived(peer, admission):
-            return replace(state, joiners=_with(state.joiners, peer, admission)), []
+        case JoinArrived(peer, admission, newcomer):
+            newcomers = state.newcomers | {peer} if newcomer else state.newcomers - {peer}
+            return replace(state, joiners=_with(state.joiners, peer, admission), newcomers=newcomers), []
         case ProposalArrived(proposal):
             return _on_proposal(state, proposal, now_s)
         case SealArrived(sender, ballot):
@@ -152,6 +153,8 @@ def _on_commit(state: RoundState, commit: CommitFacts, now_s: float, forwarded: 
         return state, [Refuse(commit.peer, "two_commits")]
     if commit.weight and len(commit.part_hashes) != state.setup.part_count:
         return state, [Refuse(commit.peer, "wrong_part_count")]
+    if state.setup.is_too_heavy(commit.peer, commit.weight):
+        return state, [Refuse(commit.peer, "over_quota")]
     arrived_s = _with(state.arrived_s, commit.peer, state.arrived_s.get(commit.peer, now_s))
     state = replace(state, commits=_with(state.commits, commit.peer, commit), arrived_s=arrived_s)
     return _reduce_if_possible(state) if wanted else (state, [])
@@ -861,6 +864,7 @@ def _next_members(state: RoundState) -> tuple[RosterMember, ...]:
         setup.shared_quota,
         setup.scale_to_speed,
     )
+    quotas = held_back(quotas, setup.newcomers | state.newcomers, setup.new_weight, setup.full_quota, setup.shared_quota)
     return tuple(RosterMember(peer, quotas[peer]) for peer in members)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from peer.rounds.values import CommitFacts, RosterMember
 
@@ -85,6 +85,24 @@ def quotas_of(
     wanted = {peer: round(full_quota * rate / fastest) for peer, rate in rates.items()}
     quotas = {peer: _steady(previous.get(peer), quota) for peer, quota in wanted.items()}
     return {peer: min(full_quota, max(least, quota)) for peer, quota in (quotas | halves).items()}
+
+
+def held_back(
+    quotas: Mapping[str, int], newcomers: Collection[str], share: float, full_quota: int, shared: bool
+) -> dict[str, int]:
+    """The quotas with those of newcomers held to `share` of a full one (`sync`: of an even one), where there are others.
+
+    What `sync` lacks then, the others do.
+    """
+    held = {peer for peer in quotas if peer in newcomers}
+    if not held or len(held) == len(quotas):
+        return dict(quotas)
+    most = max(1, int(share * (full_quota / len(quotas) if shared else full_quota)))
+    capped = {peer: min(quotas[peer], most) for peer in held}
+    others = {peer: quota for peer, quota in quotas.items() if peer not in held}
+    if shared:
+        others = _divided(sum(quotas.values()) - sum(capped.values()), others)
+    return others | capped
 
 
 def grace_of(lateness_s: Sequence[float], floor_s: float, mads: float) -> float:

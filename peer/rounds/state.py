@@ -30,7 +30,8 @@ def _nothing() -> Mapping[Any, Any]:
 class RoundSetup:
     """What is fixed for a round. All durations are seconds; they come from recent rounds, never from a constant.
 
-    We give no place in the next roster to those who are `barred`.
+    We give no place in the next roster to those who are `barred`, and less work to `newcomers`. `quota_samples` is the samples
+    in a unit of quota: more than its quota nobody may commit to; 0 = as many as anybody likes.
     """
 
     me: str
@@ -49,6 +50,14 @@ class RoundSetup:
     shared_quota: bool = False
     scale_to_speed: bool = True
     barred: frozenset[str] = frozenset()
+    newcomers: frozenset[str] = frozenset()
+    new_weight: float = 1.0
+    quota_samples: int = 0
+
+    def is_too_heavy(self, peer: str, weight: int) -> bool:
+        """Whether a member commits to more samples than its quota."""
+        quota = next((member.quota for member in self.roster if member.peer == peer), 0)
+        return 0 < quota * self.quota_samples < weight
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -99,6 +108,7 @@ class RoundState:
     arrived_s: Mapping[str, float] = field(default_factory=_nothing)
     quorum_s: float | None = None
     joiners: Mapping[str, Any] = field(default_factory=_nothing)
+    newcomers: frozenset[str] = frozenset()
     lost: frozenset[str] = frozenset()
     dropped: frozenset[str] = frozenset()
     seen_s: Mapping[str, float] = field(default_factory=_nothing)

@@ -127,10 +127,11 @@ class CommitArrived:
 
 @dataclass(frozen=True)
 class JoinArrived:
-    """A peer asks to be in the next roster; `admission` is its verified token."""
+    """A peer asks to be in the next roster; `admission` is its verified token, which may say that it is a newcomer."""
 
     peer: str
     admission: Any = field(default=None, compare=False, repr=False)
+    newcomer: bool = False
 
 
 @dataclass(frozen=True)

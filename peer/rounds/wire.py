@@ -241,6 +241,17 @@ def full_quota(manifest: Manifest, round_index: int) -> int:
             return manifest.phase(round_index).inner_steps
 
 
+def quota_samples(manifest: Manifest) -> int:
+    """The samples in a unit of quota; 0 where work is begun before the quota is known, so that it binds nobody."""
+    match manifest.strategy:
+        case Sync():
+            return 1
+        case DiLoCo(overlap="off", batch_samples=samples):
+            return samples
+        case DiLoCo():
+            return 0
+
+
 def build_proposal(
     *,
     run_id: bytes,

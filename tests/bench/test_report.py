@@ -138,3 +138,19 @@ def test_quantiles_are_interpolated() -> None:
 
 def test_packages_that_are_not_installed_are_left_out() -> None:
     assert list(package_versions(["no-such-package-here", "rich"])) == ["rich"]
+
+
+def test_plots_are_in_the_json_and_drawn(tmp_path: Path) -> None:
+    """Every series with its points; files are named after the benchmark and the plot."""
+
+    def section(out: Report) -> None:
+        out.plot("loss against bytes", {"int4": [(22.3, 1.55)], "fp16": [(82.2, 1.54), (82.5, 1.56)]}, x="MB", y="loss", log="x")
+
+    path, folder = tmp_path / "out.json", tmp_path / "plots"
+    assert run("example", None, {"all": section}, ["--json", str(path), "--plots", str(folder)]) == 0
+    series = {"int4": [[22.3, 1.55]], "fp16": [[82.2, 1.54], [82.5, 1.56]]}
+    assert outcome_of(path)["plots"] == [{"title": "loss against bytes", "x": "MB", "y": "loss", "log": "x", "series": series}]
+    drawn = (folder / "example-loss-against-bytes.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert run("example", None, {"all": measured}, ["--plots", str(tmp_path / "none")]) == 0
+    assert list((tmp_path / "none").iterdir()) == []

@@ -83,6 +83,21 @@ async def test_announce(serve: Serve, world: World) -> None:
         assert (later.genesis, len(later.peers)) == (True, 0)
 
 
+async def test_a_token_says_whether_its_holder_is_new(serve: Serve) -> None:
+    """Until as many contributions are confirmed as are all audited; the next announcement then gives another token."""
+    world = World(manifest(audit={"rate": 0.0, "first": 2}))
+    async with serve(ManualClock(NOW_S), world) as coordinator, connected(coordinator) as client:
+        await announce_all(client, world)
+        said = []
+        for number in range(3):
+            answer = await client.announce(world.announcement(ALICE, NOW_S + number + 1))
+            said.append(open_signed(answer.admission, AdmissionToken, coordinator.identity.peer_id, world.run_id).newcomer)
+            proposal, reports = world.round(PEERS, number)
+            for report in reports:
+                await client.submit_report(report, proposal)
+        assert said == [True, True, False]
+
+
 async def test_leaving(serve: Serve, world: World) -> None:
     """A peer that says good-bye is forgotten at once, and a replay doesn't bring it back."""
     async with serve(ManualClock(NOW_S)) as coordinator, connected(coordinator) as client:

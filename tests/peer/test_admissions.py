@@ -31,8 +31,10 @@ class Time:
         return self.now_s
 
 
-def token(peer: Identity, lasts_s: float = 3600, signer: Identity = COORDINATOR, run_id: bytes = RUN) -> Signed:
-    message = AdmissionToken(run_id=run_id, peer_id=peer.peer_id, expires_at=int(Time().now_s + lasts_s))
+def token(
+    peer: Identity, lasts_s: float = 3600, signer: Identity = COORDINATOR, run_id: bytes = RUN, newcomer: bool = False
+) -> Signed:
+    message = AdmissionToken(run_id=run_id, peer_id=peer.peer_id, expires_at=int(Time().now_s + lasts_s), newcomer=newcomer)
     return seal(signer, message)
 
 
@@ -70,6 +72,19 @@ def test_other_tokens_admit_nobody(wrong: Signed, reason: str) -> None:
         known.admit(wrong)
     assert not known.check(ALICE.peer_id, wrong)
     assert not known.is_admitted(ALICE.peer_id)
+
+
+def test_a_newcomer_is_one_until_it_shows_a_newer_token() -> None:
+    """The newest token counts, whatever comes in whichever order; a bad one takes nothing from who is admitted."""
+    known = admissions()
+    assert not known.is_newcomer(ALICE.peer_id)
+    assert known.check(ALICE.peer_id, token(ALICE, 3600, newcomer=True))
+    assert known.is_newcomer(ALICE.peer_id)
+    assert known.check(ALICE.peer_id, token(ALICE, 3700))
+    assert not known.is_newcomer(ALICE.peer_id)
+    assert known.check(ALICE.peer_id, token(ALICE, 3600, newcomer=True))
+    assert known.check(ALICE.peer_id, token(ALICE, 3800, signer=ALICE, newcomer=True))
+    assert not known.is_newcomer(ALICE.peer_id)
 
 
 def test_nobody_is_admitted_by_anothers_token() -> None:

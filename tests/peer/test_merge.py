@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +30,8 @@ from peer.merge import (
 )
 from swarm.errors import Rejected
 from swarm.manifest import CenteredClip, Mean
+
+ORACLES = Path(sys.prefix) / "oracles"  # byzfl without what it plots and loads data with, so without its __init__, too
 
 value = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6)
 any_finite = st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=65504 * 2.0**112, min_value=-65504 * 2.0**112)
@@ -268,3 +275,48 @@ def test_the_norm_is_golden() -> None:
 def test_this_machine_keeps_subnormal_numbers() -> None:
     """Determinism needs IEEE arithmetic."""
     assert arithmetic_is_ieee()
+
+
+@pytest.fixture
+def byzfl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The aggregators of byzfl (2505.24802), which others have checked."""
+    package = ModuleType("byzfl")
+    package.__path__ = [str(ORACLES / "byzfl")]
+    monkeypatch.setitem(sys.modules, "byzfl", package)
+    return importlib.import_module("byzfl.aggregators")
+
+
+def honest_and_far(count: int, far: int, seed: int) -> list[np.ndarray]:
+    """Vectors around one point, of which the first ones are moved far away, each elsewhere."""
+    random = np.random.default_rng(seed)
+    vectors = [random.standard_normal(500).astype(np.float32) + 3 for _ in range(count)]
+    return [vector * np.float32(10 * (index + 1)) if index < far else vector for index, vector in enumerate(vectors)]
+
+
+@pytest.mark.parametrize(("count", "far"), [(2, 1), (5, 0), (5, 2), (8, 3), (16, 5)])
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_centered_clipping_is_byzfls(byzfl: Any, count: int, far: int, iterations: int) -> None:
+    """With the radius that ours finds, and its start at the median as the origin, since byzfl's is zero."""
+    vectors = honest_and_far(count, far, seed=count)
+    start = np.median(vectors, axis=0)
+    distances = sorted(float(np.linalg.norm(vector - start)) for vector in vectors)
+    radius = 1.5 * distances[(count - 1) // 2]
+    oracle = byzfl.CenteredClipping(L=iterations, tau=radius or 1.0)
+    expected = start + oracle(np.stack(vectors).astype(np.float64) - start)
+    assert centered_clip(vectors, [7] * count, 1.5, iterations) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
+def test_the_median_is_byzfls(byzfl: Any, count: int) -> None:
+    """Of each value, the mean of two for an even number."""
+    vectors = honest_and_far(count, count // 3, seed=count)
+    assert coordinate_median(vectors) == pytest.approx(byzfl.Median()(np.stack(vectors)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "far"), [(3, 1), (8, 3)])
+def test_clipping_norms_before_the_mean_is_byzfls(byzfl: Any, count: int, far: int) -> None:
+    """Its clipping to a given norm, with the one that ours finds, and then its average."""
+    vectors = honest_and_far(count, far, seed=count)
+    limit = 2.0 * sorted(norm(vector) for vector in vectors)[(count - 1) // 2]
+    expected = byzfl.Average()(byzfl.Clipping(c=limit)(np.stack(vectors).astype(np.float64)))
+    assert merge_part(vectors, [3] * count, Mean(clip_ratio=2.0)) == pytest.approx(expected, rel=1e-5, abs=1e-5)

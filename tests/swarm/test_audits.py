@@ -79,6 +79,18 @@ def test_a_new_keys_first_contributions_are_all_audited() -> None:
             assert peer not in found
 
 
+def test_a_newcomer_is_one_while_everything_is_audited() -> None:
+    """Confirmed contributions count, not reports; a key that isn't admitted yet has none."""
+    rounds = [a_round(0), a_round(1)]
+    for count, newcomer in ((0, True), (1, True), (2, False)):
+        state = after(*(each for entries in rounds[:count] for each in entries))
+        assert {state.is_newcomer(WORLD.run_id, peer.peer_id) for peer in PEERS} == {newcomer}
+        assert state.is_newcomer(WORLD.run_id, identity(9).peer_id)
+    unaudited = World(manifest(audit={"rate": 0.0, "first": 0}))
+    state = fold([unaudited.opened(), unaudited.admitted(CHEAT)], COORDINATOR.peer_id)
+    assert not state.is_newcomer(unaudited.run_id, CHEAT.peer_id)
+
+
 def test_what_is_drawn_keeps_its_rate_and_its_auditors_differ() -> None:
     """A twentieth of many contributions, and no auditor much more often than another."""
     names = [peer.peer_id for peer in PEERS]

@@ -617,6 +617,7 @@ class AdmissionToken(_message.Message):
     WEIGHT_LIMIT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    NEWCOMER_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     peer_id: _builtins.str
     account: _builtins.str
@@ -624,6 +625,8 @@ class AdmissionToken(_message.Message):
     expires_at: _builtins.int
     weight_limit: _builtins.int
     """The most samples that one commit of this key may claim; 0 = the manifest's own limit."""
+    newcomer: _builtins.bool
+    """Fewer contributions have been counted than are all audited: it gets less work while there are others."""
     @_builtins.property
     def held(self) -> Global___Signed:
         """In the ledger, where the account isn't the key itself: the HeldCertificate, signed by the key."""
@@ -643,10 +646,11 @@ class AdmissionToken(_message.Message):
         weight_limit: _builtins.int = ...,
         held: Global___Signed | None = ...,
         ticket: Global___Signed | None = ...,
+        newcomer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "peer_id", b"peer_id", "run_id", b"run_id", "ticket", b"ticket", "weight_limit", b"weight_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "newcomer", b"newcomer", "peer_id", b"peer_id", "run_id", b"run_id", "ticket", b"ticket", "weight_limit", b"weight_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

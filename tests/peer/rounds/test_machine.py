@@ -1138,6 +1138,32 @@ def test_two_commits_of_one_peer() -> None:
     assert state.reducing
 
 
+def test_nobody_commits_to_more_than_its_quota() -> None:
+    """The roster says how much each may do, and so how much each may weigh; a proposal that lists more is refused, too."""
+    peers = names(3)
+    me, other = sorted(set(peers) - {leader(3)})
+    setup = setup_of(me, peers, quota_samples=4)
+    state, actions = machine.step(machine.begin(setup, 0.0), CommitArrived(commit_of(other, weight=41)), 1.0)
+    assert actions == [Refuse(other, "over_quota")]
+    state, actions = machine.step(state, CommitArrived(commit_of(other, weight=40)), 1.0)
+    assert actions == []
+    heavy = replace(planned(peers, BallotNumber()).commits[0], weight=41)
+    proposal = planned(peers, BallotNumber())
+    proposal = replace(proposal, commits=(heavy, *proposal.commits[1:]))
+    _, actions = machine.step(machine.begin(setup, 0.0), ProposalArrived(proposal), 1.0)
+    assert actions == [Refuse(leader(3), "over_quota")]
+
+
+def test_a_newcomer_that_joins_gets_half_of_the_work() -> None:
+    """While there are others; a member that is one gets half of it, too."""
+    world = World(3, new_weight=0.5, newcomers=frozenset({"p01"}))
+    for peer in world.peers:
+        world.at(0.5, lambda peer=peer: world.put(peer, JoinArrived("zoe", "token", newcomer=True)))
+    world.run(20.0)
+    proposal = only_proposal(finished(world))
+    assert {member.peer: member.quota for member in proposal.next_roster} == {"p00": 10, "p01": 5, "p02": 10, "zoe": 5}
+
+
 def test_a_repeated_proposal_starts_nothing_twice() -> None:
     """The same proposal twice, and a commit twice, give one merge."""
     state, proposal = exchanging(names(3))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer.rounds.planning import grace_of, leader_of, quorum_of, quotas_of, roster_hash, spans_of
+from peer.rounds.planning import grace_of, held_back, leader_of, quorum_of, quotas_of, roster_hash, spans_of
 from peer.rounds.values import CommitFacts, RosterMember
 from tests.peer.rounds.simulation import commit_of, names
 
@@ -128,6 +128,30 @@ def test_small_changes_of_speed_leave_the_quota() -> None:
     """Noise of some percent in the time taken doesn't move the quota."""
     commits = {"a": commit_of("a", seconds=10.0), "b": commit_of("b", seconds=10.9)}
     assert quotas_of(["a", "b"], {"a": 100, "b": 100}, commits, 100, False, True) == {"a": 100, "b": 100}
+
+
+def test_newcomers_get_less_while_there_are_others() -> None:
+    """At most half of a full quota, or in `sync` of an even one, whose rest the others take; alone they get all there is."""
+    quotas = {"a": 100, "b": 60, "new": 90, "slow": 20}
+    assert held_back(quotas, {"new", "slow"}, 0.5, 100, False) == {"a": 100, "b": 60, "new": 50, "slow": 20}
+    assert held_back(quotas, {"new", "slow"}, 0.5, 270, True) == {"a": 136, "b": 81, "new": 33, "slow": 20}
+    assert held_back(quotas, set(quotas), 0.5, 100, False) == quotas
+    assert held_back(quotas, set(), 0.5, 100, True) == quotas
+    assert held_back({"a": 1, "new": 1}, {"new"}, 0.1, 2, True) == {"a": 1, "new": 1}
+
+
+@given(rosters(), st.booleans(), st.floats(0.01, 1.0), st.data())
+def test_holding_newcomers_back_loses_no_work_of_a_batch(plan: tuple, shared: bool, share: float, data: st.DataObject) -> None:
+    """Nobody's quota vanishes, no newcomer gets more than before, and a shared batch stays whole."""
+    members, previous, commits, full = plan
+    before = quotas_of(members, previous, commits, full, shared, True)
+    newcomers = data.draw(st.sets(st.sampled_from(sorted(members))))
+    after = held_back(before, newcomers, share, full, shared)
+    assert after.keys() == before.keys()
+    assert min(after.values()) >= 1
+    assert all(after[peer] <= before[peer] for peer in newcomers)
+    if shared:
+        assert sum(after.values()) == sum(before.values())
 
 
 @given(st.lists(st.floats(0, 1e4), max_size=64), st.floats(0.1, 100), st.floats(0.1, 100))
