@@ -7,6 +7,7 @@ import time
 
 import hivemind
 import torch
+from hivemind.compression import Float16Compression
 
 from bench.children import arguments, say, wait_for_go
 
@@ -28,7 +29,7 @@ def main() -> None:
         min_group_size=given["peers"],
         min_matchmaking_time=MATCHMAKING_S,
         request_timeout=REQUEST_S,
-        compression=hivemind.Float16Compression(),
+        compression=Float16Compression(),
         start=True,
     )
     say(addresses=[str(address) for address in dht.get_visible_maddrs()])

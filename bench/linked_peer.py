@@ -20,6 +20,7 @@ import torch
 
 from bench.children import arguments, end_with_parent, say
 from bench.swarms import peak_rss_bytes
+from peer.buffers import buffers
 from peer.checkpoints import Checkpoints
 from peer.coordination import Coordination
 from peer.daemon import Daemon, DaemonOptions, Parts
@@ -128,6 +129,7 @@ class WaitingTrainer:
         self._step_s = step_s
         self._updates = np.load(updates, mmap_mode="r")
         self._rank = rank
+        self._update: Vector = np.empty(0, dtype=np.float32)
         self.computed_s = 0.0
 
     def train_round(
@@ -143,6 +145,7 @@ class WaitingTrainer:
     ) -> TrainedUpdate:
         """Let the time of `quota` inner steps pass."""
         started, steps, stopped = time.monotonic(), 0, None
+        self._prepare(round_number)
         while steps < quota and (stopped := should_stop()) is None:
             steps += self._wait(started, steps)
         return self._report(round_number, steps, time.monotonic() - started, stopped)
@@ -159,6 +162,7 @@ class WaitingTrainer:
     ) -> TrainedUpdate:
         """The same while the round before is still being exchanged; at the end of the quota its outcome is waited for."""
         started, steps, stopped, joined = time.monotonic(), 0, None, None
+        self._prepare(round_number)
         while (stopped := should_stop()) is None:
             joined = joined or early.look()
             if steps < (joined.quota if joined is not None else quota):
@@ -169,6 +173,13 @@ class WaitingTrainer:
             steps = 0
         return self._report(round_number, steps, time.monotonic() - started - early.waited_s, stopped)
 
+    def _prepare(self, round_number: int) -> None:
+        """Make the update while the first steps are waited for: what a trainer has on its device when it has done them."""
+        update, values = buffers.empty(self._updates.size), self._updates
+        first = (round_number * ROUND_SHIFT + self._rank * RANK_SHIFT) % values.size
+        update[:first], update[first:] = values[values.size - first :], values[: values.size - first]
+        self._update = update
+
     def _wait(self, started_s: float, steps: int) -> int:
         """One inner step: a late awakening of this machine doesn't delay the steps after it."""
         time.sleep(max(0.0, started_s + (steps + 1) * self._step_s - time.monotonic()))
@@ -178,7 +189,7 @@ class WaitingTrainer:
     def _report(self, round_number: int, steps: int, seconds: float, stopped: str | None) -> TrainedUpdate:
         samples = steps * self._manifest.strategy.batch_samples
         tokens = samples * self._manifest.data.sequence_length
-        update = np.roll(self._updates, round_number * ROUND_SHIFT + self._rank * RANK_SHIFT)
+        update, self._update = self._update, np.empty(0, dtype=np.float32)
         return TrainedUpdate(update, samples, tokens, LOSS, LOSS, LOSS, seconds, steps, stopped=stopped)
 
     def release(self) -> None:

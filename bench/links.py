@@ -16,6 +16,7 @@ from bench.hosts import MBIT, Link
 from bench.linked import Linked, Note
 from bench.report import Report
 from peer.recipes import tiny_manifest
+from swarm import auto
 from swarm.manifest import Manifest
 
 PEERS = 4
@@ -181,7 +182,7 @@ def _emulated(
     made = tiny_manifest(files, peers, scale_to_speed=False, grace_floor_s=60.0, total=rounds)
     values: dict[str, Any] = made.model_dump(mode="json")
     values["model"]["parameters"] = parameters
-    values["codec"] = codec
+    values["codec"] = {"part_values": auto.part_values(codec["kind"], parameters), **codec}
     values["strategy"] |= {"inner_steps": steps, "overlap": overlap}
     return Manifest.model_validate(values)
 

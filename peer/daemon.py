@@ -57,6 +57,7 @@ from peer.rounds.audits import AuditDesk
 from peer.rounds.docket import Docket
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
+from peer.rounds.planting import Planter
 from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
 from peer.rounds.residuals import Residuals, save_quietly
 from peer.rounds.run import Services
@@ -130,6 +131,7 @@ class DaemonOptions:
     max_download: int = 0
     monthly_quota: int = 0
     check_traffic: float = 0.02
+    plant: bool = False
     ticket: Signed | None = None
     rules: GovernorSettings = field(default_factory=GovernorSettings)
     control_socket: int | None = None
@@ -586,6 +588,8 @@ class Daemon:
         self.engine = Engine(
             parts.services, training, parts.snapshots, entry, auditor, desk, self._on_round, parts.coordination.nudge
         )
+        if self.options.plant:
+            self.engine.planter = Planter(parts.services, auditor, parts.coordination.connected)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
         """Load the model and warm it up, so that the first round isn't slower than the others."""
@@ -623,6 +627,7 @@ class Daemon:
             parts.finder.announce_for_ever(),
             parts.reporter.run(),
             engine.desk.work(),
+            *([engine.planter.work()] if engine.planter is not None else []),
             parts.vitals.watch(),
             self.governor.watch(),
             self._keep_network(parts),

@@ -2,8 +2,9 @@
 
     bad_part     a peer committed to a part that its run's codec refuses to decode
     wrong_merge  a reducer signed a merged part that isn't the merge of the parts that its proposal names
+    false_pass   an auditor let a contribution pass whose leaves its author had made up from a secret that it tells now
 
-Both follow from what the accused has signed. A peer that computes as it should can't have; one whose memory is faulty can, as
+All follow from what the accused has signed. A peer that computes as it should can't have; one whose memory is faulty can, as
 evidence shows what was signed and not why.
 """
 
@@ -16,16 +17,20 @@ import numpy as np
 
 from peer.codec import Codec, Codecs, Vector
 from peer.codec.feedback import EXACT, default_decay, feed
+from peer.leaves import unpack
 from peer.merge import merge_part
+from peer.planting import Place, is_planted
+from swarm.audits import PASSED
 from swarm.errors import ManifestInvalid, Rejected
 from swarm.ledger import open_manifest
-from swarm.manifest import Manifest
+from swarm.manifest import DiLoCo, Manifest
 from swarm.merkle import blob_hash, root_of
 from swarm.messages import open_signed, parse, payload_hash, split_hashes
-from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Commit, Evidence, MergedSpan, Proposal
+from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, AuditVerdict, Commit, Evidence, MergedSpan, Proposal
 
 BAD_PART = "bad_part"
 WRONG_MERGE = "wrong_merge"
+FALSE_PASS = "false_pass"  # noqa: S105 - no password
 MAX_EVIDENCE_BYTES = 64 << 20
 
 
@@ -66,7 +71,7 @@ def verify_evidence(raw: bytes) -> Verdict:
     except ManifestInvalid as error:
         raise Rejected("malformed", f"the manifest: {error.message}") from error
     run_id = payload_hash(evidence.manifest)
-    proving = {BAD_PART: _bad_part, WRONG_MERGE: _wrong_merge}.get(evidence.kind)
+    proving = {BAD_PART: _bad_part, WRONG_MERGE: _wrong_merge, FALSE_PASS: _false_pass}.get(evidence.kind)
     if proving is None:
         raise Rejected("malformed", f"evidence of the kind {evidence.kind[:32]!r}")
     return replace(proving(evidence, manifest, run_id), hash=blob_hash(raw))
@@ -87,6 +92,26 @@ def _bad_part(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:
         why = f"part {evidence.part} of the commit can't be decoded: {error}"
         return Verdict(accused, BAD_PART, run_id, commit.round, evidence.part, why)
     raise Rejected("not_proven", "the part can be decoded", accused)
+
+
+def _false_pass(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:
+    """In `diloco` all leaves up to the one that the verdict names were looked at, in `sync` that one alone."""
+    verdict = open_signed(evidence.verdict, AuditVerdict, run_id=run_id)
+    accused = evidence.verdict.signer
+    if len(evidence.commits) != 1 or len(evidence.contents) != 1:
+        raise Rejected("malformed", "a false pass has one commit and one list of leaves")
+    signed, raw = evidence.commits[0].commit, evidence.contents[0]
+    commit = open_signed(signed, Commit, run_id=run_id)
+    said = (verdict.finding, verdict.round, verdict.peer_id, verdict.commit_hash)
+    if said != (PASSED, commit.round, signed.signer, payload_hash(signed)) or blob_hash(raw) != commit.evidence_root:
+        raise Rejected("not_proven", "not about this commit and its leaves", accused)
+    leaves, _ = unpack(raw, signed.signer)
+    index = 0 if isinstance(manifest.strategy, DiLoCo) else verdict.leaf
+    place = Place(run_id, commit.round, signed.signer)
+    if index >= len(leaves) or not is_planted(leaves[index], evidence.nonce, place, index):
+        raise Rejected("not_proven", "the leaf isn't made up from these bytes", accused)
+    why = f"leaf {index} of {signed.signer} was made up, and passed as if it had been computed again"
+    return Verdict(accused, FALSE_PASS, run_id, commit.round, index, why)
 
 
 def _wrong_merge(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:

@@ -7,7 +7,7 @@ Computing again gives the same only nearly: other processors add in another orde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,8 +79,8 @@ def judge_leaves(claimed: Sequence[Leaf], found: Sequence[Leaf], first: int, mos
             reason = ("leaf" if off > most else "loss") if bad else ""
             worst = Judgement(FAILED if bad else PASSED, reason, place, off, most, *sketches)
         if bad:
-            break
-    return worst
+            return worst
+    return replace(worst, leaf=first + min(len(found), len(claimed) - first) - 1)
 
 
 def promised(manifest: Manifest, leaves: Sequence[Leaf]) -> Sketch:

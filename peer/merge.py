@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from peer.buffers import buffers
 from swarm.errors import Rejected
 from swarm.manifest import CenteredClip, Mean
 
@@ -49,7 +50,8 @@ def _combination(vectors: Sequence[Vector], coefficients: Sequence[np.float32]) 
     """Each vector times its coefficient, added one after the other."""
     if len({vector.shape for vector in vectors}) != 1:
         raise ValueError("vectors of different lengths")
-    out = np.zeros(vectors[0].shape, dtype=np.float32)
+    out = buffers.empty(vectors[0].size)
+    out.fill(0)
     product = np.empty(min(BLOCK_VALUES, out.size), dtype=np.float32)
     for start in range(0, out.size, BLOCK_VALUES):
         target = out[start : start + BLOCK_VALUES]

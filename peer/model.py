@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peer.buffers import buffers
 from swarm import manifest
 from swarm.errors import DataInvalid
 
@@ -218,7 +219,7 @@ class FlatParameters:
     def read_difference(self, theta: Vector, network: nn.Module) -> Vector:
         """`theta` minus the parameters, [size], tensor by tensor on the model's device."""
         self._check_shape(theta)
-        out = np.empty(self.size, dtype=np.float32)
+        out = buffers.empty(self.size)
         with torch.no_grad():
             for entry, (_, parameter) in zip(self.table, _trained(network), strict=True):
                 piece = self._piece(theta, entry).to(parameter.device)
@@ -238,10 +239,12 @@ class FlatParameters:
                 parameter.copy_(self._piece(vector, entry))
 
     def _gather(self, tensors: Sequence[torch.Tensor | None]) -> Vector:
-        out = np.zeros(self.size, dtype=np.float32)
+        out = buffers.empty(self.size)
         for entry, tensor in zip(self.table, tensors, strict=True):
             if tensor is not None:
                 self._piece(out, entry).copy_(tensor.detach())
+            else:
+                self._piece(out, entry).zero_()
         return out
 
     @staticmethod

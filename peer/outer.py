@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from peer.buffers import buffers
 from peer.merge import arithmetic_is_ieee, norm
 from peer.optimizer import lr_factor
 from swarm import manifest
@@ -128,7 +129,7 @@ def _adamw(strategy: manifest.Sync, state: OuterState, merged: Vector, tokens: i
     rest1, rest2 = np.float32(1 - settings.beta1), np.float32(1 - settings.beta2)
     correction1, correction2 = np.float32(1 - power1), np.float32(1 - power2)
     epsilon, decay, step_size = np.float32(settings.epsilon), np.float32(rate * settings.weight_decay), np.float32(rate)
-    theta, first, second = (np.empty_like(state.theta) for _ in range(3))
+    theta, first, second = (buffers.empty(state.theta.size) for _ in range(3))
     old_first, old_second = state.buffers[FIRST_MOMENT], state.buffers[SECOND_MOMENT]
 
     def block(span: slice) -> None:
@@ -156,16 +157,16 @@ def _adamw(strategy: manifest.Sync, state: OuterState, merged: Vector, tokens: i
 def _averaging(outer: manifest.Outer, state: OuterState, merged: Vector, tokens: int, blocks: _Blocks) -> OuterState:
     """`theta - lr * update`, with Nesterov momentum where the manifest asks for it (DiLoCo, 2311.08105)."""
     rate, momentum = np.float32(outer.lr), np.float32(outer.momentum)
-    theta = np.empty_like(state.theta)
-    buffers = {name: np.empty_like(array) for name, array in state.buffers.items()}
+    theta = buffers.empty(state.theta.size)
+    arrays = {name: buffers.empty(array.size) for name, array in state.buffers.items()}
 
     def block(span: slice) -> None:
         update = merged[span]
-        if MOMENTUM in buffers:
-            velocity = buffers[MOMENTUM]
+        if MOMENTUM in arrays:
+            velocity = arrays[MOMENTUM]
             np.add(state.buffers[MOMENTUM][span] * momentum, update, out=velocity[span])
             update = update + velocity[span] * momentum
         np.subtract(state.theta[span], update * rate, out=theta[span])
 
     blocks.each(block)
-    return OuterState(theta, buffers, state.round + 1, state.tokens + tokens, state.step + 1)
+    return OuterState(theta, arrays, state.round + 1, state.tokens + tokens, state.step + 1)

@@ -47,6 +47,8 @@ LONG_RUN_STEPS = 20_000  # from here on `sparse` had enough rounds to pay in the
 LEAST_ROUNDS = 8
 MOST_PEERS = 64
 MOST_PEERS_ALL_GATHER = 32
+PART_SIZES = tuple(1 << bits for bits in (17, 18, 19, 20))
+FEWEST_PARTS, FEWEST_PARTS_ALL_GATHER = 4 * MOST_PEERS, 64
 
 REFERENCE_PARAMETERS = 870_000
 REFERENCE_LR = 1.6e-2
@@ -138,7 +140,10 @@ class Plan:
         limits = dict(values.get("rounds") or {})
         most = min(int(limits.get("max_peers", self.max_peers)), self.max_peers)
         limits |= {"min_peers": min(int(limits.get("min_peers", 1)), most), "max_peers": most, "total": self.rounds}
-        codec = {**dict(values.get("codec") or {}), "kind": self.segments[0].codec.kind}
+        kind = self.segments[0].codec.kind
+        codec = {**dict(values.get("codec") or {}), "kind": kind}
+        if codec.get("part_values") in (None, Codec().part_values):
+            codec["part_values"] = part_values(kind, self.draft.parameters)
         part = {name: value for name, value in codec.items() if name != "kind"}
         strategy = self.strategy.model_dump(mode="json")
         strategy["phases"] = [{**phase, "codec": {**phase["codec"], **part}} for phase in strategy["phases"]]
@@ -180,6 +185,13 @@ def plan(draft: Draft) -> Plan:
         f"with {draft.peers} peers; the learning rate falls with the tokens that were really trained on",
     )
     return Plan(draft, segments, strategy, most, why)
+
+
+def part_values(kind: str, parameters: int) -> int:
+    """Values per part: large parts are encoded and merged faster; there are enough of them for the largest group to share."""
+    fewest = FEWEST_PARTS_ALL_GATHER if kind == "sparse" else FEWEST_PARTS
+    fitting = [size for size in PART_SIZES if parameters // size >= fewest]
+    return max(fitting, default=PART_SIZES[0])
 
 
 def round_bytes(codec: Codec, parameters: int, peers: int) -> float:

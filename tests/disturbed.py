@@ -119,6 +119,17 @@ def far_ahead() -> None:
     Engine.answer_sync = answer  # type: ignore
 
 
+def rubber_stamp() -> None:
+    """A peer that lets every contribution pass without looking at it."""
+    from peer.judging import Judgement
+    from peer.rounds.audits import AuditDesk
+
+    async def passed(self: AuditDesk, duty: Any) -> Judgement:
+        return Judgement("passed")
+
+    AuditDesk._audited = passed  # type: ignore
+
+
 def die_half_way() -> None:
     """A peer whose power fails when half of its first download of several chunks is there."""
     from peer.network.transfer import Transfer
@@ -145,6 +156,7 @@ MISDEEDS = {
     "slow_donor": slow_donor,
     "wrong_root": wrong_root,
     "far_ahead": far_ahead,
+    "rubber_stamp": rubber_stamp,
     "die_half_way": die_half_way,
 }
 

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from peer.buffers import buffers
 from peer.codec.parts import Parts
 from peer.codec.scales import (
     HALF,
@@ -111,7 +112,8 @@ class Sparse(Parts):
     def decode_part(self, data: bytes | bytearray | memoryview, index: int) -> Vector:
         """The values of part `index`, checked before memory is taken. Raises `Rejected("bad_part")`."""
         places, values = self.decode_pairs(data, index)
-        out = np.zeros(self.part_length(index), dtype=np.float32)
+        out = buffers.empty(self.part_length(index))
+        out.fill(0)
         out[places] = values
         return out
 

@@ -71,7 +71,7 @@ class Auditor:
         """Look at a finished round: the parts that couldn't be decoded, and perhaps one of the merged ones."""
         for announced, part, content in run.undecodable:
             evidence = Evidence(kind=BAD_PART, commits=[announced], part=part, contents=[content])
-            await self._prove(run, evidence)
+            await self.prove(run, evidence)
         before, self._before = self._before, (run.round_index, {span.reducer: span for span in run.state.spans.values()})
         contributors = len(proposal.contributors)
         if run.setup.all_gather or self.random.random() >= chance(run.exchange.codec, contributors, self.share):
@@ -116,7 +116,7 @@ class Auditor:
             residual_hashes=hashes,
             residual=residual,
         )
-        await self._prove(run, evidence)
+        await self.prove(run, evidence)
 
     async def _content(self, peer: str, name: bytes, limit: int) -> bytes:
         """A contributor's part: from the store, or from its author."""
@@ -159,7 +159,7 @@ class Auditor:
             log.warning("residual_from_elsewhere", round=run.round_index, reducer=span.reducer)
             self.services.observer.refused(span.reducer, "residual_from_elsewhere")
 
-    async def _prove(self, run: RoundRun, evidence: Evidence) -> None:
+    async def prove(self, run: RoundRun, evidence: Evidence) -> None:
         """Keep the evidence, if it holds, and offer it to the roster."""
         evidence.manifest.CopyFrom(self.services.signed_manifest)
         raw = evidence.SerializeToString(deterministic=True)

@@ -23,6 +23,7 @@ from peer.rounds.audits import AuditDesk
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
 from peer.rounds.pacing import Pacing
+from peer.rounds.planting import Planter
 from peer.rounds.run import Contribution, RoundRun, Services
 from peer.rounds.snapshots import Snapshots
 from peer.rounds.state import RoundSetup
@@ -104,6 +105,7 @@ class Engine:
     desk: AuditDesk
     on_round: Callable[[RoundReport], Awaitable[None]]
     on_entered: Callable[[], None] = lambda: None
+    planter: Planter | None = None
     pacing: Pacing = field(init=False)
     inbox: Inbox = field(default_factory=Inbox)
     wish: Wish = "train"
@@ -447,17 +449,18 @@ class Engine:
         if self.training.is_ahead(run.round_index):
             contribution = await self.training.join_early(state.theta, quota, state.tokens)
         else:
-            await self.training.drop_early()
             contribution = await self.training.train(
                 state.theta, run.round_index, run.setup.me, quota, state.tokens, self._sketcher(run)
             )
         self.services.observer.phase("train", contribution.seconds)
         self.services.observer.state("exchanging")
-        await run.contribute(contribution if attack is None else attack.contribution(contribution))
+        if self.planter is not None:
+            contribution = self.planter.contribution(run, contribution)
         self._train_seconds = contribution.seconds
         if contribution.weight and self._overlaps(run):
             tokens = state.tokens + sum(member.quota for member in run.setup.roster) * self._tokens_per_step
             self.training.begin_early(run.round_index + 1, run.setup.me, quota, tokens)
+        await run.contribute(contribution if attack is None else attack.contribution(contribution))
 
     def _sketcher(self, run: RoundRun) -> Sketcher | None:
         """What shows others our work, where the run is audited."""
@@ -470,7 +473,7 @@ class Engine:
         """Whether to go on training while this round is exchanged."""
         manifest = self.services.manifest
         strategy, total = manifest.strategy, manifest.rounds.total
-        ends = run.leaving or self.wish != "train" or (total and run.round_index >= total)
+        ends = self.wish != "train" or (total and run.round_index >= total)
         if not isinstance(strategy, DiLoCo) or strategy.overlap == "off" or ends:
             return False
         return strategy.overlap == "on" or self.pacing.typical_exchange_s > OVERLAP_FROM * self._train_seconds
@@ -506,7 +509,7 @@ class Engine:
         mine = proposal.included(run.setup.me)
         self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
         before = self.state
-        snapshot = await self._apply(merged, tokens)
+        snapshot = await self._apply(run, proposal, merged, tokens)
         self.desk.keep(run, before, services.clock.monotonic_s() - started)
         run.exchange.forget_merged()
         del merged
@@ -527,7 +530,7 @@ class Engine:
             self._check_agreement(snapshot)
         services.post.spawn(self.auditor.after(run, proposal))
 
-    async def _apply(self, merged: Vector | None, tokens: int) -> Snapshot | None:
+    async def _apply(self, run: RoundRun, proposal: ProposalFacts, merged: Vector | None, tokens: int) -> Snapshot | None:
         """The next state, or None while our own is still being downloaded."""
         self._take_download()
         if self.state is None:
@@ -535,12 +538,20 @@ class Engine:
             if len(self._backlog) > MAX_BACKLOG:
                 raise Behind
             return None
-        snapshot = await self._in_pool(self._advanced, self.state, merged, tokens)
+        state = await self._in_pool(self._next_state, self.state, merged, tokens)
+        self._begin_next(run, proposal, state)
+        snapshot = await self._in_pool(Snapshot.from_state, state)
         self._adopt(snapshot)
         return snapshot
 
-    def _advanced(self, state: OuterState, merged: Vector | None, tokens: int) -> Snapshot:
-        return Snapshot.from_state(self._next_state(state, merged, tokens))
+    def _begin_next(self, run: RoundRun, proposal: ProposalFacts, state: OuterState) -> None:
+        """Train from the next state while it is hashed; not where what we show of our work depends on the hash."""
+        manifest, following = self.services.manifest, run.round_index + 1
+        quota = next((member.quota for member in proposal.next_roster if member.peer == run.setup.me), 0)
+        ends = run.leaving or self.wish != "train" or 0 < manifest.rounds.total < following
+        if ends or not quota or manifest.is_audited or self.services.attack is not None or self.training.is_ahead(following):
+            return
+        self.training.begin(state.theta, following, run.setup.me, quota, state.tokens)
 
     def _next_state(self, state: OuterState, merged: Vector | None, tokens: int) -> OuterState:
         if merged is None:
@@ -696,7 +707,7 @@ class Engine:
             merged = run.exchange.collected_again(proposal, tuple(run.state.spans.values()))
         except Rejected:
             return None
-        return self._advanced(before.state, merged, tokens)
+        return Snapshot.from_state(self._next_state(before.state, merged, tokens))
 
     async def _close_rounds(self) -> None:
         self._forget_download()

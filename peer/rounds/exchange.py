@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
 import structlog
 
+from peer.buffers import buffers
 from peer.codec import Codec, Vector
 from peer.merge import merge_part
 from peer.network.node import PeerFailure
@@ -18,6 +18,7 @@ from peer.network.transfer import Transfer
 from peer.rounds.residuals import Residuals, SpanMerge
 from peer.rounds.sharing import relays_of
 from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
+from peer.tasks import cancel
 from swarm import manifest
 from swarm.errors import Rejected
 from swarm.merkle import blob_hash
@@ -52,6 +53,7 @@ class Exchange:
     _merged: Vector | None = None
     _filled: set[int] = field(default_factory=set)
     _merges: dict[bytes, SpanMerge] = field(default_factory=dict)
+    _kept: asyncio.Event = field(default_factory=asyncio.Event)
     distort: Callable[[Vector], Vector] = lambda merged: merged
     mangle: Callable[[list[bytes]], list[bytes]] = lambda parts: parts
 
@@ -82,17 +84,35 @@ class Exchange:
         `holders` have the parts of contributors that can't be reached. Raises what fetching raises, with the peer's name.
         """
         contributors = proposal.contributors
-        await asyncio.gather(*(self._pull(item, proposal, commits, parts, holders) for item in contributors))
+        pulls = [asyncio.create_task(self._pull(item, proposal, commits, parts, holders)) for item in contributors]
         hashes = []
         merge = self.residuals.merging(self.codec, parts) if publish else None
-        for part in parts:
-            encoded = await self._in_pool(self._merge_part, proposal, commits, part, publish, merge)
-            if encoded is not None:
-                hashes.append(self.transfer.store.put(encoded, self.round_index))
+        try:
+            for part in parts:
+                await self._arrival([commits[item.peer].part_hashes[part] for item in contributors], pulls)
+                encoded = await self._in_pool(self._merge_part, proposal, commits, part, publish, merge)
+                if encoded is not None:
+                    hashes.append(self.transfer.store.put(encoded, self.round_index))
+        finally:
+            await cancel(pulls)
         if merge is not None:
             await self._in_pool(merge.close)
             self._merges[proposal.proposal_hash] = merge
         return tuple(hashes)
+
+    async def _arrival(self, names: Sequence[bytes], pulls: Sequence[asyncio.Task[None]]) -> None:
+        """Wait until these blobs are here, or can't come any more. Raises what fetching raises."""
+        while any(name not in self.transfer.store for name in names):
+            for pull in pulls:
+                if pull.done():
+                    pull.result()
+            running = [pull for pull in pulls if not pull.done()]
+            if not running:
+                return
+            self._kept.clear()
+            kept = asyncio.create_task(self._kept.wait())
+            await asyncio.wait({kept, *running}, return_when=asyncio.FIRST_COMPLETED)
+            kept.cancel()
 
     def span_merge(self, proposal_hash: bytes) -> SpanMerge | None:
         """Our merge for a proposal, with its residuals; None if we merged nothing for it, or exactly."""
@@ -130,7 +150,7 @@ class Exchange:
         """The merged update, decoded once more from stored parts whose hashes are checked again. Raises `Rejected`."""
         if not proposal.contributors:
             return None
-        merged = np.empty(self.codec.values, dtype=np.float32)
+        merged = buffers.empty(self.codec.values)
         for span in spans:
             for place, name in enumerate(span.part_hashes):
                 content = self.transfer.store.get(name)
@@ -208,6 +228,7 @@ class Exchange:
     def keep(self, name: bytes, content: bytes) -> None:
         """Keep a verified blob of this round."""
         self.transfer.store.put_verified(name, content, self.round_index)
+        self._kept.set()
 
     def _merge_part(
         self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool, merge: SpanMerge | None
@@ -245,7 +266,7 @@ class Exchange:
         if proposal_hash != self._proposal_hash:
             return
         if self._merged is None:
-            self._merged = np.empty(self.codec.values, dtype=np.float32)
+            self._merged = buffers.empty(self.codec.values)
         self._merged[slice(*self.codec.part_span(part))] = values
         self._filled.add(part)
 

@@ -24,6 +24,16 @@ class _Ahead:
     job: asyncio.Future[TrainedUpdate]
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A round that was begun as soon as its weights were there."""
+
+    round_index: int
+    theta: Vector
+    quota: int
+    job: asyncio.Future[TrainedUpdate]
+
+
 @dataclass
 class TrainingThread:
     """Runs a `Trainer` in a thread of its own."""
@@ -32,19 +42,33 @@ class TrainingThread:
     on_progress: Callable[[Progress], None] = lambda progress: None
     _reason: str | None = None
     _ahead: _Ahead | None = None
+    _begun: _Begun | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="training"))
 
     async def train(
         self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int, sketcher: Sketcher | None = None
     ) -> Contribution:
         """Train one round. A cancelled call stops the thread at its next micro-batch and waits for it."""
+        begun = self._begun
+        if begun is not None and (begun.round_index, begun.quota) == (round_index, quota) and begun.theta is theta:
+            self._begun = None
+            return await self._outcome(begun.job)
+        await self.drop_early()
+        return await self._outcome(self._train(theta, round_index, peer, quota, tokens, sketcher))
+
+    def begin(self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int) -> None:
+        """Begin a round before all about it is settled; `train` with the same weights and quota goes on from there."""
+        self._begun = _Begun(round_index, theta, quota, self._train(theta, round_index, peer, quota, tokens, None))
+
+    def _train(
+        self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int, sketcher: Sketcher | None
+    ) -> asyncio.Future[TrainedUpdate]:
         self._reason = None
-        job = self._submit(
+        return self._submit(
             lambda: self.trainer.train_round(
                 theta, round_index, peer, quota, tokens, self.why_stopped, self.on_progress, sketcher
             )
         )
-        return await self._outcome(job)
 
     def begin_early(self, round_index: int, peer: str, quota: int, tokens: int) -> None:
         """Go on training for a round whose base isn't agreed yet; `quota` and `tokens` are guesses."""
@@ -69,10 +93,11 @@ class TrainingThread:
 
     async def drop_early(self) -> None:
         """Give up what was begun early."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
+        jobs = [started.job for started in (self._ahead, self._begun) if started is not None]
+        self._ahead = self._begun = None
+        if jobs:
             self._reason = "cancelled"
-            await asyncio.gather(ahead.job, return_exceptions=True)
+            await asyncio.gather(*jobs, return_exceptions=True)
 
     def _submit(self, work: Callable[[], TrainedUpdate]) -> asyncio.Future[TrainedUpdate]:
         return asyncio.get_running_loop().run_in_executor(self._pool, work)

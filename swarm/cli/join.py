@@ -189,6 +189,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         max_download=settings.max_download,
         monthly_quota=settings.monthly_quota,
         check_traffic=settings.check_traffic,
+        plant=settings.plant,
         ticket=from_text(settings.ticket) if settings.ticket else None,
         rules=rules,
         control_socket=held.control_socket if held is not None else None,
@@ -199,6 +200,8 @@ def _welcome(daemon: Daemon, settings: PeerSettings) -> None:
     typer.echo(f"peer       {daemon.identity.peer_id}", err=True)
     typer.echo(f"key        {settings.identity} (back it up with: swarm identity backup)", err=True)
     typer.echo(f"device     {daemon.options.device}", err=True)
+    if settings.plant:
+        typer.echo("planting   audits of this key fail on purpose; it will be suspended, so use one of no other use", err=True)
     typer.echo("Ctrl-C completes the round and stops; a second one stops at once.", err=True)
 
 

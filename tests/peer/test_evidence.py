@@ -12,14 +12,17 @@ import pytest
 from peer.codec import Codec, Codecs
 from peer.codec.feedback import ErrorFeedback
 from peer.evidence import Verdict, merged_bytes, verify_evidence
+from peer.leaves import Leaf, pack, unpack
+from peer.planting import Place, planted
 from peer.rounds.auditor import chance
 from peer.rounds.docket import SUFFIX, Docket
+from peer.sketch import BLOCKS, WIDTH
 from swarm.cli.main import run as swarm
 from swarm.errors import Rejected
 from swarm.manifest import Manifest
 from swarm.merkle import blob_hash, root_of
 from swarm.messages import payload_hash, seal
-from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, Ballot, CommitReference, Evidence, MergedSpan, Proposal
+from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, AuditVerdict, Ballot, CommitReference, Evidence, MergedSpan, Proposal
 from tests.peer.codec.codec_cases import normal
 from tests.world import World, identity, manifest
 
@@ -28,6 +31,7 @@ REDUCER = PEERS[2]
 ROUND, PARTS, PART_VALUES = 7, 6, 4096
 FIRST, SPAN, PART = 2, 3, 3  # the reducer's span, and the part that is looked at
 KINDS = ("fp16", "int8", "int4", "int2")
+FRESH = {"kind": "diloco", "inner_steps": 4, "batch_samples": 4, "inner_state": "fresh", "schedule": {"total_tokens": 100_000}}
 Change = Callable[[Evidence], None]
 
 
@@ -117,6 +121,27 @@ def evidence_of_part(content: bytes = b"\xff" * 100) -> Evidence:
     return Evidence(kind="bad_part", manifest=world.signed_manifest, commits=[commit], part=PART, contents=[content])
 
 
+def evidence_of_pass(strategy: str = "diloco", leaf: int = 1, **said: object) -> Evidence:
+    """What an auditor signed about a contribution whose leaves were made up from a secret."""
+    world = World(manifest(**({} if strategy == "sync" else {"strategy": FRESH})))
+    author, nonce = PEERS[3], bytes(range(32))
+    random = np.random.default_rng(0)
+    honest = tuple(Leaf(4, 2.0, random.standard_normal((BLOCKS, WIDTH)).astype(np.float32)) for _ in range(4))
+    leaves = planted(honest, nonce, Place(world.run_id, ROUND, author.peer_id), by_samples=strategy == "sync")
+    raw = pack(leaves, "fp32")
+    commit = world.commit(author, ROUND, 16, evidence_root=blob_hash(raw))
+    values = {"run_id": world.run_id, "round": ROUND, "peer_id": author.peer_id, "commit_hash": payload_hash(commit)}
+    verdict = AuditVerdict(**(values | {"finding": "passed", "leaf": leaf} | said))
+    return Evidence(
+        kind="false_pass",
+        manifest=world.signed_manifest,
+        commits=[AnnouncedCommit(commit=commit)],
+        contents=[raw],
+        verdict=seal(REDUCER, verdict),
+        nonce=nonce,
+    )
+
+
 def verified(evidence: Evidence) -> Verdict:
     return verify_evidence(evidence.SerializeToString())
 
@@ -138,6 +163,50 @@ def test_a_part_that_nobody_can_decode_is_proven() -> None:
     good = Codecs(run_of("int4")).at(ROUND).encode_part(normal(PART_VALUES), 0)
     with pytest.raises(Rejected, match="can be decoded"):
         verified(evidence_of_part(good))
+
+
+@pytest.mark.parametrize(("strategy", "leaf"), [("diloco", 0), ("diloco", 3), ("sync", 0), ("sync", 2), ("sync", 3)])
+def test_letting_a_planted_contribution_pass_is_proven(strategy: str, leaf: int) -> None:
+    """By the auditor's own signature, as nobody who computed it again could have found it right."""
+    verdict = verified(evidence_of_pass(strategy, leaf))
+    assert (verdict.accused, verdict.kind, verdict.round_index) == (REDUCER.peer_id, "false_pass", ROUND)
+    assert verdict.part == (leaf if strategy == "sync" else 0)
+
+
+def _other_nonce(evidence: Evidence) -> None:
+    evidence.nonce = bytes(32)
+
+
+def _short_nonce(evidence: Evidence) -> None:
+    evidence.nonce = evidence.nonce[:31]
+
+
+def _honest_leaves(evidence: Evidence) -> None:
+    evidence.contents[0] = pack(unpack(evidence.contents[0])[0][::-1], "fp32")
+
+
+@pytest.mark.parametrize(
+    ("evidence", "change"),
+    [
+        (evidence_of_pass(), _other_nonce),
+        (evidence_of_pass(), _short_nonce),
+        (evidence_of_pass(), _honest_leaves),
+        (evidence_of_pass("sync", 1), None),  # the leaf that keeps the sum follows from nothing that is told
+        (evidence_of_pass("sync", 4), None),
+        (evidence_of_pass(finding="failed"), None),
+        (evidence_of_pass(finding="unable"), None),
+        (evidence_of_pass(round=ROUND + 1), None),
+        (evidence_of_pass(peer_id=PEERS[0].peer_id), None),
+        (evidence_of_pass(commit_hash=bytes(32)), None),
+    ],
+)
+def test_an_honest_auditor_is_not_shown_to_have_passed_anything(evidence: Evidence, change: Change | None) -> None:
+    """Another secret, other leaves, a leaf that follows from none, another finding, or one about something else."""
+    changed = Evidence.FromString(evidence.SerializeToString())
+    if change is not None:
+        change(changed)
+    with pytest.raises(Rejected, match="not_proven"):
+        verified(changed)
 
 
 def _swap_contents(evidence: Evidence) -> None:

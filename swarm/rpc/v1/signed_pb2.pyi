@@ -922,7 +922,9 @@ class AuditVerdict(_message.Message):
     reason: _builtins.str
     """Why, in a word: "leaf", "loss", "update", "leaves"; empty when passed; the kind of the Evidence."""
     leaf: _builtins.int
-    """The leaf that was worst, its distance from what it should be, and how much is tolerated."""
+    """The leaf that was worst or, where none was bad, the last that was looked at; the largest distance from what it should be, and how
+    much is tolerated.
+    """
     distance: _builtins.float
     tolerance: _builtins.float
     claimed: _builtins.bytes
@@ -995,21 +997,24 @@ class Evidence(_message.Message):
     SPAN_FIELD_NUMBER: _builtins.int
     RESIDUAL_HASHES_FIELD_NUMBER: _builtins.int
     RESIDUAL_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"bad_part" or "wrong_merge"."""
+    """"bad_part", "wrong_merge" or "false_pass"."""
     part: _builtins.int
     residual: _builtins.bytes
+    nonce: _builtins.bytes
     @_builtins.property
     def manifest(self) -> Global___Signed:
         """The run's, signed by its owner."""
 
     @_builtins.property
     def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnnouncedCommit]:
-        """bad_part: the accused's commit. wrong_merge: those of the proposal's contributors, in its order."""
+        """bad_part: the accused's commit. wrong_merge: those of the proposal's contributors, in its order. false_pass: the planted one."""
 
     @_builtins.property
     def contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """The encoded part of each of these commits."""
+        """The encoded part of each of these commits; false_pass: its Leaves."""
 
     @_builtins.property
     def proposal(self) -> Global___Signed:
@@ -1020,6 +1025,10 @@ class Evidence(_message.Message):
     @_builtins.property
     def residual_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The hashes of the parts of the accused's residual before its merge, and this part of it, as little-endian float32."""
+
+    @_builtins.property
+    def verdict(self) -> Global___Signed:
+        """false_pass: what the accused signed about a contribution whose leaves follow from these 32 bytes."""
 
     def __init__(
         self,
@@ -1033,10 +1042,12 @@ class Evidence(_message.Message):
         span: Global___Signed | None = ...,
         residual_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         residual: _builtins.bytes = ...,
+        verdict: Global___Signed | None = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "proposal", b"proposal", "span", b"span"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "proposal", b"proposal", "span", b"span", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "contents", b"contents", "kind", b"kind", "manifest", b"manifest", "part", b"part", "proposal", b"proposal", "residual", b"residual", "residual_hashes", b"residual_hashes", "span", b"span"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "contents", b"contents", "kind", b"kind", "manifest", b"manifest", "nonce", b"nonce", "part", b"part", "proposal", b"proposal", "residual", b"residual", "residual_hashes", b"residual_hashes", "span", b"span", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,49 @@
+"""Auditors that don't look, among real peers: planted contributions find them out."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from peer.recipes import tiny_manifest
+from swarm.identity import Identity
+from swarm.local import LocalSwarm
+from swarm.manifest import Manifest
+from swarm.rpc.client import CoordinatorClient
+from swarm.scenario import write_run
+from tests.disturbed import program
+from tests.waiting import eventually
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PEERS = 4
+
+
+async def test_who_passes_what_it_never_looked_at_is_suspended(tmp_path: Path) -> None:
+    """p1 sends made-up leaves, p2 lets everything pass: the others suspend it by its own signature, and nobody honest."""
+    files = tmp_path / "files"
+    files.mkdir()
+    values = tiny_manifest(files, PEERS).model_dump(mode="json")
+    values["strategy"]["inner_state"] = "fresh"
+    path, key = write_run(tmp_path, Manifest.model_validate(values))
+    async with LocalSwarm(tmp_path / "swarm") as swarm:
+        await swarm.start_coordinator(path, key)
+
+        async def join(name: str, what: str = "", **environment: str) -> str:
+            peer = await swarm.join(name, "--files", str(files), environment=environment, program=program(what) if what else ())
+            await eventually(lambda: asyncio.to_thread((peer.directory / "identity.key").exists), "a key")
+            return Identity.load(peer.directory / "identity.key").peer_id
+
+        honest = {await join("p0"), await join("p3")}
+        planter, lazy = await join("p1", SWARM_PLANT="true"), await join("p2", "rubber_stamp")
+        async with await CoordinatorClient.connect(swarm.link) as client:
+
+            async def caught() -> bool:
+                suspended = set((await client.list_audits("")).suspended)
+                assert not suspended & honest
+                assert suspended <= {planter, lazy}
+                return lazy in suspended
+
+            await eventually(caught, "the auditor that doesn't look is suspended", 120)
