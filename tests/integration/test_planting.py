@@ -9,8 +9,9 @@ import pytest
 
 from peer.recipes import tiny_manifest
 from swarm.identity import Identity
-from swarm.local import LocalSwarm
+from swarm.local import LocalPeer, LocalSwarm
 from swarm.manifest import Manifest
+from swarm.messages import JoinLink
 from swarm.rpc.client import CoordinatorClient
 from swarm.scenario import write_run
 from tests.disturbed import program
@@ -31,14 +32,16 @@ async def test_who_passes_what_it_never_looked_at_is_suspended(tmp_path: Path) -
     async with LocalSwarm(tmp_path / "swarm") as swarm:
         await swarm.start_coordinator(path, key)
 
+        peers = dict[str, LocalPeer]()
+
         async def join(name: str, what: str = "", **environment: str) -> str:
-            peer = await swarm.join(name, "--files", str(files), environment=environment, program=program(what) if what else ())
+            peer = peers[name] = await swarm.join(name, "--files", str(files), environment=environment, program=program(what) if what else ())
             await eventually(lambda: asyncio.to_thread((peer.directory / "identity.key").exists), "a key")
             return Identity.load(peer.directory / "identity.key").peer_id
 
         honest = {await join("p0"), await join("p3")}
         planter, lazy = await join("p1", SWARM_PLANT="true"), await join("p2", "rubber_stamp")
-        async with await CoordinatorClient.connect(swarm.link) as client:
+        async with await CoordinatorClient.connect(JoinLink.parse(swarm.link)) as client:
 
             async def caught() -> bool:
                 suspended = set((await client.list_audits("")).suspended)
@@ -47,3 +50,5 @@ async def test_who_passes_what_it_never_looked_at_is_suspended(tmp_path: Path) -
                 return lazy in suspended
 
             await eventually(caught, "the auditor that doesn't look is suspended", 120)
+        proven = {event["accused"]: event["kind"] for name in ("p0", "p3") for event in peers[name].events("proven")}
+        assert proven == {lazy: "false_pass"}

@@ -12,7 +12,7 @@ from tests.runs import agreed_roots, make_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-ROUNDS = 6
+ROUNDS = 100  # long enough for the first audits, which are asked for twice a second
 
 
 async def test_a_sync_run_ends_with_equal_roots(tmp_path: Path) -> None:
