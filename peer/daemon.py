@@ -578,7 +578,8 @@ class Daemon:
         lower_session_priority(self.options.rules.nice)
         await training.in_thread(lambda: lower_thread_priority(self.options.rules.nice))
         self.governor.brake.is_stopped = training.is_stopped
-        entry = Entry(parts.services, parts.checkpoints.layout, parts.finder.find, self._begin, parts.checkpoints.newest)
+        layout, newest = parts.checkpoints.layout, parts.checkpoints.newest
+        entry = Entry(parts.services, layout, parts.finder.find, self._begin, newest, self._initial)
         docket = Docket(self.options.directory / EVIDENCE, parts.run.run_id)
         await asyncio.to_thread(docket.load)
         desk = AuditDesk(parts.services, training, parts.coordination.connected, self._on_suspended)
@@ -725,6 +726,10 @@ class Daemon:
         local = self.parts.checkpoints.newest()
         if local is not None:
             return local.state
+        return await self._initial()
+
+    async def _initial(self) -> OuterState:
+        """The state that the manifest begins with."""
         manifest = self.parts.run.manifest
         theta = await asyncio.to_thread(initial_theta, manifest.model)
         return initial_state(manifest.strategy, theta)

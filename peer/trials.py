@@ -88,9 +88,7 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
             (attackers if attacks else honest).append(peer)
 
         for index in range(trial.peers):
-            last = trial.kind == LYING_DONOR  # where the first is the only one that has the weights, its lies stop everybody
-            place = trial.peers - 1 - index if last else index
-            await join(bool(trial.kind) and place < trial.attackers)
+            await join(bool(trial.kind) and index < trial.attackers)
         if trial.kind == LYING_DONOR:
             await _until_round(honest[0], LATE_ROUND)
             await join(False)

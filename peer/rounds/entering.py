@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import structlog
@@ -28,6 +28,7 @@ RETRY_S = 1.0
 INVITATION_WAIT_S = 10.0
 REQUEST_EVERY_S = 1.0
 MAX_ASKED = 32
+UNTRAINED_ROUNDS = 1  # nobody trains in round 0
 
 log = structlog.get_logger(__name__)
 
@@ -61,13 +62,17 @@ class Host(Protocol):
 
 @dataclass
 class Entry:
-    """How a peer gets in. `find` asks the coordinator and the DHT; `begin` makes or restores the state of a first peer."""
+    """How a peer gets in. `find` asks the coordinator and the DHT; `begin` makes or restores the state of a first peer.
+
+    `initial` makes the state that the manifest begins with.
+    """
 
     services: Services
     layout: Layout
     find: Callable[[], Awaitable[Whereabouts]]
     begin: Callable[[], Awaitable[OuterState]]
     local: Callable[[], Snapshot | None]
+    initial: Callable[[], Awaitable[OuterState]]
 
     async def enter(self, host: Host) -> Entered:
         """Try until we are in. What doesn't work with what most peers say is tried with what others say."""
@@ -93,6 +98,19 @@ class Entry:
             return False
         log.info("asked_others", round=round_index, theirs=sorted(reply.round for reply in replies.values()))
         return any(reply.round > round_index for reply in replies.values())
+
+    async def state_after(self, rounds: int, root: bytes, holders: Sequence[str]) -> OuterState:
+        """The state behind `root`, after so many rounds: what we have, what the manifest begins with, or what others have."""
+        local = self.local()
+        if local is not None and local.root == root:
+            return local.state
+        if rounds <= UNTRAINED_ROUNDS:
+            state = replace(await self.initial(), round=rounds)
+            made = await asyncio.get_running_loop().run_in_executor(self.services.pool, Snapshot.from_state, state)
+            if made.root == root:
+                log.info("state_made", round=rounds, root=root.hex()[:12])
+                return state
+        return await self.fetch_state(root, holders, local)
 
     async def fetch_state(self, root: bytes, holders: Sequence[str], local: Snapshot | None) -> OuterState:
         """The state behind `root`: only chunks that `local` doesn't have are fetched, from all holders at once.
@@ -173,7 +191,7 @@ class Entry:
         round_index, proposal = invitation
         root = await host.majority_root(round_index, proposal)
         holders = [peer for peer, result in host.inbox.results(round_index).items() if result.root == root]
-        download = self.fetch_state(root, holders, self.local())
+        download = self.state_after(round_index + 1, root, holders)
         return Entered(round_index + 1, proposal.next_roster, root, download)
 
     def _as_member(self, host: Host, reply: SyncReply, round_index: int) -> Entered | None:
@@ -184,7 +202,7 @@ class Entry:
             return None
         _, root, holders = found
         roster = tuple(RosterMember(member.peer_id, member.quota) for member in reply.roster)
-        return Entered(round_index, roster, root, self.fetch_state(root, holders, self.local()))
+        return Entered(round_index, roster, root, self.state_after(round_index, root, holders))
 
     def _take_results(self, host: Host, reply: SyncReply) -> None:
         for signed in reply.results[:64]:
