@@ -93,11 +93,17 @@ class Noting(Daemon):
         )
 
     def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
-        parts, manifest = super()._wire(run, node, coordination), run.manifest
+        parts = super()._wire(run, node, coordination)
         plain = parts.checkpoints
         prepared = Prepared(plain.directory, plain.run_id, plain.layout, plain.snapshots, saves=self.saves)
-        prepared.initial = lambda: initial_state(manifest.strategy, self.initial_weights(manifest))
+        prepared.initial = lambda: self._first_state(run.manifest)
         return replace(parts, checkpoints=prepared)
+
+    async def _initial(self) -> OuterState:
+        return await asyncio.to_thread(self._first_state, self.parts.run.manifest)
+
+    def _first_state(self, manifest: Manifest) -> OuterState:
+        return initial_state(manifest.strategy, self.initial_weights(manifest))
 
     @property
     def saves(self) -> bool:
