@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import structlog
 
 from peer import outer
+from peer.buffers import buffers
 from peer.codec import Codecs, Vector
 from peer.network.node import PeerFailure
 from peer.outer import OuterState
@@ -309,6 +310,7 @@ class Engine:
         self.place = self.state = None
         self.snapshots.clear()
         self.desk.forget()
+        buffers.clear()
 
     async def _enter(self) -> None:
         await self.training.drop_early()
