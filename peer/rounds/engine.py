@@ -18,7 +18,6 @@ from peer.buffers import buffers
 from peer.codec import Codecs, Vector
 from peer.network.node import PeerFailure
 from peer.outer import OuterState
-from peer.rounds import agreement
 from peer.rounds.auditor import Auditor
 from peer.rounds.audits import AuditDesk
 from peer.rounds.entering import Entered, Entry
@@ -317,7 +316,7 @@ class Engine:
         self.services.observer.state("joining")
         self._forget_download()
         await self._wait_after_failures()
-        entering = asyncio.create_task(self.entry.enter(self))
+        entering = asyncio.create_task(self.entry.enter(self.inbox))
         try:
             while not entering.done():
                 if self.wish != "train":
@@ -496,10 +495,10 @@ class Engine:
             ahead = self.inbox.ahead(run.round_index + 1) & set(run.setup.peers)
             if len(ahead) * 2 >= len(run.setup.others) and ahead:
                 raise Behind
-            if run.state.waiting_for == "no_quorum" and await self.entry.others_are_past(self, run.round_index):
+            if run.state.waiting_for == "no_quorum" and await self.entry.others_are_past(run.round_index):
                 raise Behind
             told_stale, self._told_stale = self._told_stale, False
-            if told_stale and await self.entry.others_are_past(self, run.round_index + 1):
+            if told_stale and await self.entry.others_are_past(run.round_index + 1):
                 raise Behind
 
     async def _finish_round(self, run: RoundRun, place: Place, proposal: ProposalFacts, started: float) -> None:
@@ -639,16 +638,12 @@ class Engine:
 
     # --- agreement and repair -------------------------------------------------------------------------------------------
 
-    def _agreement(self, round_index: int, voters: Sequence[str], mine: bytes | None) -> agreement.Agreement:
-        roots = {peer: result.root for peer, result in self.inbox.results(round_index).items()}
-        return agreement.count(roots, voters, mine)
-
     def _check_agreement(self, snapshot: Snapshot) -> None:
         proposal = self.last_proposal
         if proposal is None or self.previous is None or self.previous.round_index != snapshot.round - 1:
             return
         voters = [item.peer for item in proposal.commits]
-        if self._agreement(snapshot.round - 1, voters, snapshot.root).verdict == "differs":
+        if self.inbox.agreement(snapshot.round - 1, voters, snapshot.root).verdict == "differs":
             self._repair.set()
             self._wake.set()
 
@@ -657,7 +652,7 @@ class Engine:
         voters = [item.peer for item in proposal.commits if item.peer != self.services.identity.peer_id]
         deadline = self.services.clock.monotonic_s() + RESULT_WAIT_S
         while self.services.clock.monotonic_s() < deadline:
-            found = self._agreement(round_index, voters, None)
+            found = self.inbox.agreement(round_index, voters, None)
             if found.root is not None:
                 return found.root
             self._results_changed.clear()
@@ -686,7 +681,7 @@ class Engine:
         if proposal is None or run is None or run.round_index != place.round_index - 1:
             raise Behind
         voters = [item.peer for item in proposal.commits]
-        found = self._agreement(run.round_index, voters, place.base_root)
+        found = self.inbox.agreement(run.round_index, voters, place.base_root)
         if found.verdict != "differs" or found.root is None:
             return
         snapshot = await self._in_pool(self._recomputed, run, proposal)

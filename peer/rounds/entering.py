@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -13,8 +14,10 @@ from peer.network.node import PeerFailure
 from peer.network.transfer import MissingBlob
 from peer.outer import OuterState
 from peer.rounds import agreement
-from peer.rounds.inbox import Inbox
+from peer.rounds.inbox import ROUNDS_AHEAD, Inbox
+from peer.rounds.planning import quorum_of
 from peer.rounds.run import Services
+from peer.rounds.state import NEVER_S
 from peer.rounds.values import ProposalFacts, RosterMember
 from peer.rounds.wire import full_quota
 from peer.state import Layout, Snapshot, check_chunk_hashes, differing_chunks, to_state
@@ -26,7 +29,9 @@ from swarm.rpc.v1.signed_pb2 import JoinRequest, Signed
 
 RETRY_S = 1.0
 INVITATION_WAIT_S = 10.0
+LONGEST_WAIT_S = 900.0
 REQUEST_EVERY_S = 1.0
+POLL_S = 0.05
 MAX_ASKED = 32
 UNTRAINED_ROUNDS = 1  # nobody trains in round 0
 
@@ -51,15 +56,6 @@ class Entered:
     state: OuterState | Coroutine[Any, Any, OuterState]
 
 
-class Host(Protocol):
-    """What entering needs of the engine."""
-
-    inbox: Inbox
-
-    async def majority_root(self, round_index: int, proposal: ProposalFacts) -> bytes:
-        """The root that most participants of a round hold."""
-
-
 @dataclass
 class Entry:
     """How a peer gets in. `find` asks the coordinator and the DHT; `begin` makes or restores the state of a first peer.
@@ -74,7 +70,7 @@ class Entry:
     local: Callable[[], Snapshot | None]
     initial: Callable[[], Awaitable[OuterState]]
 
-    async def enter(self, host: Host) -> Entered:
+    async def enter(self, inbox: Inbox) -> Entered:
         """Try until we are in. What doesn't work with what most peers say is tried with what others say."""
         attempt = 0
         while True:
@@ -82,14 +78,14 @@ class Entry:
             if where.first:
                 return await self._begin_alone()
             replies = await self._ask(where.peers)
-            entered = await self._enter_with(host, replies, attempt) if replies else None
+            entered = await self._enter_with(inbox, replies, attempt) if replies else None
             if entered is not None:
                 return entered
             self.services.observer.state("waiting_for_peers")
             await asyncio.sleep(RETRY_S)
             attempt += bool(replies)
 
-    async def others_are_past(self, host: Host, round_index: int) -> bool:
+    async def others_are_past(self, round_index: int) -> bool:
         """Whether peers that discovery knows have finished this round without us."""
         try:
             replies = await self._ask((await self.find()).peers)
@@ -174,58 +170,68 @@ class Entry:
             except Rejected as error:
                 self.services.observer.refused(error.sender, error.reason)
 
-    async def _enter_with(self, host: Host, replies: dict[str, SyncReply], attempt: int) -> Entered | None:
+    async def _enter_with(self, inbox: Inbox, replies: dict[str, SyncReply], attempt: int) -> Entered | None:
         me = self.services.identity.peer_id
         likely = agreement.present_rounds({peer: reply.round for peer, reply in replies.items()})
         newest = likely[attempt % len(likely)]
         replies = {peer: reply for peer, reply in replies.items() if abs(reply.round - newest) <= 1}
-        host.inbox.advance(newest)
+        inbox.advance(newest)
         for reply in replies.values():
-            self._take_results(host, reply)
-        member_of = [reply for reply in replies.values() if reply.round == newest and _lists(reply, me)]
-        if member_of and newest > 0:
-            return self._as_member(host, member_of[0], newest)
-        invitation = await self._invitation(host, replies, newest)
-        if invitation is None:
-            return None
-        round_index, proposal = invitation
-        root = await host.majority_root(round_index, proposal)
-        holders = [peer for peer, result in host.inbox.results(round_index).items() if result.root == root]
-        download = self.state_after(round_index + 1, root, holders)
-        return Entered(round_index + 1, proposal.next_roster, root, download)
+            self._take_results(inbox, reply)
+        members = _usual_roster([reply for reply in replies.values() if reply.round == newest])
+        if newest > 0 and any(member.peer == me for member in members):
+            return self._as_member(inbox, members, newest)
+        return await self._as_joiner(inbox, members, newest, set(replies))
 
-    def _as_member(self, host: Host, reply: SyncReply, round_index: int) -> Entered | None:
+    def _as_member(self, inbox: Inbox, roster: tuple[RosterMember, ...], round_index: int) -> Entered | None:
         """We are in the roster already (restarted, or fallen behind): what most results name is the state."""
-        results = host.inbox.results(round_index - 1)
+        results = inbox.results(round_index - 1)
         found = agreement.newest([(item.round_index, item.root, peer) for peer, item in results.items()])
         if found is None:
             return None
         _, root, holders = found
-        roster = tuple(RosterMember(member.peer_id, member.quota) for member in reply.roster)
         return Entered(round_index, roster, root, self.state_after(round_index, root, holders))
 
-    def _take_results(self, host: Host, reply: SyncReply) -> None:
+    def _take_results(self, inbox: Inbox, reply: SyncReply) -> None:
         for signed in reply.results[:64]:
             try:
-                host.inbox.add_result(self.services.checker.result(signed))
+                inbox.add_result(self.services.checker.result(signed))
             except Rejected as error:
                 self.services.observer.refused(error.sender, error.reason)
 
-    async def _invitation(self, host: Host, replies: dict[str, SyncReply], newest: int) -> tuple[int, ProposalFacts] | None:
-        """Ask everybody in the roster, and wait for a proposal by one of them that lists us."""
-        me = self.services.identity.peer_id
-        roster = {member.peer_id for reply in replies.values() for member in reply.roster} | set(replies)
-        waited_s = 0.0
-        while waited_s < INVITATION_WAIT_S:
-            self.services.post.send(roster, Delivery(join_request=self._join_request(newest)))
-            for _ in range(int(REQUEST_EVERY_S / 0.05)):
-                for round_index in range(newest, newest + 4):
-                    proposal = host.inbox.proposal(round_index, lambda item: item.leader in roster and _invites(item, me))
-                    if proposal is not None:
-                        return round_index, proposal
-                await asyncio.sleep(0.05)
-            waited_s += REQUEST_EVERY_S
+    async def _as_joiner(self, inbox: Inbox, members: tuple[RosterMember, ...], newest: int, others: set[str]) -> Entered | None:
+        """Ask for a place, and wait for a proposal that gives us one and that most participants have completed."""
+        clock, asked_s = self.services.clock, NEVER_S
+        asked = {member.peer for member in members} | others
+        until_s = clock.monotonic_s() + INVITATION_WAIT_S
+        last_s = clock.monotonic_s() + LONGEST_WAIT_S
+        while (now_s := clock.monotonic_s()) < min(until_s, last_s):
+            if now_s >= asked_s + REQUEST_EVERY_S:
+                self.services.post.send(asked, Delivery(join_request=self._join_request(newest)))
+                asked_s = now_s
+            invitations = list(self._invitations(inbox, members, asked, newest))
+            for round_index, proposal in invitations:
+                found = inbox.agreement_on(round_index, proposal, self.services.identity.peer_id)
+                if found.root is not None:
+                    download = self.state_after(round_index + 1, found.root, found.holders)
+                    return Entered(round_index + 1, proposal.next_roster, found.root, download)
+            if invitations:
+                until_s = now_s + INVITATION_WAIT_S
+            await asyncio.sleep(POLL_S)
         return None
+
+    def _invitations(
+        self, inbox: Inbox, members: tuple[RosterMember, ...], leaders: set[str], newest: int
+    ) -> Iterator[tuple[int, ProposalFacts]]:
+        """Proposals of this round and the next few that give us a place, with a quorum's commits, and may still be completed."""
+        me, quorum = self.services.identity.peer_id, quorum_of(len(members))
+        for round_index in range(newest, newest + ROUNDS_AHEAD + 1):
+            for proposal in inbox.proposals(round_index):
+                enough = proposal.grant or round_index > newest or len(proposal.commits) >= quorum
+                invited = any(member.peer == me for member in proposal.next_roster)
+                open_still = inbox.agreement_on(round_index, proposal, me).verdict != "split"
+                if proposal.leader in leaders and enough and invited and open_still:
+                    yield round_index, proposal
 
     def _join_request(self, round_index: int) -> Signed:
         request = JoinRequest(
@@ -264,9 +270,7 @@ async def _first_list(root: bytes, asked: Sequence[asyncio.Task[list[bytes]]]) -
     raise MissingBlob("any source", f"no chunk hashes of {root.hex()[:12]}")
 
 
-def _lists(reply: SyncReply, peer: str) -> bool:
-    return any(member.peer_id == peer for member in reply.roster)
-
-
-def _invites(proposal: ProposalFacts, peer: str) -> bool:
-    return any(member.peer == peer for member in proposal.next_roster)
+def _usual_roster(replies: Sequence[SyncReply]) -> tuple[RosterMember, ...]:
+    """The roster that most of the replies name; of equally many, the one that was named first."""
+    named = Counter(tuple(RosterMember(member.peer_id, member.quota) for member in reply.roster) for reply in replies)
+    return max(named, key=named.__getitem__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from peer.rounds.agreement import Agreement, count
 from peer.rounds.values import (
     CommitArrived,
     ComplaintArrived,
@@ -136,14 +137,24 @@ class Inbox:
         """The results of a round by peer."""
         return self._results.get(round_index, {})
 
-    def proposal(self, round_index: int, wanted: Callable[[ProposalFacts], bool]) -> ProposalFacts | None:
-        """The highest ballot's proposal of a round that is `wanted`."""
-        found = [
-            arrival.event.proposal
-            for arrival in self._waiting.get(round_index, [])
-            if isinstance(arrival.event, ProposalArrived) and wanted(arrival.event.proposal)
-        ]
-        return max(found, key=lambda proposal: proposal.ballot, default=None)
+    def proposals(self, round_index: int) -> list[ProposalFacts]:
+        """The proposals of a round that have come, the highest ballot's first."""
+        arrived = [arrival.event for arrival in self._waiting.get(round_index, [])]
+        found = [event.proposal for event in arrived if isinstance(event, ProposalArrived)]
+        return sorted(found, key=lambda proposal: proposal.ballot, reverse=True)
+
+    def agreement(self, round_index: int, voters: Sequence[str], mine: bytes | None) -> Agreement:
+        """What the voters' results of a round say about the root `mine`."""
+        return count({peer: result.root for peer, result in self.results(round_index).items()}, voters, mine)
+
+    def agreement_on(self, round_index: int, proposal: ProposalFacts, me: str) -> Agreement:
+        """The root that most participants of a proposal but us hold after it; `split` once so many have completed another."""
+        voters = [item.peer for item in proposal.commits if item.peer != me]
+        named = {peer: result for peer, result in self.results(round_index).items() if peer in voters}
+        roots = {peer: result.root for peer, result in named.items() if result.proposal_hash == proposal.proposal_hash}
+        if 2 * (len(named) - len(roots)) >= len(voters):
+            return Agreement("split")
+        return count(roots, voters, None)
 
     def ahead(self, round_index: int) -> frozenset[str]:
         """Peers that have spoken of a round after `round_index`."""

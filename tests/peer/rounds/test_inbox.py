@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.rounds.agreement import Agreement
 from peer.rounds.inbox import (
     EVENTS_PER_ROUND,
     EVENTS_PER_SENDER,
@@ -18,7 +20,16 @@ from peer.rounds.inbox import (
     Arrival,
     Inbox,
 )
-from peer.rounds.values import BallotNumber, CommitArrived, ComplaintArrived, Completed, ProposalArrived, SealArrived
+from peer.rounds.values import (
+    BallotNumber,
+    CommitArrived,
+    ComplaintArrived,
+    Completed,
+    IncludedCommit,
+    ProposalArrived,
+    RosterMember,
+    SealArrived,
+)
 from peer.rounds.wire import ResultFacts
 from swarm.errors import Rejected
 from swarm.rpc.v1.signed_pb2 import Signed
@@ -125,16 +136,33 @@ def test_results_of_a_round_are_bounded() -> None:
     assert inbox.results(0)["7"].root == b"repaired"
 
 
-def test_the_highest_wanted_proposal_is_found() -> None:
-    """Of a round's proposals, the highest ballot that a joiner can use."""
+def test_proposals_come_the_highest_first() -> None:
+    """A round's proposals by ballot, and nothing else of it."""
     inbox = Inbox()
     low, high, other = (proposal_of(BallotNumber(term), peer, (), ()) for term, peer in ((0, "a"), (2, "a"), (3, "b")))
     for proposal in (high, low, other):
         inbox.add(Arrival(1, proposal.leader, ProposalArrived(proposal)))
     inbox.add(Arrival(1, "a", SealArrived("a", BallotNumber(9))))
-    assert inbox.proposal(1, lambda item: item.leader == "a") == high
-    assert inbox.proposal(1, lambda item: False) is None
-    assert inbox.proposal(2, lambda item: True) is None
+    assert inbox.proposals(1) == [other, high, low]
+    assert inbox.proposals(2) == []
+
+
+def test_a_joiner_follows_the_proposal_that_most_have_completed() -> None:
+    """Of two proposals by a leader with two faces, results tell which one stands; our own vote counts for nothing."""
+    inbox = Inbox(current=1)
+    commits = tuple(IncludedCommit(name, name.encode(), 10, 0, 0) for name in "abcm")
+    roster = tuple(RosterMember(name, 4) for name in "abcm")
+    stands = proposal_of(BallotNumber(), "a", commits, roster)
+    other = proposal_of(BallotNumber(), "a", commits, tuple(RosterMember(name, 2) for name in "abcm"))
+    assert inbox.agreement_on(1, stands, "m") == inbox.agreement_on(1, other, "m") == Agreement("open")
+    for name in "mb":
+        inbox.add_result(replace(result(name, 1), proposal_hash=stands.proposal_hash))
+    assert inbox.agreement_on(1, stands, "m").root is None
+    inbox.add_result(replace(result("c", 1), proposal_hash=stands.proposal_hash))
+    inbox.add_result(replace(result("a", 1, b"lie"), proposal_hash=other.proposal_hash))
+    found = inbox.agreement_on(1, stands, "m")
+    assert (found.root, found.holders) == (b"root", ("b", "c"))
+    assert inbox.agreement_on(1, other, "m").verdict == "split"
 
 
 def test_who_is_ahead_is_noticed_even_from_messages_that_are_too_early() -> None:
