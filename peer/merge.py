@@ -17,6 +17,7 @@ from swarm.errors import Rejected
 from swarm.manifest import CenteredClip, Mean
 
 Vector = NDArray[np.float32]
+Places = NDArray[np.int64]
 
 BLOCK_VALUES = 1 << 16
 
@@ -44,6 +45,19 @@ def weighted_mean(decoded: Sequence[Vector], weights: Sequence[int], scales: Seq
     if not decoded or len(decoded) != len(weights) or (scales is not None and len(scales) != len(weights)):
         raise ValueError(f"{len(decoded)} vectors with {len(weights)} weights")
     return _combination(decoded, _coefficients(weights, scales or [1.0] * len(weights)))
+
+
+def merge_pairs(pairs: Sequence[tuple[Places, Vector]], weights: Sequence[int], rule: Mean, size: int) -> Vector:
+    """The weighted mean of sparse vectors, each the ascending places and the values of its entries; dense, [size].
+
+    The same sums as those of `merge_part`, in a small part of the time; norms are taken over the entries alone.
+    """
+    out = buffers.empty(size)
+    out.fill(0)
+    scales = clip_scales([norm(values) for _, values in pairs], rule.clip_ratio)
+    for (places, values), coefficient in zip(pairs, _coefficients(weights, scales), strict=True):
+        out[places] += np.multiply(values, coefficient)
+    return out
 
 
 def _combination(vectors: Sequence[Vector], coefficients: Sequence[np.float32]) -> Vector:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peer.codec import Codec, Vector, on_device
+from peer.codec.sparse import Sparse
 from swarm.errors import CheckpointCorrupt, DiskFull
 from swarm.merkle import blob_hash
 
@@ -160,7 +161,20 @@ class ErrorFeedback:
         return round_index
 
     def _encoded(self, update: Vector, index: int) -> bytes:
-        return self.encode_part(update[self._place(index)], index).part
+        """The part alone; what `feed` does, in place."""
+        place = self._place(index)
+        values = self._residual[place]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.decay != 1:
+                np.multiply(values, np.float32(self.decay), out=values)
+            np.add(values, update[place], out=values)
+        part = self.codec.encode_part(values, index)
+        if isinstance(self.codec, Sparse):
+            places, sent = self.codec.decode_pairs(part, index)
+            values[places] -= sent
+        else:
+            np.subtract(values, self.codec.decode_part(part, index), out=values)
+        return part
 
     def _place(self, index: int) -> slice:
         if index not in self.parts:

@@ -131,16 +131,6 @@ class Sparse(Parts):
             rest = rest[section.size_bytes :]
         return np.concatenate(places), np.concatenate(values)
 
-    def accumulate(self, data: bytes | bytearray | memoryview, coefficient: np.float32, out: Vector, index: int) -> None:
-        """Add `coefficient` times part `index` to `out`, the values of that part.
-
-        Starting from zeros this gives the same bits as adding decoded parts in the same order, in a small part of the time.
-        Raises `Rejected("bad_part")` and leaves `out` as it was.
-        """
-        self.check_shape(out.shape, index)
-        places, values = self.decode_pairs(data, index)
-        out[places] += np.multiply(values, coefficient)
-
     def _sections(self, index: int) -> Iterator[Section]:
         chunks, rest = divmod(self.part_length(index), CHUNK_VALUES)
         if chunks:

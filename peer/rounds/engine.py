@@ -701,7 +701,7 @@ class Engine:
             return None
         tokens = sum(item.weight for item in proposal.commits) * self.services.manifest.data.sequence_length
         try:
-            merged = run.exchange.collected_again(proposal, tuple(run.state.spans.values()))
+            merged = run.exchange.collected_again(proposal, run.state.commits, tuple(run.state.spans.values()))
         except Rejected:
             return None
         return Snapshot.from_state(self._next_state(before.state, merged, tokens))

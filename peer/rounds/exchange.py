@@ -12,7 +12,8 @@ import structlog
 
 from peer.buffers import buffers
 from peer.codec import Codec, Vector
-from peer.merge import merge_part
+from peer.codec.sparse import Sparse
+from peer.merge import merge_pairs, merge_part
 from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
 from peer.rounds.residuals import Residuals, SpanMerge
@@ -146,19 +147,30 @@ class Exchange:
         """Free the merged update, once it is applied; `collected_again` makes it anew from the stored parts."""
         self._merged, self._filled = None, set()
 
-    def collected_again(self, proposal: ProposalFacts, spans: Sequence[SpanFacts]) -> Vector | None:
-        """The merged update, decoded once more from stored parts whose hashes are checked again. Raises `Rejected`."""
-        if not proposal.contributors:
+    def collected_again(
+        self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], spans: Sequence[SpanFacts]
+    ) -> Vector | None:
+        """The merged update once more, from stored parts whose hashes are checked again. Raises `Rejected`."""
+        contributors = proposal.contributors
+        if not contributors:
             return None
         merged = buffers.empty(self.codec.values)
+        if self.codec.topology == "all_gather":
+            for part in range(self.codec.part_count):
+                for item in contributors:
+                    self._check_stored(item.peer, commits[item.peer].part_hashes[part])
+                merged[slice(*self.codec.part_span(part))] = self._merged_part(contributors, commits, part)
+            return merged
         for span in spans:
-            for place, name in enumerate(span.part_hashes):
-                content = self.transfer.store.get(name)
-                if content is None or blob_hash(content) != name:
-                    raise Rejected("lost_blob", name.hex()[:12], span.reducer)
-                part = span.first_part + place
-                merged[slice(*self.codec.part_span(part))] = self.codec.decode_part(content, part)
+            for part, name in enumerate(span.part_hashes, span.first_part):
+                self._check_stored(span.reducer, name)
+                merged[slice(*self.codec.part_span(part))] = self._decoded(span.reducer, name, part, self.codec.decode_part)
         return merged
+
+    def _check_stored(self, peer: str, name: bytes) -> None:
+        content = self.transfer.store.get(name)
+        if content is None or blob_hash(content) != name:
+            raise Rejected("lost_blob", name.hex()[:12], peer)
 
     def _encode_all(self, update: Vector) -> list[tuple[bytes, bytes]]:
         return [(blob_hash(part), part) for part in self.mangle(self.residuals.encode(self.codec, update))]
@@ -233,9 +245,7 @@ class Exchange:
     def _merge_part(
         self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool, merge: SpanMerge | None
     ) -> bytes | None:
-        contributors = proposal.contributors
-        decoded = [self._decode(item.peer, commits[item.peer].part_hashes[part], part) for item in contributors]
-        merged = merge_part(decoded, [item.weight for item in contributors], self.rule)
+        merged = self._merged_part(proposal.contributors, commits, part)
         if not publish:
             self._place(proposal.proposal_hash, part, merged)
             return None
@@ -248,17 +258,25 @@ class Exchange:
         self._place(proposal.proposal_hash, part, self.codec.decode_part(encoded, part))
         return encoded
 
+    def _merged_part(self, contributors: Sequence[IncludedCommit], commits: Mapping[str, CommitFacts], part: int) -> Vector:
+        named = [(item.peer, commits[item.peer].part_hashes[part]) for item in contributors]
+        weights = [item.weight for item in contributors]
+        if isinstance(self.codec, Sparse) and isinstance(self.rule, manifest.Mean):
+            pairs = [self._decoded(peer, name, part, self.codec.decode_pairs) for peer, name in named]
+            return merge_pairs(pairs, weights, self.rule, self.codec.part_length(part))
+        return merge_part([self._decoded(peer, name, part, self.codec.decode_part) for peer, name in named], weights, self.rule)
+
     def _take_span(self, span: SpanFacts) -> None:
         for place, name in enumerate(span.part_hashes):
             part = span.first_part + place
-            self._place(span.proposal_hash, part, self._decode(span.reducer, name, part))
+            self._place(span.proposal_hash, part, self._decoded(span.reducer, name, part, self.codec.decode_part))
 
-    def _decode(self, peer: str, name: bytes, part: int) -> Vector:
+    def _decoded(self, peer: str, name: bytes, part: int, decode: Callable[[bytes | memoryview, int], T]) -> T:
         content = self.transfer.store.get(name)
         if content is None:
             raise Rejected("lost_blob", name.hex()[:12], peer)
         try:
-            return self.codec.decode_part(content, part)
+            return decode(content, part)
         except Rejected as error:
             raise Undecodable(peer, part, bytes(content), error) from error
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-async def test_a_flipped_bit_is_noticed_and_repaired_by_chunks(scenario: Any) -> None:
-    """One bit of p2's weights flips after round 4: its root differs once, it repairs itself, and the roots are equal again."""
+@pytest.mark.parametrize("codec", ["fp16", "sparse"])
+async def test_a_flipped_bit_is_noticed_and_repaired_by_chunks(scenario: Any, codec: str) -> None:
+    """One bit of p2's weights flips after round 4: its root differs once, it repairs itself, and the roots are equal again.
+
+    It merges its parts once more for that: those of its reducers, or, where everybody merges everything, those of all peers.
+    """
     async with scenario(3) as swarm:
+        manifest = swarm.source / "run.yaml"
+        values = yaml.safe_load(manifest.read_text())
+        values["codec"] |= {"kind": codec}
+        manifest.write_text(yaml.safe_dump(values, sort_keys=False))
         await swarm.start(3, faults={"p2": "at round 4 after apply: flip_bit"})
         await swarm.until_round(10)
         status = await swarm.peers["p2"].status()

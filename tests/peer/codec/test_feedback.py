@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,17 @@ def test_threads_change_nothing() -> None:
         assert one.encode(normal(SIZE, seed)) == four.encode(normal(SIZE, seed), threads=4)
     assert one.hash() == four.hash()
     assert codec.part_count == 4
+
+
+@pytest.mark.parametrize("make", [Int4, Sparse])
+def test_encoding_all_is_feeding_each(make: Any) -> None:
+    """What is done in place has the bits of the pure step that others can check."""
+    all_at_once, one_by_one = (ErrorFeedback(make(SIZE, 4096)) for _ in range(2))
+    for seed in range(3):
+        update = normal(SIZE, seed)
+        fed = [one_by_one.encode_part(update[4096 * part : 4096 * (part + 1)], part).part for part in range(4)]
+        assert all_at_once.encode(update) == fed
+        assert all_at_once.hash() == one_by_one.hash()
 
 
 def test_a_reducer_keeps_the_residual_of_its_span() -> None:

@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 from peer.codec import decode, encode
 from peer.codec import sparse as module
 from peer.codec.sparse import CHUNK_VALUES, Sparse, strongest
-from peer.merge import weighted_mean
+from peer.merge import merge_pairs, merge_part, weighted_mean
+from swarm.manifest import Mean
 from tests.peer.codec.codec_cases import is_rejected, normal
 
 densities = st.sampled_from([4, 5, 64, 100, 1000, 1024])
@@ -124,15 +125,24 @@ def test_bits_per_parameter_grow_with_the_density() -> None:
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=6), st.integers(1, 9000))
 @settings(max_examples=40, deadline=None)
-def test_accumulating_gives_the_bits_of_the_dense_mean(weights: list[int], size: int) -> None:
-    """The fast path may take the place of `weighted_mean` over decoded parts."""
+def test_merging_pairs_gives_the_bits_of_the_dense_mean(weights: list[int], size: int) -> None:
+    """Where no norm is clipped, entries alone come to the same as whole vectors."""
     codec = Sparse(size, 1 << 14)
     parts = [codec.encode_part(normal(size, seed), 0) for seed in range(len(weights))]
-    total = sum(weights)
-    out = np.zeros(size, np.float32)
-    for part, weight in zip(parts, weights, strict=True):
-        codec.accumulate(part, np.float32(weight / total * 1.0 if total else 0), out, 0)
-    assert out.tobytes() == weighted_mean([codec.decode_part(part, 0) for part in parts], weights).tobytes()
+    merged = merge_pairs([codec.decode_pairs(part, 0) for part in parts], weights, Mean(clip_ratio=10), size)
+    assert merged.tobytes() == weighted_mean([codec.decode_part(part, 0) for part in parts], weights).tobytes()
+
+
+def test_merging_pairs_clips_norms() -> None:
+    """What is a thousand times as large as the others counts for no more than the manifest's multiple of their median."""
+    codec = Sparse(9000, 1 << 14)
+    vectors = [normal(9000, seed) * (1000 if seed == 2 else 1) for seed in range(3)]
+    parts = [codec.encode_part(vector, 0) for vector in vectors]
+    rule = Mean(clip_ratio=2.0)
+    merged = merge_pairs([codec.decode_pairs(part, 0) for part in parts], [1, 1, 1], rule, 9000)
+    dense = merge_part([codec.decode_part(part, 0) for part in parts], [1, 1, 1], rule)
+    assert np.allclose(merged, dense, rtol=1e-6, atol=0)
+    assert np.linalg.norm(merged) < np.linalg.norm(vectors[0]) * 2
 
 
 def test_pairs_are_the_values_that_travelled() -> None:
