@@ -22,6 +22,7 @@ from peer.rounds.auditor import Auditor
 from peer.rounds.audits import AuditDesk
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
+from peer.rounds.lapses import Lapses
 from peer.rounds.pacing import Pacing
 from peer.rounds.planting import Planter
 from peer.rounds.run import Contribution, RoundRun, Services
@@ -124,6 +125,7 @@ class Engine:
     _repair: asyncio.Event = field(default_factory=asyncio.Event)
     _results_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _told_stale: bool = False
+    _lapses: Lapses = field(default_factory=Lapses)
 
     def __post_init__(self) -> None:
         rounds = self.services.manifest.rounds
@@ -420,7 +422,7 @@ class Engine:
             full_quota=full_quota(manifest, place.round_index + 1),
             shared_quota=isinstance(manifest.strategy, Sync),
             scale_to_speed=manifest.rounds.scale_to_speed,
-            barred=self._barred,
+            barred=self._barred | self._lapses.barred(place.round_index),
             newcomers=frozenset(member.peer for member in place.roster if self.services.admissions.is_newcomer(member.peer)),
             new_weight=manifest.audit.new_weight,
             quota_samples=quota_samples(manifest),
@@ -523,6 +525,7 @@ class Engine:
         here = any(member.peer == run.setup.me for member in members) and not run.leaving
         self.joiners = {peer: token for peer, token in self.joiners.items() if all(peer != member.peer for member in members)}
         self._observe_pace(run, completed_s)
+        self._lapses.note(run.state.dropped - run.state.lost if run.state.leads else (), place.round_index)
         await self.on_round(self._report(run, proposal, result, root, started))
         self.place = Place(place.round_index + 1, members, root) if here else None
         services.faults.reached("apply", run.round_index)
