@@ -21,6 +21,8 @@ from swarm.units import parse_rate, parse_size
 
 APPLICATION = "swarm"
 CONFIG_VARIABLE = "SWARM_CONFIG"
+LINK_FILE = "link"
+LINK_HELP = "Join link; by default SWARM_LINK, the configuration's, or that of the run joined last."
 LINK_VARIABLE = "SWARM_LINK"
 
 Rate = Annotated[int, BeforeValidator(parse_rate), WithJsonSchema({"type": "rate"})]
@@ -177,11 +179,29 @@ def origins(model: type[Settings], flags: dict[str, Any] | None = None) -> dict[
 
 
 def find_link(argument: str | None) -> JoinLink:
-    """The join link: the argument, `SWARM_LINK`, or `link` in the file's table `peer`. Raises `LinkError`."""
+    """The join link: the argument, `SWARM_LINK`, `link` in the file's table `peer`, or that of the run joined last.
+
+    Raises `LinkError`.
+    """
     text = argument or os.environ.get(LINK_VARIABLE) or str(_file_table(PeerSettings.table).get("link", ""))
+    text = text or _remembered_link(load(PeerSettings).data_dir)
     if not text:
         raise LinkError("no join link", f"give one as argument, in {LINK_VARIABLE}, or as `link` in {config_path()}")
     return JoinLink.parse(text)
+
+
+def remember_link(data_dir: Path, link: JoinLink) -> None:
+    """Keep the link of the run that is joined, so that later commands need none."""
+    temporary = data_dir / f".{LINK_FILE}.tmp"
+    temporary.write_text(str(link))
+    temporary.replace(data_dir / LINK_FILE)
+
+
+def _remembered_link(data_dir: Path) -> str:
+    try:
+        return (data_dir / LINK_FILE).read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _file_table(name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli.output import format_credits, print_fields, print_json
-from swarm.config import PeerSettings, find_link, load
+from swarm.config import LINK_HELP, PeerSettings, find_link, load
 from swarm.identity import Identity
 from swarm.messages import JoinLink
 from swarm.rpc.client import CoordinatorClient
@@ -16,7 +16,7 @@ from swarm.rpc.v1.coordinator_pb2 import Balance
 
 
 def command(
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     peer: Annotated[str | None, typer.Option("--peer", help="Peer id; by default your own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:

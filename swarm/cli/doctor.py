@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.output import configure_logging, print_json
-from swarm.config import PeerSettings, find_link, load
+from swarm.config import LINK_HELP, PeerSettings, find_link, load
 from swarm.errors import LinkError
 from swarm.messages import JoinLink
 
@@ -20,7 +20,7 @@ HELP_PAGE = "docs/reference/exit-codes.md"
 
 
 def command(
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="A GPU's number, several (0,1), or auto.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.")] = False,
     data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,

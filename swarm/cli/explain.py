@@ -11,7 +11,7 @@ import typer
 
 from swarm.cli.ledger import download, read_copy
 from swarm.cli.output import format_credits, print_fields, print_json
-from swarm.config import PeerSettings, find_link, load
+from swarm.config import LINK_HELP, PeerSettings, find_link, load
 from swarm.explain import explain
 from swarm.identity import Identity
 from swarm.ledger import LedgerReader
@@ -19,7 +19,7 @@ from swarm.ledger import LedgerReader
 
 def command(
     round_number: Annotated[int, typer.Option("--round", min=0, help="The round in question.")],
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     peer: Annotated[str | None, typer.Option("--peer", help="Peer id; by default your own.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="An exported ledger instead of the coordinator's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.output import configure_logging
-from swarm.config import GovernorSettings, PeerSettings, find_link, load
+from swarm.config import LINK_HELP, GovernorSettings, PeerSettings, find_link, load, remember_link
 from swarm.errors import DiskFull, LinkError, UsageError
 from swarm.messages import JoinLink
 from swarm.notify import SOCKET_VARIABLE, WATCHDOG_VARIABLE, notify
@@ -33,7 +33,7 @@ CPU = "cpu"
 
 
 def command(
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="A GPU's number, several (0,1), or auto.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.")] = False,
     data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,
@@ -91,6 +91,7 @@ def command(
     configure_logging(settings.log_level)
     _check(settings)
     target = _read_link(link, settings)
+    remember_link(settings.data_dir, target)
     from peer.held import Held, Waiting
 
     held = Held.load(settings.data_dir)

@@ -9,14 +9,14 @@ import typer
 
 from swarm.cli.credits import as_values
 from swarm.cli.output import format_credits, print_json, print_table
-from swarm.config import find_link
+from swarm.config import LINK_HELP, find_link
 from swarm.messages import JoinLink
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import Balance
 
 
 def command(
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:

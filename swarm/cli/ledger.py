@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli.output import format_credits, print_fields, print_json, print_table
-from swarm.config import find_link
+from swarm.config import LINK_HELP, find_link
 from swarm.credits import Balance, CreditState, verify_ledger
 from swarm.errors import LedgerInvalid
 from swarm.ledger import LedgerReader
@@ -23,7 +23,7 @@ SHOWN_BALANCES = 20
 
 app = typer.Typer(help="Check the public ledger, or export it.", no_args_is_help=True, rich_markup_mode=None)
 
-LinkArgument = Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")]
+LinkArgument = Annotated[str | None, typer.Argument(help=LINK_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli.output import print_fields
-from swarm.config import find_link
+from swarm.config import LINK_HELP, find_link
 from swarm.errors import SwarmError, UsageError
 
 NAME = "swarm-peer.service"
@@ -128,7 +128,7 @@ def show(gpu: GpuOption = "auto", user: UserOption = False) -> None:
 
 @app.command()
 def install(
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     gpu: GpuOption = "auto",
     user: UserOption = False,
     start: Annotated[bool, typer.Option(help="Start it now, and with the machine.")] = True,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli.output import print_fields, print_json
-from swarm.config import PeerSettings, data_path, find_link, load
+from swarm.config import LINK_HELP, PeerSettings, data_path, find_link, load
 from swarm.errors import CoordinatorUnreachable, Rejected
 from swarm.identity import Identity
 from swarm.messages import JoinLink
@@ -19,7 +19,7 @@ from swarm.witness import Witness
 
 
 def command(
-    link: Annotated[str | None, typer.Argument(help="Join link; by default SWARM_LINK or the configuration's.")] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     interval: Annotated[float, typer.Option("--interval", min=1, max=86400, help="Seconds between looks.")] = 60.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
     state: Annotated[Path | None, typer.Option("--state", help="File in which to remember the last checkpoint.")] = None,

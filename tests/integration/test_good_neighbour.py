@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 
 from swarm.local import LocalPeer, LocalSwarm, swarm_command
 from tests.runs import LiveRun, clean_environment, run_command
+from tests.terminal import CTRL_C, terminal
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -131,48 +129,10 @@ async def test_a_frozen_peer_wakes_up(two_peer_run: LiveRun, outside: LocalSwarm
 async def test_the_first_ctrl_c_finishes_in_a_terminal(two_peer_run: LiveRun, tmp_path: Path) -> None:
     """In a pseudo-terminal: the key and how to stop are shown; the first Ctrl-C completes the round and ends with 0."""
     folder = tmp_path / "terminal"
-    ours, theirs = pty.openpty()
     command = [*swarm_command(), "join", two_peer_run.link, "--cpu", "--dir", str(folder), "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen(  # noqa: ASYNC220 - a pseudo-terminal needs a plain one
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=clean_environment({"SWARM_GOVERNOR_NICE": "0", "SWARM_THREADS": "1"}),
-        start_new_session=True,
-        preexec_fn=take_terminal,
-    )
-    os.close(theirs)
-    os.set_blocking(ours, False)
-    screen = bytearray()
-
-    def shows(text: bytes) -> bool:
-        try:
-            screen.extend(os.read(ours, 1 << 16))
-        except BlockingIOError:
-            pass
-        except OSError:
-            return text in screen
-        assert process.poll() is None or text in screen, bytes(screen[-3000:])
-        return text in screen
-
-    try:
-        for text in (b"swarm identity backup", b"Ctrl-C completes the round", b"round_committed"):
-            await eventually(lambda text=text: shows(text), text.decode(), 180)
-        os.write(ours, b"\x03")
-        await eventually(lambda: shows(b"left"), "the good-bye", 90)
-        await eventually(lambda: process.poll() is not None, "the end", 60)
-        assert process.returncode == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        os.close(ours)
-
-
-def take_terminal() -> None:
-    """In the child: make the pseudo-terminal the one that Ctrl-C comes from."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    with terminal(command, clean_environment({"SWARM_GOVERNOR_NICE": "0", "SWARM_THREADS": "1"})) as seen:
+        for text in ("swarm identity backup", "Ctrl-C completes the round", "round_committed"):
+            await seen.until(text, 180)
+        seen.type(CTRL_C)
+        await seen.until("left", 90)
+        assert await seen.end() == 0

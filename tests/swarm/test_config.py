@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from swarm.config import CoordinatorSettings, PeerSettings, find_link, load, origins
+from swarm.config import CoordinatorSettings, PeerSettings, find_link, load, origins, remember_link
 from swarm.errors import LinkError, UsageError
 from swarm.messages import JoinLink
 
@@ -74,10 +74,15 @@ def test_mistakes_are_named(file: Path) -> None:
 
 
 def test_link_sources(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The link comes from the argument, the variable, or the file; without any the hint lists all three."""
+    """The link comes from the argument, the variable, the file, or the last run; without any the hint lists the first three."""
+    data = file.parent / "data"
+    data.mkdir()
+    monkeypatch.setenv("SWARM_DATA_DIR", str(data))
     with pytest.raises(LinkError) as caught:
         find_link(None)
     assert "SWARM_LINK" in caught.value.hint
+    remember_link(data, JoinLink.parse(LINK.replace("host", "joined")))
+    assert find_link(None).host == "joined"
     file.write_text(f'[peer]\nlink = "{LINK}"\n')
     assert str(find_link(None)) == LINK
     monkeypatch.setenv("SWARM_LINK", LINK.replace("host", "variable"))
