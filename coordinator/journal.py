@@ -351,8 +351,13 @@ class Journal:
             case Finding():
                 return LedgerEntry(audited=event.signed if isinstance(event, Audited) else None)
             case Confirmation():
-                run_id, number, proposal_hash, state_root, _ = append
-                message = RoundConfirmed(run_id=run_id, round=number, proposal_hash=proposal_hash, state_root=state_root)
+                message = RoundConfirmed(
+                    run_id=append.run_id,
+                    round=append.round,
+                    proposal_hash=append.proposal_hash,
+                    state_root=append.state_root,
+                    audit_rate=append.audit_rate,
+                )
                 return LedgerEntry(confirmed=seal(self._identity, message))
             case Permission():
                 issued_at = int(self._clock.wall_s())

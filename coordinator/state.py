@@ -233,7 +233,7 @@ def _decide_reported(state: State, event: Reported) -> Decision:
     appended: list[Append] = [] if nomination is None else [nomination]
     appended.append(claim)
     if confirmation is not None:
-        appended.append(confirmation)
+        appended.append(confirmation._replace(audit_rate=state.orders.audit_rate))
     return Decision(True, "confirmed" if confirmation else "accepted", append=tuple(appended))
 
 

@@ -17,7 +17,7 @@ from peer.rounds.state import RoundSetup
 from swarm import __version__
 from swarm.clock import Clock, SystemClock
 from swarm.control import RUN_NAME
-from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, Rejected, SwarmError
+from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, Rejected, SwarmError, VersionTooOld
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.messages import JoinLink, parse, seal
@@ -107,7 +107,10 @@ class Coordination:
         return answer
 
     async def announce_for_ever(self, node: Node, standing: Callable[[], Standing]) -> None:
-        """Renew presence and admission at the interval that the coordinator asks for; what fails is tried again."""
+        """Renew presence and admission at the interval that the coordinator asks for; what fails is tried again.
+
+        Raises `VersionTooOld` once the run asks for a newer client.
+        """
         while True:
             interval_s = self.last.interval_s if self.last is not None else FIRST_INTERVAL_S
             self._nudged.clear()
@@ -116,6 +119,8 @@ class Coordination:
                     await self._nudged.wait()
             try:
                 await self.announce(node, standing())
+            except VersionTooOld:
+                raise
             except NotAdmitted as error:
                 log.error("not_admitted", error=error.message)
             except (SwarmError, Rejected) as error:

@@ -101,6 +101,7 @@ RECEIPT_WAIT_S = 10.0
 GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
 QUOTA_CHECK_S = 30.0
+OPERATOR_REST_S = 300.0
 DEVICE_REST_S = 60.0
 RECENT_ROUNDS = 8
 REFUSALS_IN_A_ROW = 5
@@ -180,6 +181,7 @@ class Daemon:
     _rounds_used: deque[Volume] = field(default_factory=lambda: deque([Volume()], RECENT_ROUNDS))
     _holds: Holds = field(default_factory=Holds)
     _refused: int = 0
+    _run_is_over: bool = False
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
@@ -650,6 +652,8 @@ class Daemon:
     async def _play(self, engine: Engine) -> str:
         try:
             reason = await engine.play()
+            if reason == "finish" and self._run_is_over:
+                reason = "run_complete"
         except Disagreement as error:
             log.error("disagreement", error=str(error))
             self.status.error = str(error)
@@ -801,6 +805,20 @@ class Daemon:
         parts.admissions.admit(answer.admission)
         parts.post.spawn(parts.finder.meet_quietly())
         self.status.metrics.clock_offset.set(self.parts.coordination.clock_offset_s)
+        self._heed(answer.run_state)
+
+    def _heed(self, run_state: str) -> None:
+        """Do what the run's operator has ordered: end with this round, or rest and then look again."""
+        if run_state == "finished" and not self._run_is_over:
+            log.info("run_finished")
+            self._run_is_over = True
+            if self._wish in ("train", "pause"):
+                self._obey("finish")
+            if self.engine is None:
+                self.status.state("run_complete")
+        paused = run_state == "paused"
+        if paused != (self._holds.operator is not None):
+            self._put("operator", Hold("run_paused", until_s=self.usage.clock.wall_s() + OPERATOR_REST_S) if paused else None)
 
     def _on_lost(self, peer: str) -> None:
         if self.engine is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-ORDER = ("user", "rejections", "suspension", "device", "governor", "quota")
+ORDER = ("user", "rejections", "suspension", "device", "governor", "quota", "operator")
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Holds:
     device: Hold | None = None
     governor: Hold | None = None
     quota: Hold | None = None
+    operator: Hold | None = None
 
     def put(self, who: str, hold: Hold | None) -> Holds:
         """With one more, or with `who`'s taken away."""
         return replace(self, **{who: hold})
 
     def resumed(self) -> Holds:
-        """Without those that the user's word ends."""
-        return replace(self, rejections=None, suspension=None, device=None)
+        """Without those that the user's word ends; one that still has its cause comes back as soon as that is seen again."""
+        return replace(self, rejections=None, suspension=None, device=None, operator=None)
 
     def at(self, now_s: float) -> Holds:
         """Without those that have ended by `now_s`."""

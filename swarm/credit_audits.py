@@ -42,10 +42,11 @@ def draw_audits(run: RunRecord, confirmation: Confirmation, current: RoundRecord
     terms = run.terms
     if not terms.audit_rate and not terms.audit_first:
         return
+    usual = confirmation.audit_rate or terms.audit_rate
     commits = current.proposals[confirmation.proposal_hash].nomination.commits
     working = {peer: run.members[peer] for peer, item in commits.items() if item.weight and peer not in run.suspended}
     for peer_id, member in working.items():
-        rate = 1.0 if member.contributions < terms.audit_first else terms.audit_rate
+        rate = 1.0 if member.contributions < terms.audit_first else usual
         member.contributions = min(member.contributions + 1, terms.audit_first)
         others = [other for other, its in working.items() if its.tally is not member.tally]
         number = confirmation.round

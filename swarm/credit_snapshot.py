@@ -122,12 +122,12 @@ def _dump_round(record: RoundRecord, places: Mapping[int, int]) -> Json:
 
 def _load_round(run_id: bytes, number: int, values: Json, tallies: list[Tally]) -> RoundRecord:
     candidates = [_load_candidate(run_id, number, each) for each in values["proposals"]]
-    confirmed = values["confirmed"]
+    proposal_hash, state_root = map(bytes.fromhex, values["confirmed"] or ("", ""))
     return RoundRecord(
         proposals={candidate.nomination.proposal_hash: candidate for candidate in candidates},
         ballots={((term, amendment), leader) for term, amendment, leader in values["ballots"]},
         claims=[(tallies[place], _load_claim(run_id, number, claim)) for place, *claim in values["claims"]],
-        confirmed=None if confirmed is None else Confirmation(run_id, number, *map(bytes.fromhex, confirmed)),
+        confirmed=Confirmation(run_id, number, proposal_hash, state_root) if values["confirmed"] else None,
         final=values["final"],
         held=[(tallies[place], tokens, peer_id) for place, tokens, peer_id in values["held"]],
         void=set(values["void"]),

@@ -92,13 +92,17 @@ class Claim(NamedTuple):
 
 
 class Confirmation(NamedTuple):
-    """The state that the majority of a round's reports came to; from `beacon` follows which commits are audited."""
+    """The state that the majority of a round's reports came to; from `beacon` follows which commits are audited.
+
+    `audit_rate` is their share where the operator wants another than the manifest's; 0 otherwise.
+    """
 
     run_id: bytes
     round: int
     proposal_hash: bytes
     state_root: bytes
     beacon: bytes = b""
+    audit_rate: float = 0.0
 
 
 class Revocation(NamedTuple):
@@ -271,7 +275,10 @@ def open_revocation(signed: Signed, check_signatures: bool = True) -> Revocation
 
 def _open_confirmed(signed: Signed, coordinator: str, check_signatures: bool) -> Confirmation:
     confirmed = _open(signed, RoundConfirmed, coordinator, check_signatures)
-    return Confirmation(confirmed.run_id, confirmed.round, confirmed.proposal_hash, confirmed.state_root, beacon_of(signed))
+    rate = confirmed.audit_rate
+    if not 0 <= rate <= 1:
+        raise Rejected("malformed", "a rate is between 0 and 1", signed.signer)
+    return Confirmation(confirmed.run_id, confirmed.round, confirmed.proposal_hash, confirmed.state_root, beacon_of(signed), rate)
 
 
 def open_verdict(signed: Signed, check_signatures: bool = True) -> Finding:

@@ -91,6 +91,7 @@ class LocalSwarm:
     environment: Mapping[str, str] = field(default_factory=dict)
     link: str = ""
     metrics: str = ""
+    admin: str = ""
     coordinator: asyncio.subprocess.Process | None = None
     peers: list[LocalPeer] = field(default_factory=list)
 
@@ -121,7 +122,7 @@ class LocalSwarm:
             await process.wait()
             raise SwarmError(f"the coordinator did not start: {log.read_text()[-500:]}")
         answer = json.loads(line)
-        self.link, self.metrics = answer["link"], answer["metrics"] or ""
+        self.link, self.metrics, self.admin = answer["link"], answer["metrics"] or "", answer["admin"] or ""
         return self.link
 
     async def stop_coordinator(self, number: int = signal.SIGTERM) -> None:

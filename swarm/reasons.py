@@ -49,6 +49,7 @@ TABLE: dict[str, Reason] = {
         hint="swarm explain --round N says what was found; swarm doctor",
     ),
     "quota_used": Reason("the month's traffic quota is used up; it goes on by itself next month (UTC)"),
+    "run_paused": Reason("the run's operator has paused it; asked again every five minutes", hint="swarm resume asks now"),
     "finishing": Reason("completing the round, then stopping"),
     "stopping": Reason("stopping now"),
     "run_complete": Reason("the run is over", by_itself=False, hint="join another run"),

@@ -160,8 +160,12 @@ class World:
         values = {"run_id": self.run_id, "peer_id": peer.peer_id, "account": peer.peer_id} | changes
         return entry(admitted=seal(signer or self.coordinator, AdmissionToken(**values)))
 
-    def confirmed(self, number: int, proposal: Signed, root: bytes = ROOT, signer: Identity | None = None) -> bytes:
-        message = RoundConfirmed(run_id=self.run_id, round=number, proposal_hash=payload_hash(proposal), state_root=root)
+    def confirmed(
+        self, number: int, proposal: Signed, root: bytes = ROOT, signer: Identity | None = None, audit_rate: float = 0.0
+    ) -> bytes:
+        message = RoundConfirmed(
+            run_id=self.run_id, round=number, proposal_hash=payload_hash(proposal), state_root=root, audit_rate=audit_rate
+        )
         return entry(confirmed=seal(signer or self.coordinator, message))
 
     def audited(self, auditor: Identity, commit: Signed, finding: str = "passed", **changes: object) -> bytes:

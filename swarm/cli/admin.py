@@ -76,19 +76,19 @@ def runs(link: LinkOption = None, key: KeyOption = None, as_json: JsonOption = F
 
 @app.command()
 def pause(reason: ReasonOption = "", link: LinkOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """Admit nobody new and give no grants; peers are told."""
+    """Let all peers complete their round and rest, admit nobody new and give no grants."""
     _show_runs(_execute(link, key, action="pause", reason=reason), as_json)
 
 
 @app.command()
 def resume(reason: ReasonOption = "", link: LinkOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """Go on after a pause."""
+    """Go on after a pause; peers come back within five minutes."""
     _show_runs(_execute(link, key, action="resume", reason=reason), as_json)
 
 
 @app.command()
 def finish(reason: ReasonOption = "", link: LinkOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """End the run for good: like a pause that can't be taken back. Reports of what was done are still taken."""
+    """End the run for good: peers complete their round and end. Reports of what was done are still taken."""
     _show_runs(_execute(link, key, action="finish", reason=reason), as_json)
 
 
@@ -100,7 +100,7 @@ def audit_rate(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Note which share of the contributions shall be audited."""
+    """Have another share of the contributions audited than the manifest says, from the next round on; the ledger tells."""
     _show_runs(_execute(link, key, action="audit-rate", rate=rate, reason=reason), as_json)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coordinator.orders import Orders
 from coordinator.presence import Presence, Sighting
 from coordinator.state import Admit, Announced, Decision, GrantAsked, Now, Reported, State, decide, parse_version
 from swarm.credits import CreditState, fold
@@ -108,6 +110,14 @@ def test_first_report_brings_the_proposal() -> None:
     )
     late = decide(confirmed, reported(reports[2]), NOW)
     assert (late.reason, kinds(late)) == ("accepted", [Claim])
+
+
+def test_a_confirmation_names_the_operators_audit_rate() -> None:
+    """So that everybody draws the same audits from the ledger alone."""
+    proposal, reports = WORLD.round([ALICE], 0)
+    for orders, rate in ((Orders(), 0.0), (Orders(audit_rate=0.2), 0.2)):
+        decision = decide(replace(make_state(), orders=orders), reported(reports[0], proposal), NOW)
+        assert cast("Confirmation", decision.append[-1]).audit_rate == rate
 
 
 def test_lone_peer_confirms_itself() -> None:

@@ -22,6 +22,17 @@ def test_it_goes_on_when_nobody_holds_it() -> None:
     assert holds.put("user", None).put("governor", None).first is None
 
 
+def test_the_users_word_ends_what_may_be_over() -> None:
+    """A device, a suspension, an operator's pause: `swarm resume` looks again. Rules and the quota stand."""
+    holds = Holds(governor=Hold("too_hot"), quota=Hold("quota_used"))
+    full = (
+        holds.put("operator", Hold("run_paused"))
+        .put("device", Hold("gpu_failed"))
+        .put("rejections", Hold("contributions_rejected"))
+    )
+    assert full.put("suspension", Hold("suspended")).resumed() == holds
+
+
 def test_a_snooze_ends_by_itself() -> None:
     """At its end it is gone, and nothing else is."""
     holds = Holds(user=Hold("snoozed", until_s=100.0), governor=Hold("too_hot"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import pytest
@@ -29,13 +30,13 @@ def commit(number: int, peer: Identity = CHEAT) -> Signed:
     return WORLD.commit(peer, number)
 
 
-def a_round(number: int, reporting: list[Identity] = PEERS) -> list[bytes]:
+def a_round(number: int, reporting: list[Identity] = PEERS, audit_rate: float = 0.0) -> list[bytes]:
     """A confirmed round of all peers, of which some report."""
     commits = [WORLD.commit(peer, number) for peer in PEERS]
     proposal = WORLD.proposal(PEERS[0], number, commits)
     pairs = [(peer, its) for peer, its in zip(PEERS, commits, strict=True) if peer in reporting]
     reports = [entry(reported=WORLD.report(peer, its, proposal)) for peer, its in pairs]
-    return [entry(proposed=proposal), *reports[:4], WORLD.confirmed(number, proposal), *reports[4:]]
+    return [entry(proposed=proposal), *reports[:4], WORLD.confirmed(number, proposal, audit_rate=audit_rate), *reports[4:]]
 
 
 def after(*entries: bytes) -> CreditState:
@@ -77,6 +78,16 @@ def test_a_new_keys_first_contributions_are_all_audited() -> None:
             found = auditors(after(*rounds), number, peer)
             assert len(found) == asked
             assert peer not in found
+
+
+def test_the_operator_may_have_more_audited() -> None:
+    """The confirmation names the rate for its round alone; one that is no share is no confirmation."""
+    rounds = [*a_round(0), *a_round(1), *a_round(2, audit_rate=1.0), *a_round(3)]
+    for number, asked in ((2, 1), (3, 0)):
+        assert [len(auditors(after(*rounds), number, peer)) for peer in PEERS] == [asked] * len(PEERS)
+    for rate in (-0.1, 1.5, math.nan):
+        *before, confirmation, _, _ = a_round(0, audit_rate=rate)
+        assert refused(*before, confirmation) == "malformed"
 
 
 def test_a_newcomer_is_one_while_everything_is_audited() -> None:

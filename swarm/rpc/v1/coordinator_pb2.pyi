@@ -176,7 +176,7 @@ class AnnounceResponse(_message.Message):
     coordinator_time_s: _builtins.float
     """Unix seconds of the coordinator's clock, to warn about a wrong one."""
     run_state: _builtins.str
-    """"running", "paused" (nobody new is admitted, no grants) or "finished" (likewise, for good)."""
+    """"running", "paused" (peers rest, nobody new is admitted, no grants) or "finished" (likewise, for good)."""
     @_builtins.property
     def admission(self) -> _signed_pb2.Signed:
         """Coordinator-signed AdmissionToken."""

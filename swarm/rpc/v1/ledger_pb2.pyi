@@ -165,10 +165,13 @@ class RoundConfirmed(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     PROPOSAL_HASH_FIELD_NUMBER: _builtins.int
     STATE_ROOT_FIELD_NUMBER: _builtins.int
+    AUDIT_RATE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     proposal_hash: _builtins.bytes
     state_root: _builtins.bytes
+    audit_rate: _builtins.float
+    """The share of the round's commits that are audited, where the run's operator wants another than the manifest's; 0 = that one."""
     def __init__(
         self,
         *,
@@ -176,10 +179,11 @@ class RoundConfirmed(_message.Message):
         round: _builtins.int = ...,
         proposal_hash: _builtins.bytes = ...,
         state_root: _builtins.bytes = ...,
+        audit_rate: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["proposal_hash", b"proposal_hash", "round", b"round", "run_id", b"run_id", "state_root", b"state_root"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_rate", b"audit_rate", "proposal_hash", b"proposal_hash", "round", b"round", "run_id", b"run_id", "state_root", b"state_root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
