@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help venv demo test slow fuzz lint format types imports deps generated linters check proto docs dashboards clean
+.PHONY: help venv demo test slow images fuzz lint format types imports deps generated linters check proto docs dashboards clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo 'Python has no venv here: apt-get install python3-venv' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peer,coordinator,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peer,coordinator,data,bench,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/oracles byzfl
 	@touch $@
 
@@ -26,10 +26,13 @@ demo: $(INSTALLED) ## Train a small model with a coordinator and three peers: ma
 	$(BIN)/swarm demo $(ARGS)
 
 test: $(INSTALLED) ## Run the tests that take seconds: make test ARGS='-k ledger'
-	$(BIN)/pytest -m 'not slow and not gpu' -n 2 $(ARGS)
+	$(BIN)/pytest -m 'not slow and not gpu and not container' -n 2 $(ARGS)
 
 slow: $(INSTALLED) ## Run the scenarios that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
+
+images: $(INSTALLED) ## Build the images with podman, and let a peer in one train with a peer outside
+	$(BIN)/pytest -m container $(ARGS)
 
 fuzz: $(INSTALLED) ## Run the property tests with inputs that no run drew before: make fuzz ARGS='--hypothesis-seed 7'
 	$(BIN)/pytest -m 'hypothesis and not slow' -n 2 --hypothesis-profile fuzz $(ARGS)

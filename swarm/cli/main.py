@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
     "attack": Command("swarm.cli.attack:command", "See what an attack does to a swarm, on this machine."),
+    "data": Command("swarm.cli.data:app", "Make a run's data from texts."),
     "run": Command("swarm.cli.run:app", "Describe a training run: init, validate, show, sign."),
     "coordinator": Command("swarm.cli.coordinator:app", "Run the coordinator of a training run, back it up, check it."),
     "admin": Command("swarm.cli.admin:app", "Watch and steer a run that you operate."),

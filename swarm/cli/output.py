@@ -11,7 +11,6 @@ from typing import Any
 import structlog
 import typer
 
-from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import UsageError
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -45,6 +44,8 @@ def print_fields(fields: dict[str, object]) -> None:
 
 def format_credits(flops: int) -> str:
     """FLOPs as credits, rounded down to three digits after the point."""
+    from swarm.credits import FLOPS_PER_CREDIT
+
     thousandths = flops * 1000 // FLOPS_PER_CREDIT
     return f"{thousandths // 1000:,}.{thousandths % 1000:03d}"
 

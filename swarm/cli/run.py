@@ -101,7 +101,11 @@ ShareOption = Annotated[
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write the manifest.")] = Path("run.yaml"),
     demo: Annotated[bool, typer.Option("--demo", help="A small complete run on Python's own source.")] = False,
-    data: Annotated[Path, typer.Option("--data", help="With --demo: folder for tokenizer and shards.")] = Path("data"),
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder made by `swarm data build`; with --demo, where to make one (data).")
+    ] = None,
+    hidden_size: Annotated[int, typer.Option("--hidden-size", min=32, help="With --data: width of the Llama.")] = 512,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="With --data: its layers.")] = 8,
     strategy: Annotated[str, typer.Option("--strategy", help="auto, diloco (the same in all rounds) or sync.")] = auto.AUTO,
     codec: Annotated[
         str | None, typer.Option("--codec", help="fp16, int8, int4, int2 or sparse instead of a chosen one.")
@@ -115,14 +119,18 @@ def init(
     batch_samples: BatchOption = 8,
     traffic_share: ShareOption = auto.TRAFFIC_SHARE,
 ) -> None:
-    """Write a commented manifest to fill in, or with --demo one that is ready.
+    """Write a commented manifest: to fill in, or ready to sign with --data, or with --demo.
 
     With `--strategy auto` the budget, the slowest link and the slowest device decide on inner steps, codec and overlap; the
     reasons are printed, and what is written is explicit.
     """
     if path.exists():
         raise UsageError(f"{path} exists already", "choose another path, or remove the file")
-    values = _demo(data) if demo else TEMPLATE
+    values = TEMPLATE
+    if demo:
+        values = _demo(data or Path("data"))
+    elif data is not None:
+        values = _with_data(data, hidden_size, layers)
     budget: dict[str, Any] = {
         "tokens": tokens,
         "peers": peers,
@@ -319,6 +327,24 @@ def commented(values: dict[str, Any]) -> str:
         text = yaml.safe_dump({name: value}, sort_keys=False, width=110)
         sections.append(f"# {COMMENTS[name]}\n{text}")
     return TITLE + "\n" + "\n".join(sections)
+
+
+def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
+    """The template with a folder's data, and a Llama for them."""
+    from peer.dataset import read
+    from peer.model import count_parameters, flops_per_token
+    from peer.recipes import llama_config
+
+    made = read(folder)
+    length = made.data.sequence_length
+    config = llama_config(made.vocabulary_size, length, hidden_size, layers, made.end_of_text)
+    return {
+        **TEMPLATE,
+        "model": {"config": config, "seed": 0, "parameters": count_parameters(config)},
+        "tokenizer": made.tokenizer.model_dump(mode="json"),
+        "data": made.data.model_dump(mode="json"),
+        "credit": {**TEMPLATE["credit"], "flops_per_token": flops_per_token(config, length)},
+    }
 
 
 def _demo(folder: Path) -> dict[str, Any]:

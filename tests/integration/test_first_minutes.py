@@ -117,9 +117,20 @@ async def test_from_nothing_to_credits(tmp_path: Path) -> None:
         assert await coordinator.end() == 0
 
 
+def test_from_own_texts_to_a_manifest(tmp_path: Path) -> None:
+    """The commands for somebody's own texts lead to a manifest without a fault."""
+    author = Machine(tmp_path / "author")
+    (author.folder / "texts").mkdir()
+    for path in sorted(Path(json.__file__).parent.parent.glob("[a-d]*.py")):
+        (author.folder / "texts" / path.name).write_bytes(path.read_bytes())
+    for command in blocks("docs/operations.md", "Make a run")[1]:
+        author.run(command)
+    assert "is valid" in author.run("swarm run validate run.yaml")
+
+
 def _operators_commands() -> tuple[list[str], str, str]:
     """What makes a run, what serves it, and what starts the operator's own first peer."""
-    (*make, serve), (first_peer,) = blocks("docs/operations.md", "Make a run")
+    (*make, serve), _, (first_peer,) = blocks("docs/operations.md", "Make a run")
     assert serve.startswith("swarm coordinator ")
     assert first_peer.startswith("swarm join ")
     return make, serve, first_peer

@@ -1,0 +1,142 @@
+"""A run's data from documents: tokenizer, shards, and a card that says what is in them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
+
+from peer.corpus import (
+    build_shards,
+    byte_level_tokenizer,
+    encode_bytes,
+    encode_documents,
+    end_of_text_id,
+    is_held_out,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe_tokenizer,
+)
+from peer.documents import Counts, Shuffled
+from swarm.errors import DataInvalid, UsageError
+from swarm.manifest import Data, Shard, Tree
+
+FILE, CARD = "dataset.yaml", "README.md"
+BYTES, BPE = "bytes", "bpe:"
+LEAST_VOCABULARY = 257
+
+
+class Dataset(BaseModel):
+    """What `swarm data build` leaves for `swarm run init`: the sections of a manifest that name the data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokenizer: Tree
+    data: Data
+    vocabulary_size: int = Field(ge=2)
+    end_of_text: int = Field(ge=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How documents become samples."""
+
+    tokenizer: str = BYTES
+    sequence_length: int = 128
+    held_out: float = 0.05
+    license: str = "unknown"
+    description: str = ""
+
+
+def make_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
+    """`bytes`, `bpe:SIZE` trained on the documents, or a tokenizer's file. Raises `UsageError` or `DataInvalid`."""
+    if name == BYTES:
+        return byte_level_tokenizer()
+    if not name.startswith(BPE):
+        loaded: Tokenizer = load_tokenizer(Path(name)).backend_tokenizer
+        return loaded
+    size = name.removeprefix(BPE)
+    if not size.isdecimal() or int(size) < LEAST_VOCABULARY:
+        raise UsageError(f"{name!r} is no vocabulary", f"a BPE tokenizer has {LEAST_VOCABULARY} tokens or more, like bpe:8192")
+    return train_bpe_tokenizer(documents, int(size))
+
+
+def build(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None] = lambda: None) -> Dataset:
+    """Write tokenizer, shards, `dataset.yaml` and a card into `to`, all or nothing.
+
+    `on_document` hears of each one that is packed. Raises `DataInvalid` and `UsageError`.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
+        unfinished = Path(temporary) / to.name
+        made = _write(documents, unfinished, plan, counts, on_document)
+        if to.exists():
+            to.rmdir()
+        unfinished.rename(to)
+    return made
+
+
+def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
+    tokenizer = make_tokenizer(plan.tokenizer, _side(documents, plan.held_out, held_out=False))
+    end, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
+
+    def shards(held_out: bool) -> tuple[Shard, ...]:
+        texts = _told(_side(documents, plan.held_out, held_out=held_out), on_document)
+        encoded = encode_bytes(texts) if plan.tokenizer == BYTES else encode_documents(tokenizer, texts)
+        try:
+            return build_shards(encoded, to, sequence_length=plan.sequence_length, end_of_text=end, vocabulary_size=size)
+        except DataInvalid as error:
+            side = "held-out" if held_out else "training"
+            hint = "a document is a file, a JSON line or a row: split large files, or hold another share out with --held-out"
+            raise DataInvalid(f"the {side} side: {error.message}", hint) from error
+
+    data = Data(
+        sequence_length=plan.sequence_length,
+        train=shards(held_out=False),
+        validation=shards(held_out=True),
+        license=plan.license,
+        description=plan.description,
+    )
+    made = Dataset(tokenizer=save_tokenizer(tokenizer, to), data=data, vocabulary_size=size, end_of_text=end)
+    (to / FILE).write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
+    (to / CARD).write_text(_card(made, plan, counts, documents.copies))
+    return made
+
+
+def read(folder: Path) -> Dataset:
+    """What `build` has left in a folder. Raises `DataInvalid`."""
+    try:
+        return Dataset.model_validate(yaml.safe_load((folder / FILE).read_text()))
+    except FileNotFoundError as error:
+        raise DataInvalid(f"{folder} has no {FILE}", f"make it with: swarm data build SOURCE --to {folder}") from error
+    except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        raise DataInvalid(f"{folder / FILE} is damaged: {error}", "build the data anew") from error
+
+
+def _side(documents: Iterable[str], fraction: float, *, held_out: bool) -> Iterator[str]:
+    return (text for text in documents if is_held_out(text, fraction) == held_out)
+
+
+def _told(documents: Iterable[str], on_document: Callable[[], None]) -> Iterator[str]:
+    for text in documents:
+        yield text
+        on_document()
+
+
+def _card(made: Dataset, plan: Plan, counts: Counts, copies: int) -> str:
+    samples = {name: sum(shard.samples for shard in getattr(made.data, name)) for name in ("train", "validation")}
+    rows = {
+        "licence": made.data.license,
+        "files": f"{counts.files:,}, {len(counts.unreadable):,} of them skipped because they are no UTF-8 text",
+        "documents": f"{counts.documents:,}, {copies:,} of them copies that were left out",
+        "bytes of text": f"{counts.bytes_read:,}",
+        "tokenizer": f"{plan.tokenizer}, {made.vocabulary_size:,} tokens, root {made.tokenizer.root}",
+        "training samples": f"{samples['train']:,} of {made.data.sequence_length:,} tokens",
+        "held-out samples": f"{samples['validation']:,}, from documents of their own",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"# Data\n\n{made.data.description}\n\n| | |\n| --- | --- |\n{table}\n\nFiles are named by the roots in `{FILE}`.\n"

@@ -1,0 +1,92 @@
+"""`swarm data`: a run's data from texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.cli.output import print_fields, print_json
+from swarm.errors import UsageError
+
+app = typer.Typer(help="Make a run's data from texts: build.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def data() -> None:
+    """Make a run's data from texts: build."""
+
+
+@app.command()
+def build(
+    sources: Annotated[list[Path], typer.Argument(help="Text files, JSON lines, Parquet files, or folders of them.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder for tokenizer and shards; new or empty.")] = Path("data"),
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="bytes, bpe:8192 to train one of that size, or a tokenizer.json.")
+    ] = "bytes",
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens of a sample.")] = 128,
+    held_out: Annotated[
+        float, typer.Option("--held-out", min=0.001, max=0.5, help="Share of the documents that is kept for validation.")
+    ] = 0.05,
+    field: Annotated[str, typer.Option("--field", help="Where a JSON line or a Parquet row has its text.")] = "text",
+    license_: Annotated[str, typer.Option("--license", help="The data's licence, for the manifest and the card.")] = "unknown",
+    description: Annotated[str, typer.Option("--description", help="One paragraph about the data.")] = "",
+    seed: Annotated[int, typer.Option("--seed", help="Another order of the same documents.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Tokenise, shuffle and pack texts into shards that are named by their content; copies are left out.
+
+    `swarm run init --data data` makes a manifest of them.
+
+    Examples:
+
+      swarm data build ./texts --tokenizer bpe:8192 --sequence-length 512 --license CC-BY-4.0
+
+      swarm data build articles.jsonl --field body --to data
+    """
+    from peer.dataset import FILE, Plan
+    from peer.dataset import build as build_dataset
+    from peer.documents import Counts, Shuffled, files_of, read_documents
+
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
+    counts, files = Counts(), files_of(sources)
+    to = to.absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    plan = Plan(tokenizer, sequence_length, held_out, license_, description)
+    with _bars() as bar, Shuffled(read_documents(files, field, counts, bar("reading", len(files))), seed, to.parent) as documents:
+        made = build_dataset(documents, to, plan, counts, bar("packing", counts.documents))
+        copies = documents.copies
+    fields: dict[str, object] = {
+        "directory": str(to),
+        "documents": counts.documents,
+        "copies": copies,
+        "skipped_files": len(counts.unreadable),
+        "vocabulary_size": made.vocabulary_size,
+        "train_samples": sum(shard.samples for shard in made.data.train),
+        "held_out_samples": sum(shard.samples for shard in made.data.validation),
+    }
+    if as_json:
+        print_json(fields)
+        return
+    print_fields(fields)
+    typer.echo(f"{to / FILE} written; next: swarm run init --data {to}")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Bars on the terminal; nothing where there is none. `bar(what, total)` adds one, and gives what moves it on by one."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def bar(what: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(what, total=total)
+            return lambda: progress.advance(task)
+
+        yield bar

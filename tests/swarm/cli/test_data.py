@@ -1,0 +1,84 @@
+"""`swarm data build`, from somebody's own texts to a manifest that can be signed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peer.data import ShardReader
+from swarm.cli.main import run
+from swarm.manifest import Manifest
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Forty different texts, and one of them twice."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(f"text {number}: " + " ".join(str(number * factor) for factor in range(80)))
+    (folder / "copy.txt").write_text((folder / "07.txt").read_text())
+    return folder
+
+
+def built(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    """What a build reports."""
+    assert run(["data", "build", *arguments, "--json"]) == 0
+    answer: dict[str, object] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_from_texts_to_a_signed_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    """The manifest that follows is valid as it is, and its shards hold each text once, none of them on both sides."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    answer = built(
+        capsys, str(texts), "--tokenizer", tokenizer, "--held-out", "0.3", "--license", "CC0-1.0", "--sequence-length", "32"
+    )
+    assert (answer["documents"], answer["copies"], answer["directory"]) == (41, 1, str(tmp_path / "data"))
+    assert run(["run", "init", "--data", "data", "--hidden-size", "64", "--layers", "2", "--tokens", "1000000"]) == 0
+    assert run(["run", "validate", "run.yaml"]) == 0
+    assert run(["run", "sign", "run.yaml", "--owner-key", str(tmp_path / "owner.key")]) == 0
+    values = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    manifest = Manifest.model_validate(values)
+    assert manifest.data.license == "CC0-1.0"
+    assert manifest.model.config["vocab_size"] == answer["vocabulary_size"] == (257 if tokenizer == "bytes" else 300)
+    assert "CC0-1.0" in (tmp_path / "data" / "README.md").read_text()
+    if tokenizer == "bytes":
+        sides = [_texts_in(manifest, tmp_path / "data", side) for side in ("train", "validation")]
+        assert sum(side.count("text 7: ") for side in sides) == 1
+        assert all(side.count("text ") > 3 for side in sides)
+
+
+def _texts_in(manifest: Manifest, folder: Path, side: str) -> str:
+    reader = ShardReader.open(getattr(manifest.data, side), folder, manifest.data.sequence_length, 257)
+    tokens = [int(token) for index in range(len(reader)) for token in reader.sample(index)]
+    return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+def test_what_goes_wrong_is_named(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with something in it, no texts, too few of them, a wrong tokenizer, no dataset: each with a hint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("a single text " * 100)
+    (tmp_path / "words.json").write_text("{}")
+    cases = {
+        ("data", "build", str(texts), "--to", str(texts)): "choose another folder",
+        ("data", "build", str(tmp_path / "nowhere")): "name text files",
+        ("data", "build", str(tmp_path / "one.txt")): "split large files",
+        ("data", "build", str(texts), "--tokenizer", "bpe:5"): "bpe:8192",
+        ("data", "build", str(texts), "--tokenizer", str(tmp_path / "words.json")): "is not a tokenizer",
+        ("run", "init", "--data", str(tmp_path)): "swarm data build",
+    }
+    for command, words in cases.items():
+        assert run(list(command)) in (2, 22), command
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "swarm-data"))] == []
