@@ -217,6 +217,8 @@ class Entry:
                     return Entered(round_index + 1, proposal.next_roster, found.root, download)
             if invitations:
                 until_s = now_s + INVITATION_WAIT_S
+            elif 2 * len(inbox.ahead(newest + ROUNDS_AHEAD) & asked) > len(asked):
+                return None  # the rounds for which we keep messages are over
             await asyncio.sleep(POLL_S)
         return None
 
