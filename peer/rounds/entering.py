@@ -229,7 +229,7 @@ class Entry:
         me, quorum = self.services.identity.peer_id, quorum_of(len(members))
         for round_index in range(newest, newest + ROUNDS_AHEAD + 1):
             for proposal in inbox.proposals(round_index):
-                enough = proposal.grant or round_index > newest or len(proposal.commits) >= quorum
+                enough = proposal.grant or len(proposal.commits) >= quorum
                 invited = any(member.peer == me for member in proposal.next_roster)
                 open_still = inbox.agreement_on(round_index, proposal, me).verdict != "split"
                 if proposal.leader in leaders and enough and invited and open_still:
