@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 LINK_WAIT_S = 120.0
 WATCH_S = 60.0
 CPU = "cpu"
+
+_early: list[int] = []  # signals between two programs
 
 
 def command(
@@ -98,7 +103,7 @@ def command(
     rules = load(GovernorSettings)
     if held is not None and held.holds.first is not None:
         waiting = Waiting(held, settings.data_dir, settings.metrics, rules)
-        _give_way(asyncio.run(waiting.wait()), settings)
+        _give_way(asyncio.run(_to_the_end(waiting.wait())), settings)
         return
     devices = _devices(settings.gpu)
     if len(devices) > 1:
@@ -124,6 +129,8 @@ def _give_way(held: Held | None, settings: PeerSettings) -> None:
 
     held.save(settings.data_dir)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    for number in _early:
+        signal.pthread_kill(threading.get_ident(), number)
     os.environ[HELD_VARIABLE] = "1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program again
 
@@ -211,15 +218,24 @@ async def _serve(daemon: Daemon) -> Held | None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, daemon.wish, "finish")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    return await _to_the_end(daemon.serve())
+
+
+async def _to_the_end(work: Coroutine[Any, Any, Held | None]) -> Held | None:
+    """Its outcome, while signals do no harm afterwards: the next program's wait for it, and at the end they change nothing."""
     held = None
     try:
-        held = await daemon.serve()
+        held = await work
     finally:
-        if held is None:  # a second Ctrl-C while the interpreter ends changes nothing any more
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN if held is None else _keep_for_next)
     return held
+
+
+def _keep_for_next(number: int, frame: FrameType | None) -> None:
+    _early.append(number)
 
 
 def _run_several(devices: list[str], link: str, settings: PeerSettings) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("codec", ["fp16", "sparse"])
-async def test_a_flipped_bit_is_noticed_and_repaired_by_chunks(scenario: Any, codec: str) -> None:
+async def test_a_flipped_bit_is_noticed_and_repaired_by_chunks(scenario: Any, tmp_path: Path, codec: str) -> None:
     """One bit of p2's weights flips after round 4: its root differs once, it repairs itself, and the roots are equal again.
 
     It merges its parts once more for that: those of its reducers, or, where everybody merges everything, those of all peers.
     """
     async with scenario(3) as swarm:
+        swarm.source = shutil.copytree(swarm.source, tmp_path / "run")
         manifest = swarm.source / "run.yaml"
         values = yaml.safe_load(manifest.read_text())
         values["codec"] |= {"kind": codec}
