@@ -60,10 +60,7 @@ def read_documents(
     """
     for path in files:
         counts.files += 1
-        suffix = path.suffix.lower()
-        found = _json_lines(path, text_field) if suffix in JSON_LINES else None
-        found = _parquet_rows(path, text_field) if suffix == PARQUET else found
-        for text in _whole(path, counts) if found is None else found:
+        for text in _texts_in(path, text_field, counts):
             if not text.strip():
                 counts.empty += 1
                 continue
@@ -74,6 +71,15 @@ def read_documents(
             counts.bytes_read += size
             yield text
         on_file()
+
+
+def _texts_in(path: Path, text_field: str, counts: Counts) -> Iterator[str]:
+    suffix = path.suffix.lower()
+    if suffix in JSON_LINES:
+        return _json_lines(path, text_field)
+    if suffix == PARQUET:
+        return _parquet_rows(path, text_field)
+    return _whole(path, counts)
 
 
 def _whole(path: Path, counts: Counts) -> Iterator[str]:

@@ -520,7 +520,7 @@ class Engine:
         services.observer.phase("apply", services.clock.monotonic_s() - completed_s)
         self._retire(run, proposal)
         result = self._announce_result(run, proposal, snapshot) if snapshot is not None else None
-        root = snapshot.root if snapshot is not None else await self.majority_root(place.round_index, proposal)
+        root = snapshot.root if snapshot is not None else await self._majority_root(place.round_index, proposal)
         members = proposal.next_roster
         here = any(member.peer == run.setup.me for member in members) and not run.leaving
         self.joiners = {peer: token for peer, token in self.joiners.items() if all(peer != member.peer for member in members)}
@@ -650,7 +650,7 @@ class Engine:
             self._repair.set()
             self._wake.set()
 
-    async def majority_root(self, round_index: int, proposal: ProposalFacts) -> bytes:
+    async def _majority_root(self, round_index: int, proposal: ProposalFacts) -> bytes:
         """The root that most participants of a round hold. Raises `Behind` if they don't say so in time."""
         voters = [item.peer for item in proposal.commits if item.peer != self.services.identity.peer_id]
         deadline = self.services.clock.monotonic_s() + RESULT_WAIT_S

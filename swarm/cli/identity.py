@@ -14,7 +14,7 @@ from swarm.accounts import LONGEST_DAYS
 from swarm.accounts import certify as certify_key
 from swarm.accounts import revoke as revoke_key
 from swarm.cli.output import print_fields, print_json
-from swarm.config import PeerSettings, load
+from swarm.config import LINK_HELP, PeerSettings, find_link, load
 from swarm.errors import KeyFileError, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.messages import JoinLink
@@ -126,9 +126,7 @@ def certify(
 @app.command()
 def revoke(
     peer_id: Annotated[str, typer.Argument(help="The machine key that is lost or stolen.")],
-    link: Annotated[
-        str | None, typer.Argument(help="Join link of the run; by default SWARM_LINK or the configuration's.")
-    ] = None,
+    link: Annotated[str | None, typer.Argument(help=LINK_HELP)] = None,
     path: PathOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,8 +137,6 @@ def revoke(
       swarm identity revoke 12D3KooW... 'swarm://host:4300/...' --path account.key
     """
     import asyncio
-
-    from swarm.config import find_link
 
     account, target = Identity.load(_place(path)), find_link(link)
     try:

@@ -20,10 +20,9 @@ from uuid import uuid4
 import pytest
 
 from swarm.local import LocalSwarm
-from tests.runs import make_run
+from tests.runs import REPOSITORY, make_run
 from tests.waiting import eventually
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 IMAGES = ("peer", "coordinator")
@@ -40,7 +39,7 @@ pytestmark = [
 def podman(*arguments: str, check: bool = True, timeout_s: float = 1800.0) -> str:
     """What a podman command says."""
     command = ["podman", "--runtime", "runc", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0 or not check, f"{shlex.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout if done.returncode == 0 else ""
 

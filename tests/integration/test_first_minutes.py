@@ -94,9 +94,10 @@ async def test_from_nothing_to_credits(tmp_path: Path) -> None:
     for command in make:
         operator.run(command)
     with operator.terminal(serve) as coordinator:
-        await eventually(lambda: coordinator.shows(b"peers join with") and LINK.search(coordinator.screen.decode()), "the link")
+        await coordinator.until("peers join with")
+        link = await eventually(lambda: LINK.search(coordinator.screen.decode()), "the link")
         for machine in (operator, helper, volunteer):
-            machine.link = LINK.search(coordinator.screen.decode())[0]  # type: ignore[index]
+            machine.link = str(link[0])
         data = f"--files {operator.folder / 'data'}"
         doctor = volunteer.run("swarm doctor 'swarm://...' --cpu")
         assert "you can join" in doctor.lower()
