@@ -30,13 +30,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace with one address."""
+    """A namespace with one address; `card` is its Ethernet address."""
 
     name: str
     address: str
     device: str
     switch: str
     port: str
+    card: str
 
     @property
     def prefix(self) -> tuple[str, ...]:
@@ -82,6 +83,8 @@ def hosts(links: Sequence[Link]) -> Iterator[list[Host]]:
             _run("ip", "netns", "add", name)
             made.append(name)
             found.append(_attach(switch, name, index, link))
+        for host in found:
+            _introduce(host, found)
         yield found
     finally:
         for name in made:
@@ -108,12 +111,19 @@ def _attach(switch: str, name: str, index: int, link: Link) -> Host:
     address = f"{SUBNET}.{index + 1}"
     _run("ip", "-n", switch, "link", "add", outside, "type", "veth", "peer", "name", inside, "netns", name)
     _run("ip", "-n", switch, "link", "set", outside, "master", "br0", "up")
+    card = f"02:00:00:00:{index >> 8:02x}:{index & 255:02x}"
     _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", inside)
-    _run("ip", "-n", name, "link", "set", inside, "up")
+    _run("ip", "-n", name, "link", "set", inside, "address", card, "up")
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _shape(name, inside, link.up_bit_s)
     _shape(switch, outside, link.down_bit_s)
-    return Host(name, address, inside, switch, outside)
+    return Host(name, address, inside, switch, outside, card)
+
+
+def _introduce(host: Host, others: Sequence[Host]) -> None:
+    """Tell a host where the others are: what 32 hosts find out by asking (ARP) overflows a table that all of them share."""
+    lines = [f"neigh replace {other.address} lladdr {other.card} dev {host.device} nud permanent\n" for other in others]
+    _run("ip", "-n", host.name, "-batch", "-", typed="".join(lines))
 
 
 def _shape(namespace: str, device: str, bit_s: int) -> None:
@@ -127,8 +137,8 @@ def _rate(bit_s: int) -> tuple[str, ...]:
     return ("rate", f"{bit_s}bit", "burst", str(burst), "limit", str(limit))
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, check=False, text=True)
+def _run(*command: str, typed: str | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, check=False, text=True, input=typed)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout

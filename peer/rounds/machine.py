@@ -11,7 +11,7 @@ minority that goes on by the coordinator's grant: what the absent completed, unh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +65,7 @@ from peer.rounds.values import (
 
 PROBE_EVERY_S = 0.5
 LOST_PROBE_EVERY_S = 2.0
+LEADER_PROBES, OTHER_PROBES = 12, 4  # at a time: all of a large roster asking all would take longer than the round
 GRANT_EVERY_S = 1.0
 HELP_EVERY_S = 1.0
 EXTENSIONS = 4
@@ -519,20 +520,34 @@ def _look_around(state: RoundState, now_s: float) -> Outcome:
     if now_s < state.probed_s + PROBE_EVERY_S or not _is_waiting(state):
         return state, []
     awaited = _awaited(state) - state.lost
-    if now_s >= state.lost_probed_s + LOST_PROBE_EVERY_S:
-        awaited |= state.lost
-        state = replace(state, lost_probed_s=now_s)
     asked_s = {peer: since for peer, since in state.asked_s.items() if peer in awaited | state.lost}
-    state, probes = _ask_for_life(replace(state, probed_s=now_s, asked_s=asked_s), awaited - {state.setup.me}, now_s, again=True)
+    chosen = _least_heard(state, awaited)
+    if now_s >= state.lost_probed_s + LOST_PROBE_EVERY_S:
+        chosen |= _least_heard(state, state.lost)
+        state = replace(state, lost_probed_s=now_s)
+    state, probes = _ask_for_life(replace(state, probed_s=now_s, asked_s=asked_s), chosen, now_s, again=True)
     state, retries = _try_again(state)
     state, shown = _show_proposal(state)
     state, help_wanted = _ask_for_help(state, now_s)
     return state, probes + retries + shown + help_wanted
 
 
-def _ask_for_life(state: RoundState, peers: set[str] | frozenset[str], now_s: float, again: bool = False) -> Outcome:
+def _least_heard(state: RoundState, peers: Set[str]) -> set[str]:
+    """Of these, the leader and the few that we have neither heard nor asked for longest; whoever leads asks more at a time."""
+
+    def heard_s(peer: str) -> float:
+        return max(state.seen_s.get(peer, NEVER_S), state.tried_s.get(peer, NEVER_S))
+
+    first = peers & {state.leader}
+    others = sorted(peers - first - {state.setup.me}, key=lambda peer: (heard_s(peer), peer))
+    return {*first - {state.setup.me}, *others[: LEADER_PROBES if state.leads else OTHER_PROBES]}
+
+
+def _ask_for_life(state: RoundState, peers: Set[str], now_s: float, again: bool = False) -> Outcome:
     asked = sorted(peer for peer in peers if again or peer not in state.asked_s)
-    return replace(state, asked_s={**dict.fromkeys(asked, now_s), **state.asked_s}), [Probe(peer) for peer in asked]
+    since = dict.fromkeys(asked, now_s)
+    state = replace(state, asked_s={**since, **state.asked_s}, tried_s={**state.tried_s, **since})
+    return state, [Probe(peer) for peer in asked]
 
 
 def _is_waiting(state: RoundState) -> bool:

@@ -98,8 +98,9 @@ class RoundState:
 
     `lost` peers are gone or silent as far as we can tell, and come back with any sign of life; `dropped` ones answer, but the
     round goes on without them; `bad` ones have committed to parts that nobody can decode; `two_faced` ones have proposed two
-    things at one ballot. The accepted proposal stands at ballot `standing`: its own, or the one whose leader found it complete;
-    it has been `shown` to those who seemed to work on another one.
+    things at one ballot. Those in `asked_s` haven't answered since; `tried_s` is when anybody was asked last. The accepted
+    proposal stands at ballot `standing`: its own, or the one whose leader found it complete; it has been `shown` to those who
+    seemed to work on another one.
     """
 
     setup: RoundSetup
@@ -113,6 +114,7 @@ class RoundState:
     dropped: frozenset[str] = frozenset()
     seen_s: Mapping[str, float] = field(default_factory=_nothing)
     asked_s: Mapping[str, float] = field(default_factory=_nothing)
+    tried_s: Mapping[str, float] = field(default_factory=_nothing)
     probed_s: float = NEVER_S
     lost_probed_s: float = NEVER_S
     term: int = 0

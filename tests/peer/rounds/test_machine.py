@@ -1036,6 +1036,29 @@ def test_a_lost_reducer_is_reported_by_whoever_notices() -> None:
     assert not any(isinstance(action, Complain) for action in actions)
 
 
+def asked_in_turn(state: RoundState, wanted: set[str], most: int) -> list[set[str]]:
+    """Whom the probes are for, tick by tick, until everybody who is wanted has been asked."""
+    asked: list[set[str]] = []
+    while not asked or set().union(*asked) < wanted:
+        assert len(asked) < most
+        state, actions = machine.step(state, Tick(), 2.0 + 0.5 * len(asked))
+        asked.append({action.peer for action in actions if isinstance(action, Probe)})
+    return asked
+
+
+def test_a_large_roster_is_asked_a_few_at_a_time() -> None:
+    """Whoever waits asks those first whom it has neither heard nor asked for longest, and a follower its leader always."""
+    peers = names(32)
+    me = leader(32)
+    state, _ = machine.step(machine.begin(setup_of(me, peers), 1.0), Trained(commit_of(me)), 1.5)
+    asked = asked_in_turn(state, set(peers) - {me}, 3)
+    assert max(map(len, asked)) == 12
+
+    state, proposal = exchanging(peers)
+    asked = asked_in_turn(state, {item.peer for item in proposal.reducers} - {state.setup.me}, 2)
+    assert all(leader(32) in group and len(group) <= 5 for group in asked)
+
+
 def test_a_replaced_leader_learns_of_it() -> None:
     """Whoever asks with a ballot that is too low is told the higher one, and follows its leader."""
     peers = names(3)
