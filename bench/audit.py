@@ -2,7 +2,8 @@
 
 Work and leaves are real, from the peers' own trainer; who is audited by whom is drawn by the ledger's own rules. Honest work is
 computed twice under different numbers of threads and micro-batches, and judged as an auditor does. A cheat counts as found out
-when two auditors have said so. Costs are those of a peer whose keys are no longer new, at the manifest's default rate.
+when two auditors have said so. Where nobody can compute again, audits go by the loss (`bench.weighed`). Costs are those of a
+peer whose keys are no longer new, at the manifest's default rate.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench import report
 from bench.report import Report
 from bench.simulate import Feedback
 from bench.single import open_shards
+from bench.weighed import by_loss
 from peer.codec import make_codec
 from peer.judging import judge_leaves, judge_update, promised, tolerance, what_to_look_at
 from peer.leaves import Leaf, pack
@@ -354,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "codecs": parts.codecs,
             "cheats": parts.cheats,
             "costs": parts.costs,
+            "by_loss": lambda out: by_loss(out, folder / "by-loss"),
             "honest": parts.honest,
         }
         return report.run("audit", __doc__, sections, argv)

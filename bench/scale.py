@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,16 @@ async def _measure(folder: Path, codec: str, size: int, rounds: int) -> dict[str
         "seconds": statistics.median(walls) - trained_s,
         "processor_s_per_peer": processor / rounds / size,
         "processor_s": processor / rounds,
-        "differing_roots": sum(len({note["root"] for note in notes}) > 1 for notes in taken),
+        "differing_roots": _differing_roots(itertools.chain.from_iterable(taken)),
     }
+
+
+def _differing_roots(notes: Iterable[Note]) -> int:
+    """Rounds after which not all that played them had one root; who was left out of one is a note behind the others."""
+    roots: dict[int, set[str]] = {}
+    for note in notes:
+        roots.setdefault(note["round"], set()).add(note["root"])
+    return sum(len(found) > 1 for found in roots.values())
 
 
 def _manifest(files: Path, codec: str, size: int, rounds: int) -> Manifest:

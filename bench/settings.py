@@ -8,7 +8,7 @@ from typing import Any
 
 from peer.recipes import DEMO_DATA_BYTES, demo_manifest
 from swarm import auto
-from swarm.manifest import Manifest
+from swarm.manifest import UNAUDITED, Manifest
 
 PEERS, BATCH_SAMPLES, SEQUENCE_LENGTH = 4, 8, 128
 DATA_BYTES = DEMO_DATA_BYTES
@@ -108,6 +108,7 @@ def draft(base: Manifest, steps: int) -> auto.Draft:
 
 def _fix(values: dict[str, Any], setting: Setting, plan: auto.Plan) -> None:
     values["codec"]["kind"] = setting.codec
+    values["audit"] |= UNAUDITED
     strategy = values["strategy"]
     strategy["outer"]["momentum"] = setting.momentum
     if not setting.untuned:

@@ -6,6 +6,7 @@ Computing again gives the same only nearly: other processors add in another orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,8 +24,14 @@ LOSS_TOLERANCE = 0.05
 LEAST_COSINE = {"fp16": 0.99, "int8": 0.98, "int4": 0.85, "int2": 0.4, "sparse": 0.05}
 MOST_NORMS = {"sparse": 4.0}
 DEFAULT_MOST_NORMS = 2.0
+PLAIN_DEVIATIONS, SURE_DEVIATIONS = 8.0, 3.0
+LEAST_SHARE, LACKING_SHARE = 0.25, 0.5
+FEWEST_SAMPLES = 16
+MOST_FIGURE = 1e6
+TINY = 1e-12
 
 Sketch = NDArray[np.float32]
+Losses = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -101,3 +108,57 @@ def judge_update(kind: str, expected: Sketch, sent: Sketch) -> Judgement:
     fits = cosine >= least and its <= MOST_NORMS.get(kind, DEFAULT_MOST_NORMS) * ours
     sketches = (expected.astype("<f4").tobytes(), sent.astype("<f4").tobytes()) if not fits else (b"", b"")
     return Judgement(PASSED if fits else FAILED, "" if fits else "update", 0, 1 - cosine, 1 - least, *sketches)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much the loss fell under a peer's update: on samples that it had to train on, and on others; nats per token.
+
+    `error` is the standard error of the difference, over `samples` of either kind.
+    """
+
+    own: float
+    others: float
+    error: float
+    samples: int
+
+    @classmethod
+    def of(cls, own: Losses, others: Losses) -> Gain:
+        """From how the loss fell on each sample, [samples] of either kind."""
+        error = math.sqrt(float(own.var()) / len(own) + float(others.var()) / len(others))
+        return cls(float(own.mean()), float(others.mean()), error, len(own))
+
+    @property
+    def difference(self) -> float:
+        """What training on the samples themselves has brought."""
+        return self.own - self.others
+
+    @property
+    def deviations(self) -> float:
+        """The difference in its own standard errors."""
+        return self.difference / max(self.error, TINY)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether honest work shows so clearly that the lack of it would, too."""
+        return math.isfinite(self.deviations) and self.deviations >= PLAIN_DEVIATIONS
+
+    def packed(self) -> bytes:
+        """As it goes into a verdict: four little-endian float32."""
+        return np.array([self.own, self.others, self.error, self.samples], dtype="<f4").tobytes()
+
+
+def judge_gain(ours: Gain, its: Gain) -> Judgement:
+    """Whether an update does to the samples of its author what ours, as the measure of honest work, does to our own.
+
+    Work on samples lowers the loss on these more than on others; what was copied, made up or trained on other samples doesn't
+    (after Gauntlet: Lidin et al., 2505.21684). Nothing is said where our own work shows it too little, or its samples are few.
+    """
+    if not ours.is_plain or its.samples < FEWEST_SAMPLES or not math.isfinite(its.deviations):
+        return UNABLE_TO_LOOK
+    share = its.difference / ours.difference
+    if share < LEAST_SHARE and its.difference + SURE_DEVIATIONS * its.error >= LACKING_SHARE * ours.difference:
+        return UNABLE_TO_LOOK
+    fits = share >= LEAST_SHARE
+    reason, figure = "" if fits else "no_gain", min(1 - share, MOST_FIGURE)
+    return Judgement(PASSED if fits else FAILED, reason, 0, max(0.0, figure), 1 - LEAST_SHARE, its.packed(), ours.packed())

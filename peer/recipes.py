@@ -17,7 +17,7 @@ from peer.corpus import (
 )
 from peer.model import count_parameters, flops_per_token
 from swarm.auto import AUTO, Draft, plan
-from swarm.manifest import Manifest, Shard
+from swarm.manifest import UNAUDITED, Manifest, Shard
 
 DEMO_DATA_BYTES = 8_000_000
 HELD_OUT_FRACTION = 0.05
@@ -93,13 +93,14 @@ def demo_manifest(
 
 
 def tiny_manifest(directory: Path, peers: int, **rounds: Any) -> Manifest:
-    """A run whose rounds take a fraction of a second, for tests and fault benchmarks; it goes on until it is stopped."""
+    """A run whose rounds take a fraction of a second, for tests and benchmarks: it goes on until it is stopped; nobody audits."""
     manifest = demo_manifest(
         directory, peers=peers, inner_steps=4, hidden_size=32, layers=2, sequence_length=32, data_bytes=400_000, name="tiny"
     )
     values = {**manifest.rounds.model_dump(), "total": 0, "min_peers": peers, **rounds}
     codec = {**manifest.codec.model_dump(), "part_values": 4096}
-    return Manifest.model_validate({**manifest.model_dump(mode="json"), "rounds": values, "codec": codec})
+    changes = {"rounds": values, "codec": codec, "audit": UNAUDITED}
+    return Manifest.model_validate({**manifest.model_dump(mode="json"), **changes})
 
 
 def _strategy(kind: str, peers: int, rounds: int, inner_steps: int, batch_samples: int, sequence_length: int) -> dict[str, Any]:

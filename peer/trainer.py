@@ -322,6 +322,29 @@ class Trainer:
             update = self._early_round(strategy, run, early, tokens_so_far)
         return self._report(run, update, time.monotonic() - started - early.waited_s)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens that a sample is trained on."""
+        return self._reader.sequence_length
+
+    def samples_of(self, round_number: int, peer_id: str, count: int) -> Indices:
+        """The first `count` samples of a peer's assignment in a round, [count]."""
+        return sample_indices(self._manifest.order_key, round_number, peer_id, 0, count, len(self._reader))
+
+    def losses(self, theta: Vector, samples: Indices, should_stop: ShouldStop = never_stop) -> NDArray[np.float64] | None:
+        """The loss of each of these training samples at `theta`, [parameters], in nats per token, [samples]; None when stopped.
+
+        The network is left as it was, as a round that was begun early goes on from where it is. Raises what `train_round` raises.
+        """
+        before = self.parameters.read(self._network)
+        self._prepare(theta)
+        self._network.eval()
+        try:
+            return self._retried(lambda plan: self._losses_of(samples, plan, should_stop))
+        finally:
+            self._network.train()
+            self.parameters.write(self._network, before)
+
     def evaluate(self, theta: Vector, max_samples: int | None = None) -> float:
         """The mean loss in nats per token of the first `max_samples` validation samples (all by default)."""
         if self._validation is None or not len(self._validation):
@@ -562,6 +585,15 @@ class Trainer:
         losses = [(float(loss), samples) for loss, samples in run.losses]
         sync = isinstance(self._manifest.strategy, manifest.Sync)
         return run.tracer.leaves(losses, mean_over=run.quota_samples if sync else 0)
+
+    def _losses_of(self, samples: Indices, plan: Plan, should_stop: ShouldStop) -> NDArray[np.float64] | None:
+        found = [np.empty(0)]
+        with torch.no_grad():
+            for batch in feed(self._reader, grouped(samples, plan.samples), self._device):
+                if should_stop() is not None:
+                    return None
+                found.append(self._losses(batch).double().mean(dim=1).cpu().numpy())
+        return np.concatenate(found)
 
     def _evaluate(self, count: int, plan: Plan) -> float:
         total = 0.0

@@ -20,7 +20,7 @@ from swarm.credits import CreditState, apply_entry
 from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
-from swarm.manifest import Manifest
+from swarm.manifest import Audit, Manifest
 from swarm.messages import JoinLink
 from swarm.rpc.client import CoordinatorClient
 from swarm.scenario import Scenario, last_round, write_run
@@ -31,6 +31,7 @@ STALL_S, NEVER = 300.0, 1 << 60
 SYBIL, KEYS_EACH = "sybil", 4
 LYING_DONOR, LATE_ROUND = "lying_donor", 3
 VALIDATION_SAMPLES = 512
+LONGER_STEPS, FAST_LR = 12, 1.6e-2  # so that in this small model, too, work shows in the loss
 
 Told = Callable[[str], None]
 
@@ -39,7 +40,8 @@ Told = Callable[[str], None]
 class Trial:
     """One swarm: `attackers` of the `peers` attack from the first round on, in the way of `kind` (empty = nobody does).
 
-    `check_traffic` is the share of a round's traffic that honest peers spend on checking others' merges.
+    `check_traffic` is the share of a round's traffic that honest peers spend on checking others' merges. With an `inner_state`
+    that is `kept` nobody can compute a round again: then all contributions are audited, by the loss.
     """
 
     kind: str = ""
@@ -48,6 +50,7 @@ class Trial:
     rounds: int = 40
     merge: str = "centered_clip"
     check_traffic: float = 0.02
+    inner_state: str = "fresh"
 
     @property
     def clean(self) -> Trial:
@@ -149,7 +152,13 @@ def _manifest(trial: Trial, files: Path) -> Manifest:
     made = tiny_manifest(files, trial.peers, total=trial.rounds)
     values = made.model_dump(mode="json")
     values["merge"] = {"kind": trial.merge}
-    values["strategy"]["inner_state"] = "fresh"
+    values["strategy"]["inner_state"] = trial.inner_state
+    values["audit"] = Audit().model_dump(mode="json")
+    if trial.inner_state == "kept":
+        inner = {"kind": "muon", "lr": FAST_LR, "adamw": {"lr": FAST_LR / 2}}
+        values["strategy"] |= {"inner_steps": LONGER_STEPS, "inner": inner}
+        values["strategy"]["schedule"]["total_tokens"] *= LONGER_STEPS // made.most_inner_steps
+        values["audit"]["first"] = trial.rounds
     return Manifest.model_validate(values)
 
 

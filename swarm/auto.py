@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from swarm.errors import ManifestInvalid
 from swarm.manifest import (
     MAX_MANIFEST_BYTES,
+    UNAUDITED,
     AdamW,
     Codec,
     DiLoCo,
@@ -43,6 +44,7 @@ QUIET_SHARE = 0.05  # below this share waiting costs less than a late result
 FEW_ROUNDS = 24  # with fewer, late results were worse by 4 % of the loss: more than the wait is worth
 FRESH_FROM_STEPS = 10  # rounds of 12 steps that each begin with a fresh inner state cost 2 % of the loss
 FRESH = "fresh in every round, so that others can compute a contribution again; it costs about 2 % of the loss"
+BY_LOSS = "audits go by what a contribution does to the loss"
 LONG_RUN_STEPS = 20_000  # from here on `sparse` had enough rounds to pay in the literature
 LEAST_ROUNDS = 8
 MOST_PEERS = 64
@@ -50,10 +52,10 @@ MOST_PEERS_ALL_GATHER = 32
 PART_SIZES = tuple(1 << bits for bits in (17, 18, 19, 20))
 FEWEST_PARTS, FEWEST_PARTS_ALL_GATHER = 4 * MOST_PEERS, 64
 
-REFERENCE_PARAMETERS = 870_000
-REFERENCE_LR = 1.6e-2
-MOST_LR = 1.8e-2
-LR_EXPONENT = 1 / 3
+REFERENCE_PARAMETERS, REFERENCE_STEPS = 870_000, 300
+REFERENCE_LR, MOST_LR = 1.6e-2, 2e-2
+SIZE_EXPONENT = 1 / 3
+STEPS_EXPONENT, LEAST_FOR_STEPS = 1 / 4, 1 / 3  # measured from 160 to 1,200 steps; longer runs aren't guessed too far
 FINAL_FRACTION = 0.0
 WARM_UP_FROM_STEPS, WARM_UP_SHARE = 1000, 0.02
 EARLY_SHARE, EARLY_FACTOR = 0.07, 0.45  # the first steps, while weights change fast, have rounds of about half the length
@@ -144,10 +146,11 @@ class Plan:
         codec = {**dict(values.get("codec") or {}), "kind": kind}
         if codec.get("part_values") in (None, Codec().part_values):
             codec["part_values"] = part_values(kind, self.draft.parameters)
+        audit = {**dict(values.get("audit") or {}), **(UNAUDITED if self.rounds < FEW_ROUNDS else {})}
         part = {name: value for name, value in codec.items() if name != "kind"}
         strategy = self.strategy.model_dump(mode="json")
         strategy["phases"] = [{**phase, "codec": {**phase["codec"], **part}} for phase in strategy["phases"]]
-        return {**values, "strategy": strategy, "codec": codec, "rounds": limits}
+        return {**values, "strategy": strategy, "codec": codec, "rounds": limits, "audit": audit}
 
 
 def plan(draft: Draft) -> Plan:
@@ -373,8 +376,9 @@ def _schedule(draft: Draft) -> Schedule:
 
 
 def _inner(draft: Draft) -> tuple[Muon, str]:
-    """Muon; the learning rate falls with the cube root of the size, a rule of thumb beyond what was measured."""
-    scale = (REFERENCE_PARAMETERS / draft.parameters) ** LR_EXPONENT
+    """Muon; the learning rate falls with the length of the run, and with the cube root of the size, which is a rule of thumb."""
+    scale = (REFERENCE_PARAMETERS / draft.parameters) ** SIZE_EXPONENT
+    scale *= max(LEAST_FOR_STEPS, (REFERENCE_STEPS / draft.steps) ** STEPS_EXPONENT)
     lr = min(MOST_LR, float(f"{REFERENCE_LR * scale:.2g}"))
     inner = Muon(lr=lr, adamw=AdamW(lr=float(f"{lr / 2:.2g}")))
     return (
@@ -402,13 +406,13 @@ def _why_overlap(share: float, rounds: int) -> str:
 
 
 def _why_kept(overlap: str, rounds: int, inner_steps: int) -> str:
-    """Why the inner optimizer's state is kept between rounds, so that nobody can audit them; empty where it isn't."""
-    if overlap != "off":
-        return "kept; a round that begins before its base is agreed can't be computed again anyway"
+    """Why the inner optimizer's state is kept between rounds, so that nobody can compute them again; empty where it isn't."""
     if rounds < FEW_ROUNDS:
-        return f"kept; with {rounds} rounds there is little to audit"
+        return f"kept, and nobody audits: with {rounds} rounds there is little to audit"
+    if overlap != "off":
+        return f"kept; a round that begins before its base is agreed can't be computed again anyway: {BY_LOSS}"
     if inner_steps < FRESH_FROM_STEPS:
-        return f"kept; rounds of {inner_steps} steps are too short to begin it anew"
+        return f"kept; rounds of {inner_steps} steps are too short to begin it anew: {BY_LOSS}"
     return ""
 
 

@@ -253,8 +253,11 @@ class Credit(Frozen):
     hold_rounds: int = Field(3, ge=0, le=100_000, description="verified credit becomes final after this many further rounds")
 
 
+UNAUDITED: dict[str, Any] = {"rate": 0.0, "first": 0}
+
+
 class Audit(Frozen):
-    """How others check contributions, where a round can be computed again: `sync`, or `diloco` with a fresh state."""
+    """How others check contributions: by computing them again where that can be done, else by what they do to the loss."""
 
     rate: Fraction = Field(0.05, description="share of the contributions that is audited")
     first: int = Field(10, ge=0, le=1_000_000, description="so many of a new key's contributions are all audited")
@@ -298,8 +301,8 @@ class Manifest(Frozen):
         return max(strategy.inner_steps, *(phase.inner_steps for phase in strategy.phases), 1)
 
     @property
-    def why_not_audited(self) -> str:
-        """Why contributions aren't audited; empty where they are, as what they start from is agreed and nothing is drawn."""
+    def why_not_replayed(self) -> str:
+        """Why others can't compute a round again; empty where they can, as what it starts from is agreed and nothing is drawn."""
         strategy, config = self.strategy, self.model.config
         dropout = [value for key, value in config.items() if "drop" in key]
         problems = {
@@ -308,14 +311,34 @@ class Manifest(Frozen):
             "strategy.overlap lets rounds begin before their base is agreed": isinstance(strategy, DiLoCo)
             and strategy.overlap != "off",
             "the architecture may have dropout": any(dropout) or not (dropout or config["model_type"] in WITHOUT_DROPOUT),
-            "audit.rate and audit.first are 0": not (self.audit.rate or self.audit.first),
         }
         return next((problem for problem, holds in problems.items() if holds), "")
 
     @property
+    def audited_by(self) -> Literal["replay", "loss", ""]:
+        """How others check contributions: by computing them again, by what they do to the loss, or not at all."""
+        if not (self.audit.rate or self.audit.first):
+            return ""
+        if not self.why_not_replayed:
+            return "replay"
+        return "loss" if isinstance(self.strategy, DiLoCo) else ""
+
+    @property
+    def why_not_audited(self) -> str:
+        """Why contributions aren't audited; empty where they are."""
+        if self.audited_by:
+            return ""
+        return self.why_not_replayed if self.audit.rate or self.audit.first else "audit.rate and audit.first are 0"
+
+    @property
     def is_audited(self) -> bool:
-        """Whether others compute contributions again."""
-        return not self.why_not_audited
+        """Whether others check contributions."""
+        return bool(self.audited_by)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether others compute contributions again, for which peers show their work in leaves."""
+        return self.audited_by == "replay"
 
     @property
     def hold_rounds(self) -> int:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
-from peer.codec import Codec, Codecs
+from peer.codec import Codec, Codecs, Vector, decode
 from peer.evidence import Verdict
 from peer.judging import (
     NOT_SHOWN,
     UNABLE_TO_LOOK,
     Judgement,
     adds_up,
+    judge_gain,
     judge_leaves,
     judge_update,
     promised,
@@ -31,6 +32,7 @@ from peer.outer import OuterState
 from peer.rounds.run import RoundRun, Services
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitFacts
+from peer.rounds.weighing import Scales
 from peer.sketch import Sketcher
 from swarm.audits import CONVICTED, FAILED, PASSED
 from swarm.errors import NotAdmitted, OutOfMemory, Rejected, SwarmError
@@ -62,7 +64,10 @@ class Kept:
 
 @dataclass
 class AuditDesk:
-    """Asks which audits are due, and does them. `suspended` are the keys that the coordinator has suspended."""
+    """Asks which audits are due, and does them.
+
+    `suspended` are the keys that the coordinator has suspended. In rounds that are `unplain` our own work shows too little.
+    """
 
     services: Services
     training: TrainingThread
@@ -74,6 +79,7 @@ class AuditDesk:
     _asked_s: dict[tuple[int, str], float] = field(default_factory=dict)
     _convictions: dict[str, Verdict] = field(default_factory=dict)
     _settled: dict[tuple[int, str], Judgement | None] = field(default_factory=dict)
+    _unplain: set[int] = field(default_factory=set)
 
     def keep(self, run: RoundRun, state: OuterState | None, wall_s: float) -> None:
         """Remember what a finished round started from, for as long as there is room."""
@@ -169,7 +175,9 @@ class AuditDesk:
             newest = self._kept[-1].round_index if self._kept else -1
             return UNABLE_TO_LOOK if duty.round <= newest else None
         try:
-            return await self._looked_at(kept, commit, duty.seed)
+            if self.services.manifest.is_replayed:
+                return await self._looked_at(kept, commit, duty.seed)
+            return await self._weighed(kept, commit, duty.seed)
         except (OutOfMemory, RuntimeError) as error:  # a device that fails is the trainer's to report
             log.warning("not_audited", round=duty.round, peer=duty.peer_id, error=str(error))
             return UNABLE_TO_LOOK
@@ -222,6 +230,29 @@ class AuditDesk:
             return judge_update(codec.kind, expected[rows], sketch[rows])
 
         return await asyncio.get_running_loop().run_in_executor(self.services.pool, judged)
+
+    async def _weighed(self, kept: Kept, commit: CommitFacts, seed: bytes) -> Judgement | None:
+        """Hold what its update does to the loss on its samples and on others against what ours does."""
+        mine = kept.commits.get(self.services.identity.peer_id)
+        if mine is None or not mine.weight or kept.round_index in self._unplain:
+            return UNABLE_TO_LOOK
+        scales = Scales(self.training, kept.round_index, kept.state.theta, seed)
+        ours = await scales.gain(mine, await self._update(kept, mine))
+        if ours is None:
+            return None
+        if not ours.is_plain:
+            self._unplain = {*self._unplain, kept.round_index} & {item.round_index for item in self._kept}
+            return UNABLE_TO_LOOK
+        its = await scales.gain(commit, await self._update(kept, commit))
+        return None if its is None else judge_gain(ours, its)
+
+    async def _update(self, kept: Kept, commit: CommitFacts) -> Vector:
+        """What a peer has sent in a round, as all decode it, [parameters]. Raises what fetching raises."""
+        codec = Codecs(self.services.manifest).at(kept.round_index)
+        sizes = {name: codec.part_size_limit(part) for part, name in enumerate(commit.part_hashes)}
+        contents = await self._contents(commit, sizes)
+        parts = [contents[name] for name in commit.part_hashes]
+        return await asyncio.get_running_loop().run_in_executor(self.services.pool, decode, codec, parts)
 
     async def _contents(self, commit: CommitFacts, sizes: dict[bytes, int]) -> dict[bytes, bytes]:
         """Blobs of a commit, from our own store or from its author. Raises what fetching raises."""

@@ -466,9 +466,9 @@ class Engine:
         await run.contribute(contribution if attack is None else attack.contribution(contribution))
 
     def _sketcher(self, run: RoundRun) -> Sketcher | None:
-        """What shows others our work, where the run is audited."""
+        """What shows others our work, where they compute it again."""
         setup, size = run.setup, self.services.manifest.model.parameters
-        if not self.services.manifest.is_audited:
+        if not self.services.manifest.is_replayed:
             return None
         return Sketcher.of_round(setup.run_id, setup.round_index, setup.base_root, size)
 
@@ -553,7 +553,7 @@ class Engine:
         manifest, following = self.services.manifest, run.round_index + 1
         quota = next((member.quota for member in proposal.next_roster if member.peer == run.setup.me), 0)
         ends = run.leaving or self.wish != "train" or 0 < manifest.rounds.total < following
-        if ends or not quota or manifest.is_audited or self.services.attack is not None or self.training.is_ahead(following):
+        if ends or not quota or manifest.is_replayed or self.services.attack is not None or self.training.is_ahead(following):
             return
         self.training.begin(state.theta, following, run.setup.me, quota, state.tokens)
 

@@ -325,12 +325,16 @@ class RoundRun:
     # --- messages -------------------------------------------------------------------------------------------------------
 
     def _keep_evidence(self, contribution: Contribution, hashes: tuple[bytes, ...]) -> bytes:
-        """Keep what auditors will ask for, for as long as they may; the hash of the leaves, empty where nobody audits."""
+        """Keep what auditors will ask for, for as long as they may; the hash of the leaves, empty where nobody computes again."""
         manifest, store = self.services.manifest, self.services.transfer.store
         if not manifest.is_audited:
             return b""
+        until = self.round_index + manifest.audit.within_rounds
+        store.keep_until(hashes, until)
+        if not manifest.is_replayed:
+            return b""
         name = store.put(pack(contribution.leaves, contribution.precision), self.round_index)
-        store.keep_until((name, *hashes), self.round_index + manifest.audit.within_rounds)
+        store.keep_until((name,), until)
         return name
 
     def _sign_commit(self, contribution: Contribution, hashes: tuple[bytes, ...], evidence: bytes) -> AnnouncedCommit:

@@ -84,7 +84,7 @@ class Checker:
             ("wrong_parts", len(hashes) == commit.part_count == (codec.part_count if commit.weight else 0)),
             ("wrong_parts", not commit.weight or root_of(hashes) == commit.parts_root),
             ("wrong_base", len(commit.base_root) == HASH_BYTES),
-            ("no_evidence", len(commit.evidence_root) == (HASH_BYTES if commit.weight and self.manifest.is_audited else 0)),
+            ("no_evidence", len(commit.evidence_root) == (HASH_BYTES if commit.weight and self.manifest.is_replayed else 0)),
         )
         _require(problems, signed.signer)
         facts = CommitFacts(

@@ -25,6 +25,7 @@ def command(
     rounds: Annotated[int, typer.Option("--rounds", min=3, max=100_000, help="How many rounds are trained.")] = 40,
     merge: Annotated[str, typer.Option("--merge", help="The merge rule: centered_clip or mean.")] = "centered_clip",
     check_traffic: Annotated[float, typer.Option("--check-traffic", min=0, help="Share of traffic for checking merges.")] = 0.02,
+    inner_state: Annotated[str, typer.Option("--inner-state", help="fresh: audits compute again; kept: by the loss.")] = "fresh",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Train a small model with real peers, some of which attack, and once more without them, and compare.
@@ -50,7 +51,9 @@ def command(
         raise UsageError(f"no such merge rule: {merge}", "centered_clip or mean")
     if attackers >= peers:
         raise UsageError("somebody has to be honest", "fewer attackers than peers")
-    trial = Trial(kind, attackers, peers, rounds, merge, check_traffic)
+    if inner_state not in ("fresh", "kept"):
+        raise UsageError(f"no such inner state: {inner_state}", "fresh or kept")
+    trial = Trial(kind, attackers, peers, rounds, merge, check_traffic, inner_state)
     with tempfile.TemporaryDirectory(prefix="swarm-attack-", ignore_cleanup_errors=True) as folder:
         clean, attacked = asyncio.run(_both(trial, Path(folder)))
     fields = {

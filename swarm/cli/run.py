@@ -223,7 +223,7 @@ def show(
     if as_json:
         phases = [asdict(cost) for cost in costs]
         values = manifest.model_dump(mode="json")
-        audited = {"audited": manifest.is_audited, "why_not_audited": manifest.why_not_audited}
+        audited = {"audited": manifest.is_audited, "by": manifest.audited_by, "why_not_audited": manifest.why_not_audited}
         print_json({"run_id": manifest.run_id, "manifest": values, "phases": phases, **audited})
         return
     typer.echo(f"# run id {manifest.run_id}")
@@ -239,8 +239,9 @@ def show(
 def _audit_line(manifest: Manifest) -> str:
     if not manifest.is_audited:
         return f"contributions are not audited: {manifest.why_not_audited}"
+    how = "by computing them again" if manifest.is_replayed else "by what they do to the loss"
     return (
-        f"{manifest.audit.rate:.0%} of the contributions are audited, and a new key's first {manifest.audit.first}; "
+        f"{manifest.audit.rate:.0%} of the contributions are audited {how}, and a new key's first {manifest.audit.first}; "
         f"credit is final after {manifest.hold_rounds} rounds"
     )
 

@@ -10,7 +10,7 @@ import pytest
 from peer.recipes import tiny_manifest
 from swarm.identity import Identity
 from swarm.local import LocalPeer, LocalSwarm
-from swarm.manifest import Manifest
+from swarm.manifest import Audit, Manifest
 from swarm.messages import JoinLink
 from swarm.rpc.client import CoordinatorClient
 from swarm.scenario import write_run
@@ -31,6 +31,7 @@ async def test_who_passes_what_it_never_looked_at_is_suspended(tmp_path: Path) -
     files.mkdir()
     values = tiny_manifest(files, PEERS).model_dump(mode="json")
     values["strategy"]["inner_state"] = "fresh"
+    values["audit"] = Audit().model_dump(mode="json")
     path, key = write_run(tmp_path, Manifest.model_validate(values))
     async with LocalSwarm(tmp_path / "swarm") as swarm:
         await swarm.start_coordinator(path, key)

@@ -111,13 +111,16 @@ def test_training_with_leaves_gives_the_same_update(small_run: Runs) -> None:
         assert np.allclose(plain.update, made.update, rtol=1e-2, atol=1e-4)
 
 
-def test_runs_that_cant_be_computed_again_arent_audited(small_run: Runs) -> None:
-    """An inner state that is kept, overlap, dropout by default, and an owner who wants none."""
-    assert not small_run("diloco").manifest.is_audited
-    assert not small_run("diloco", inner_state="fresh", overlap="on").manifest.is_audited
+def test_how_runs_are_audited(small_run: Runs) -> None:
+    """By computing again; by the loss where a state is kept or rounds overlap; not at all where the owner wants none."""
+    assert small_run("diloco", inner_state="fresh").manifest.audited_by == "replay"
+    assert small_run("diloco").manifest.audited_by == "loss"
+    assert small_run("diloco", inner_state="fresh", overlap="on").manifest.audited_by == "loss"
     assert not small_run("sync", "gpt2").manifest.is_audited
     manifest = small_run("sync").manifest
-    assert not manifest.model_copy(update={"audit": manifest.audit.model_copy(update={"rate": 0.0, "first": 0})}).is_audited
+    unwanted = manifest.model_copy(update={"audit": manifest.audit.model_copy(update={"rate": 0.0, "first": 0})})
+    assert not unwanted.is_audited
+    assert "are 0" in unwanted.why_not_audited
 
 
 @given(st.integers(1, 5000), st.integers(1, 40))

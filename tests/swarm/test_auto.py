@@ -194,17 +194,27 @@ def test_other_problems_of_an_automatic_manifest_are_told_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "inner_state", "audited"),
+    ("changes", "inner_state", "audited_by"),
     [
-        ({"upload_mbit": 1000.0, "download_mbit": 1000.0, "step_s": 4.0}, "fresh", True),
-        ({}, "kept", False),
-        ({"upload_mbit": 1000.0, "download_mbit": 1000.0, "tokens": 1_000_000}, "kept", False),
-        ({"upload_mbit": 1e4, "download_mbit": 1e4, "step_s": 60.0, "traffic_share": 1.0}, "kept", False),
+        ({"upload_mbit": 1000.0, "download_mbit": 1000.0, "step_s": 4.0}, "fresh", "replay"),
+        ({"tokens": 1_000_000_000}, "kept", "loss"),
+        ({"upload_mbit": 1000.0, "download_mbit": 1000.0, "tokens": 1_000_000}, "kept", ""),
+        ({"upload_mbit": 1e4, "download_mbit": 1e4, "step_s": 60.0, "traffic_share": 1.0}, "kept", "loss"),
     ],
 )
-def test_runs_can_be_audited_where_that_costs_little(changes: dict[str, Any], inner_state: str, audited: bool) -> None:
-    """Not where rounds overlap, are few, or are so short that a fresh inner state would cost more than 2 %."""
+def test_how_runs_are_audited(changes: dict[str, Any], inner_state: str, audited_by: str) -> None:
+    """By computing again, unless rounds overlap or are short, as a fresh state costs much then; not at all where they are few."""
     home = {"parameters": 124_000_000, "sequence_length": 1024, "tokens": 100_000_000, "peers": 8}
     made = plan(Draft.model_validate(home | changes))
     assert made.strategy.inner_state == inner_state
-    assert any("others can compute" in reason for reason in made.why) == audited
+    base = manifest(audit={"rate": 0.05, "first": 10}).model_dump(mode="json")
+    assert Manifest.model_validate(made.applied(base)).audited_by == audited_by
+    words = {"replay": "others can compute", "loss": "audits go by", "": "nobody audits"}
+    assert any(words[audited_by] in reason for reason in made.why)
+
+
+@pytest.mark.parametrize(("tokens", "lr"), [(655_360, 1.9e-2), (1_228_800, 1.6e-2), (4_915_200, 1.1e-2), (10**12, 5.3e-3)])
+def test_longer_runs_learn_more_slowly(tokens: int, lr: float) -> None:
+    """With the fourth root of the steps, but not without end."""
+    made = plan(Draft(parameters=870_000, sequence_length=128, tokens=tokens, batch_samples=8, peers=4))
+    assert made.strategy.inner.lr == pytest.approx(lr)

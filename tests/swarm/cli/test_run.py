@@ -77,7 +77,7 @@ def test_show_says_whether_work_is_audited(path: Path, capsys: pytest.CaptureFix
     assert "# contributions are not audited: audit.rate and audit.first are 0" in capsys.readouterr().out
     path.write_text(yaml.safe_dump(manifest(audit={"rate": 0.05, "first": 10}).model_dump(mode="json")))
     assert run(["run", "show", "run.yaml"]) == 0
-    assert "# 5% of the contributions are audited, and a new key's first 10" in capsys.readouterr().out
+    assert "# 5% of the contributions are audited by computing them again, and a new key's first 10" in capsys.readouterr().out
     assert run(["run", "show", "run.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["audited"] is True
 
