@@ -15,6 +15,7 @@ from bench.hosts import Link
 from bench.linked import Note
 from bench.report import Report
 from peer.recipes import tiny_manifest
+from swarm.auto import part_values
 from swarm.manifest import Manifest
 
 SIZES, SIZES_QUICK = (2, 4, 8, 16, 32), (2, 4, 8)
@@ -77,11 +78,14 @@ def _differing_roots(notes: Iterable[Note]) -> int:
 
 
 def _manifest(files: Path, codec: str, size: int, rounds: int) -> Manifest:
-    """A round of 1 M parameters in 62 parts, whose training is a fifth of a second of waiting."""
+    """A round of 1 M parameters, whose training is a fifth of a second of waiting.
+
+    Butterflies have 62 parts, so that each of 32 peers merges one or two; who gathers all gets those that `auto` would choose.
+    """
     made = tiny_manifest(files, size, scale_to_speed=False, grace_floor_s=20.0, max_peers=64, total=rounds)
     values: dict[str, Any] = made.model_dump(mode="json")
     values["model"]["parameters"] = PARAMETERS
-    values["codec"] = {"kind": codec, "part_values": PART_VALUES}
+    values["codec"] = {"kind": codec, "part_values": part_values(codec, PARAMETERS) if codec == "sparse" else PART_VALUES}
     values["strategy"]["inner_steps"] = INNER_STEPS
     return Manifest.model_validate(values)
 
