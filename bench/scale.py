@@ -48,7 +48,7 @@ async def scale(out: Report, folder: Path) -> None:
 
 async def _measure(folder: Path, codec: str, size: int, rounds: int) -> dict[str, float]:
     """Medians over some rounds after the first ones."""
-    manifest = _manifest(folder / "files", codec, size, 1 + WARM_UP_ROUNDS + rounds)
+    manifest = _manifest(folder / "files", codec, size)
     async with linked.running(folder, manifest, folder / "files", [Link()] * size, step_s=STEP_S) as swarm:
         await swarm.first_round()
         for _ in range(WARM_UP_ROUNDS):
@@ -77,12 +77,12 @@ def _differing_roots(notes: Iterable[Note]) -> int:
     return sum(len(found) > 1 for found in roots.values())
 
 
-def _manifest(files: Path, codec: str, size: int, rounds: int) -> Manifest:
-    """A round of 1 M parameters, whose training is a fifth of a second of waiting.
+def _manifest(files: Path, codec: str, size: int) -> Manifest:
+    """Rounds of 1 M parameters, whose training is a fifth of a second of waiting, until everybody has noted enough of them.
 
     Butterflies have 62 parts, so that each of 32 peers merges one or two; who gathers all gets those that `auto` would choose.
     """
-    made = tiny_manifest(files, size, scale_to_speed=False, grace_floor_s=20.0, max_peers=64, total=rounds)
+    made = tiny_manifest(files, size, scale_to_speed=False, grace_floor_s=20.0, max_peers=64)
     values: dict[str, Any] = made.model_dump(mode="json")
     values["model"]["parameters"] = PARAMETERS
     values["codec"] = {"kind": codec, "part_values": part_values(codec, PARAMETERS) if codec == "sparse" else PART_VALUES}

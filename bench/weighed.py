@@ -6,6 +6,7 @@ others sent, and what some cheats would have sent in their place.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,13 +53,17 @@ async def by_loss(out: Report, folder: Path) -> None:
     state = initial_state(run.strategy, initial_theta(run.model))
     senders, reducers = [Feedback() for _ in range(PEERS)], Feedback()
     random, found = np.random.default_rng(0), {name: Counter[str]() for name in (HONEST, *CHEATS)}
+    training_s = weighing_s = 0.0
     for number in range(1, rounds + 1):
+        started = time.perf_counter()
         made = [
             trainer.train_round(state.theta, number, f"peer-{peer}", STEPS, state.tokens) for peer, trainer in enumerate(trainers)
         ]
         sent = [sender.pass_through(codec, update.update)[0] for sender, update in zip(senders, made, strict=True)]
         scales = Scales(thread, number, state.theta, random.bytes(32))
+        trained = time.perf_counter()
         honest = [await _weigh(scales, peer, update) for peer, update in enumerate(sent)]
+        training_s, weighing_s = training_s + trained - started, weighing_s + time.perf_counter() - trained
         found[HONEST].update(judge_gain(ours, its).finding for ours in honest for its in honest if its is not ours)
         for name, cheat in CHEATS.items():
             false = [await _weigh(scales, peer, cheat(sent, peer, random)) for peer in range(PEERS)]
@@ -84,6 +89,8 @@ async def by_loss(out: Report, folder: Path) -> None:
         )
     how = f"{rounds} rounds of {PEERS} peers, each judged by the others; {found[HONEST].total()} audits"
     out.figure("wrongful_findings_by_loss", found[HONEST][FAILED], how, "== 0")
+    how = f"weighing our own update and another's, over training a round of {STEPS} steps and encoding it"
+    out.figure("loss_audit_over_round", 2 * weighing_s / training_s, how)
 
 
 def _manifest(folder: Path, rounds: int) -> Manifest:

@@ -237,7 +237,12 @@ class AuditDesk:
         if mine is None or not mine.weight or kept.round_index in self._unplain:
             return UNABLE_TO_LOOK
         scales = Scales(self.training, kept.round_index, kept.state.theta, seed)
-        ours = await scales.gain(mine, await self._update(kept, mine))
+        try:
+            own_update = await self._update(kept, mine)
+        except (PeerFailure, Rejected) as error:  # not the author's fault
+            log.info("own_update_gone", round=kept.round_index, error=str(error))
+            return UNABLE_TO_LOOK
+        ours = await scales.gain(mine, own_update)
         if ours is None:
             return None
         if not ours.is_plain:

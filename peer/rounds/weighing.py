@@ -13,7 +13,7 @@ from peer.judging import Gain
 from peer.rounds.training import TrainingThread
 from peer.rounds.values import CommitFacts
 
-WEIGHED_TOKENS = 1 << 14
+WEIGHED_TOKENS = 1 << 13
 FEWEST_WEIGHED, MOST_WEIGHED = 64, 256
 
 
