@@ -39,6 +39,7 @@ CHEATS: Mapping[str, Cheat] = {
     "another's update": lambda sent, peer, random: sent[(peer + 1) % len(sent)],
     "the mean of the others'": lambda sent, peer, random: _mean([update for other, update in enumerate(sent) if other != peer]),
     "noise of the same norm": lambda sent, peer, random: _noise(sent[peer], random),
+    "1000 times its update": lambda sent, peer, random: sent[peer] * np.float32(1000),
     "nothing": lambda sent, peer, random: np.zeros_like(sent[peer]),
 }
 

@@ -152,13 +152,18 @@ def judge_gain(ours: Gain, its: Gain) -> Judgement:
     """Whether an update does to the samples of its author what ours, as the measure of honest work, does to our own.
 
     Work on samples lowers the loss on these more than on others; what was copied, made up or trained on other samples doesn't
-    (after Gauntlet: Lidin et al., 2505.21684). Nothing is said where our own work shows it too little, or its samples are few.
+    (after Gauntlet: Lidin et al., 2505.21684), and what raises it on them is no work at all. Nothing is said where our own work
+    shows it too little, or its samples are few.
     """
-    if not ours.is_plain or its.samples < FEWEST_SAMPLES or not math.isfinite(its.deviations):
+    if not ours.is_plain or its.samples < FEWEST_SAMPLES:
         return UNABLE_TO_LOOK
+    figures = its.packed(), ours.packed()
+    if not math.isfinite(its.deviations) or its.own + SURE_DEVIATIONS * its.error < 0:
+        return Judgement(FAILED, "no_gain", 0, MOST_FIGURE, 1 - LEAST_SHARE, *figures)
     share = its.difference / ours.difference
-    if share < LEAST_SHARE and its.difference + SURE_DEVIATIONS * its.error >= LACKING_SHARE * ours.difference:
-        return UNABLE_TO_LOOK
-    fits = share >= LEAST_SHARE
-    reason, figure = "" if fits else "no_gain", min(1 - share, MOST_FIGURE)
-    return Judgement(PASSED if fits else FAILED, reason, 0, max(0.0, figure), 1 - LEAST_SHARE, its.packed(), ours.packed())
+    off = min(MOST_FIGURE, max(0.0, 1 - share))
+    if share >= LEAST_SHARE:
+        return Judgement(PASSED, "", 0, off, 1 - LEAST_SHARE, *figures)
+    if its.difference + SURE_DEVIATIONS * its.error < LACKING_SHARE * ours.difference:
+        return Judgement(FAILED, "no_gain", 0, off, 1 - LEAST_SHARE, *figures)
+    return UNABLE_TO_LOOK

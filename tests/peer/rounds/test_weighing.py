@@ -75,7 +75,7 @@ async def swarm(tmp_path: Path) -> AsyncIterator[Swarm]:
 
 
 async def test_work_shows_and_the_lack_of_it_too(swarm: Swarm) -> None:
-    """Honest updates pass; another's, noise of their size, nothing and the opposite fail; in the first round nobody can tell."""
+    """Honest updates pass; another's, noise, nothing, the opposite and far too much fail; in the first round nobody can tell."""
     swarm.play(1)
     first = await swarm.weigh(PEERS[0], swarm.updates[PEERS[0]])
     assert judge_gain(first, await swarm.weigh(PEERS[1], swarm.updates[PEERS[0]])).finding == UNABLE
@@ -87,7 +87,7 @@ async def test_work_shows_and_the_lack_of_it_too(swarm: Swarm) -> None:
     assert judge_gain(ours, await swarm.weigh(other, honest)).finding == PASSED
     noise = np.random.default_rng(0).standard_normal(honest.size, dtype=np.float32)
     noise *= np.float32(np.linalg.norm(honest) / np.linalg.norm(noise))
-    for false in (swarm.updates[third], noise, np.zeros_like(honest), np.negative(honest)):
+    for false in (swarm.updates[third], noise, np.zeros_like(honest), np.negative(honest), honest * np.float32(1000)):
         judged = judge_gain(ours, await swarm.weigh(other, false))
         assert (judged.finding, judged.reason) == (FAILED, "no_gain")
         assert len(judged.claimed) == len(judged.found) == 16
@@ -121,8 +121,9 @@ async def test_weighing_leaves_the_network_where_it_was(swarm: Swarm) -> None:
         (Gain(0.12, 0.1, 0.0101, 64), UNABLE),
         (Gain(-0.3, 0.1, 0.01, 64), FAILED),
         (Gain(0.1, 0.1, 0.001, 15), UNABLE),
-        (Gain(float("nan"), 0.1, 0.01, 64), UNABLE),
-        (Gain(0.1, float("inf"), 0.01, 64), UNABLE),
+        (Gain(-5.0, -5.1, 1.0, 64), FAILED),
+        (Gain(float("nan"), 0.1, 0.01, 64), FAILED),
+        (Gain(0.1, float("-inf"), 0.01, 64), FAILED),
     ],
 )
 def test_what_counts_as_none(its: Gain, finding: str) -> None:
