@@ -29,7 +29,7 @@ from bench.report import Report
 from bench.single import held_out_loss
 from peer.recipes import demo_manifest
 from swarm import auto
-from swarm.manifest import AdamW, Manifest, Muon
+from swarm.manifest import UNAUDITED, AdamW, Manifest, Muon
 
 REAL_PARAMETERS, REAL_STEP_S = 124_000_000, 2.0
 STEPS, STEPS_QUICK = 160, 60
@@ -260,7 +260,7 @@ class Race:
         codec: Mapping[str, Any] | None = None,
         overlap: str = "off",
     ) -> Manifest:
-        """The run with so many steps per trainer, its schedule as long as they are."""
+        """The run with so many steps per trainer, its schedule as long as they are; nobody audits, as in short runs of `auto`."""
         base = self._base
         tokens = (trainers or self.peers) * steps * BATCH_SAMPLES * base.data.sequence_length
         values = base.model_dump(mode="json")
@@ -268,6 +268,7 @@ class Race:
         values["strategy"]["schedule"] |= {"total_tokens": tokens}
         values["rounds"] |= {"total": steps // inner_steps, "scale_to_speed": False, "grace_floor_s": GRACE_S}
         values["codec"] = dict(codec or {})
+        values["audit"] |= UNAUDITED
         return Manifest.model_validate(values)
 
     @cached_property
