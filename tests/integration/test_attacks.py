@@ -33,11 +33,14 @@ async def test_whose_work_isnt_what_it_sends_is_suspended(kind: str, tmp_path: P
 
 
 async def test_where_nobody_can_compute_again_the_loss_tells(tmp_path: Path) -> None:
-    """The inner state is kept: noise in the place of work does nothing for its author's samples, and audits find that out."""
-    outcome = await run(Trial("plausible_noise", 1, PEERS, 24, inner_state="kept"), tmp_path)
+    """The inner state is kept: noise in the place of work does nothing for its author's samples, and audits find that out.
+
+    Not in the first rounds, in which work doesn't show in the loss yet: what became final of them is kept.
+    """
+    outcome = await run(Trial("plausible_noise", 1, PEERS, 30, inner_state="kept"), tmp_path)
     assert outcome.roots_agree
     assert (outcome.convicted, outcome.honest_accused) == (1, 0)
-    assert outcome.credit_kept == 0
+    assert outcome.credit_kept < 1 / PEERS / 2
 
 
 async def test_a_new_key_is_found_out_like_the_old_one(tmp_path: Path) -> None:
