@@ -16,7 +16,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import BinaryIO, NamedTuple
 
 import structlog
@@ -185,27 +185,31 @@ def _packed(proofs: Sequence[Proof]) -> bytes:
 async def _process() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A process and the socket to it. It ends by itself when the socket closes, so also when we are killed."""
     ours, theirs = socket.socketpair()
-    with theirs:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "coordinator.signatures", str(theirs.fileno())),
-            pass_fds=(theirs.fileno(),),
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    reader, writer = await asyncio.open_connection(sock=ours)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.callback(ours.close)
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "coordinator.signatures", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        stack.push_async_callback(_end, process)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        stack.callback(writer.close)
         yield reader, writer
-    finally:
-        writer.close()
-        await _end(process)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
+    """Wait for it to end by itself, kill it if it doesn't or we have no time, and leave nobody uncollected."""
     try:
-        await asyncio.wait_for(process.wait(), STOP_S)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_S)
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 # --- in the process -----------------------------------------------------------------------------------------------------

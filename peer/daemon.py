@@ -584,6 +584,7 @@ class Daemon:
         entry = Entry(parts.services, layout, parts.finder.find, self._begin, newest, self._initial)
         docket = Docket(self.options.directory / EVIDENCE, parts.run.run_id)
         await asyncio.to_thread(docket.load)
+        parts.transfer.store.provide(docket.lookup)
         desk = AuditDesk(parts.services, training, parts.coordination.connected, self._on_suspended)
         for proven in docket.proven.values():
             desk.convict(proven)

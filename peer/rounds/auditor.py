@@ -65,6 +65,7 @@ class Auditor:
     _before: tuple[int, dict[str, SpanFacts]] = field(default_factory=lambda: (-1, {}))
     _heard: set[bytes] = field(default_factory=set)
     _unbelieved: set[str] = field(default_factory=set)
+    _told: set[tuple[str, str]] = field(default_factory=set)
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def after(self, run: RoundRun, proposal: ProposalFacts) -> None:
@@ -72,6 +73,8 @@ class Auditor:
         for announced, part, content in run.undecodable:
             evidence = Evidence(kind=BAD_PART, commits=[announced], part=part, contents=[content])
             await self.prove(run, evidence)
+        if proposal.leader == run.setup.me:
+            self._tell(run)
         before, self._before = self._before, (run.round_index, {span.reducer: span for span in run.state.spans.values()})
         contributors = len(proposal.contributors)
         if run.setup.all_gather or self.random.random() >= chance(run.exchange.codec, contributors, self.share):
@@ -168,14 +171,16 @@ class Auditor:
         except Rejected as error:
             log.warning("not_proven", round=run.round_index, reason=error.reason, detail=error.detail)
             return
-        if verdict is None:
-            return
-        name = self.services.transfer.store.put(raw, run.round_index)
-        notice = EvidenceNotice(
-            run_id=run.setup.run_id, round=run.round_index, hash=name, size_bytes=len(raw), accused=verdict.accused
-        )
-        delivery = Delivery(evidence=seal(self.services.identity, notice))
-        self.services.post.send([peer for peer in run.setup.others if peer != verdict.accused], delivery)
+        if verdict is not None:
+            self._tell(run)
+
+    def _tell(self, run: RoundRun) -> None:
+        """Offer the roster what is proven, once to each: whoever has proven it does, and leaders tell those who came later."""
+        for accused, notice in self.docket.notices.items():
+            untold = [peer for peer in run.setup.others if peer != accused and (peer, accused) not in self._told]
+            if untold:
+                self._told.update((peer, accused) for peer in untold)
+                self.services.post.send(untold, Delivery(evidence=seal(self.services.identity, notice)))
 
     async def hear(self, sender: str, notice: EvidenceNotice) -> None:
         """Somebody says that it has a proof: take it, if it is about somebody whom we don't know to be guilty yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 
 import psutil
@@ -33,6 +34,12 @@ def forged(**changes: object) -> Signed:
     return made
 
 
+def ours() -> list[psutil.Process]:
+    """The processes that check signatures for this one."""
+    children = psutil.Process().children()
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "coordinator.signatures" in child.cmdline()]
+
+
 @pytest.fixture(params=["in place", "in processes"])
 async def checker(request: pytest.FixtureRequest) -> AsyncIterator[SignatureChecker]:
     """A checker of either kind."""
@@ -61,12 +68,32 @@ async def test_a_lost_process_costs_nothing() -> None:
     async with SignatureChecker(1, start_after=0) as checker:
         await checker.check([signed()])
         await eventually(lambda: checker.processes == 1, "the process starts")
-        for child in psutil.Process().children():
-            if "coordinator.signatures" in child.cmdline():
-                child.kill()
+        for child in ours():
+            child.kill()
         await asyncio.gather(*(checker.check([signed(b"%d" % number)]) for number in range(100)))
         await eventually(lambda: checker.processes == 0, "the process is missed")
         await checker.check([signed()])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8, 13])
+async def test_leaving_at_any_moment_leaves_no_process(steps: int) -> None:
+    """While the process is being started, connected or missed, too."""
+    async with SignatureChecker(1, start_after=0) as checker:
+        await checker.check([signed()])
+        for _ in range(steps):
+            await asyncio.sleep(0)
+    assert not ours()
+    async with SignatureChecker(1, start_after=0) as checker:
+        await checker.check([signed()])
+        await eventually(lambda: checker.processes == 1, "the process starts")
+        for child in ours():
+            child.kill()
+        await checker.check([signed()])
+        await eventually(lambda: checker.processes == 0, "the process is missed")
+        for _ in range(steps):
+            await asyncio.sleep(0)
+    assert not ours()
+    gc.collect()  # a process that nobody has waited for warns now, and warnings are errors
 
 
 async def test_few_signatures_start_no_process() -> None:

@@ -302,6 +302,8 @@ def test_a_docket_keeps_one_proof_for_each(tmp_path: Path) -> None:
     (tmp_path / "evidence" / f"part{SUFFIX}").write_bytes(evidence_of_part().SerializeToString())
     again = Docket(tmp_path / "evidence", run_id)
     again.load()
+    assert [again.lookup(notice.hash) for notice in again.notices.values()] == [docket.lookup(blob_hash(raw))] == [raw]
+    assert docket.lookup(blob_hash(b"other")) is None
     assert again.barred == {REDUCER.peer_id, PEERS[3].peer_id}
     elsewhere = Docket(tmp_path / "evidence", b"\1" * 32)
     elsewhere.load()

@@ -16,6 +16,7 @@ from peer.rounds.docket import Docket
 from swarm.errors import Rejected
 from swarm.merkle import blob_hash
 from swarm.messages import payload_hash, seal
+from swarm.rpc.v1.peer_pb2 import Delivery
 from swarm.rpc.v1.signed_pb2 import EvidenceNotice
 from tests.peer.test_evidence import PEERS, REDUCER, evidence_of_merge, run_of
 
@@ -96,6 +97,32 @@ async def test_a_proof_that_cant_be_had_is_nobodys_fault(auditor: Auditor, wire:
     wire.blobs[notice.hash] = raw
     await auditor.hear(SENDER, notice)
     assert auditor.docket.barred == {REDUCER.peer_id}
+
+
+async def test_leaders_tell_those_who_came_later(auditor: Auditor, wire: Wire) -> None:
+    """Each once, however old the round; the accused never. What is told can be had by its hash."""
+    raw, told = evidence_of_merge("int4").SerializeToString(), list[tuple[str, Delivery]]()
+    await auditor.hear(SENDER, offered(auditor, wire, raw))
+    services: Any = auditor.services
+    services.identity = PEERS[0]
+    services.post = SimpleNamespace(send=lambda peers, delivery: told.extend((peer, delivery) for peer in peers))
+
+    async def after(leader: str, *others: str) -> list[str]:
+        run: Any = SimpleNamespace(
+            undecodable=[], round_index=500, state=SimpleNamespace(spans={}),
+            setup=SimpleNamespace(me=SENDER, others=others, all_gather=True),
+        )  # fmt: skip
+        proposal: Any = SimpleNamespace(leader=leader, contributors=())
+        told.clear()
+        await auditor.after(run, proposal)
+        return [peer for peer, _ in told]
+
+    assert await after(OTHER, OTHER) == []
+    assert await after(SENDER, OTHER, REDUCER.peer_id) == [OTHER]
+    notice = auditor.check_notice(told[0][1].evidence)
+    assert auditor.docket.lookup(notice.hash) == raw
+    assert await after(SENDER, OTHER, PEERS[3].peer_id) == [PEERS[3].peer_id]
+    assert await after(SENDER, OTHER, PEERS[3].peer_id) == []
 
 
 @pytest.mark.parametrize("changes", [{"size_bytes": 0}, {"size_bytes": 1 << 40}, {"hash": b"short"}])
