@@ -51,7 +51,12 @@ async def measure(out: Report) -> None:
         how = f"{base.attackers} of {base.peers} peers, {base.rounds} rounds, `{RULES[0]}`"
         worst, most = max(ratios, key=lambda kind: ratios[kind]), max(kept, key=lambda kind: kept[kind])
         out.figure("worst_loss_over_clean", ratios[worst], f"{how}: {worst}, of {', '.join(ratios)}", "<= 1.03")
-        out.figure("credit_kept_by_attackers", kept[most], f"{how}: their share of all credit at the end, {most}", "== 0")
+        out.figure(
+            "credit_kept_by_attackers",
+            kept[most],
+            f"{how}: their share of all credit at the end, for work not done, {most}",
+            "== 0",
+        )
         out.figure("honest_accused", accused, "honest peers with evidence against them, in all runs under both rules", "== 0")
 
 

@@ -154,4 +154,5 @@ UPDATES: dict[str, Callable[[Attack, Vector], Vector]] = {
     "plausible_noise": lambda attack, update: attack._noise(update, 1.0),
     "sybil": lambda attack, update: attack._noise(update, 1.0),
 }
+HONEST_WORK = frozenset({"equivocate", "lying_donor", "replay"})
 KINDS = (*UPDATES, "nan", "skip", "label_flip", "copy", "tamper", "equivocate", "lying_donor", "replay")

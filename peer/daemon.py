@@ -588,7 +588,7 @@ class Daemon:
         desk = AuditDesk(parts.services, training, parts.coordination.connected, self._on_suspended)
         for proven in docket.proven.values():
             desk.convict(proven)
-        auditor = Auditor(parts.services, docket, self.options.check_traffic, desk.convict)
+        auditor = Auditor(parts.services, docket, self.options.check_traffic)
         self.engine = Engine(
             parts.services, training, parts.snapshots, entry, auditor, desk, self._on_round, parts.coordination.nudge
         )

@@ -1,7 +1,8 @@
 """Proofs of misbehaviour that anybody can check from signed bytes alone: offline, without tolerance, whoever shows them.
 
-    bad_part     a peer committed to a part that its run's codec refuses to decode
+    bad_part     a peer committed to a part, or signed a merged one, that its run's codec refuses to decode
     wrong_merge  a reducer signed a merged part that isn't the merge of the parts that its proposal names
+    equivocation a leader signed two proposals for a ballot, or a reducer two merges of a proposal, in one attempt at a round
     false_pass   an auditor let a contribution pass whose leaves its author had made up from a secret that it tells now
 
 All follow from what the accused has signed. A peer that computes as it should can't have; one whose memory is faulty can, as
@@ -25,11 +26,12 @@ from swarm.errors import ManifestInvalid, Rejected
 from swarm.ledger import open_manifest
 from swarm.manifest import DiLoCo, Manifest
 from swarm.merkle import blob_hash, root_of
-from swarm.messages import open_signed, parse, payload_hash, split_hashes
+from swarm.messages import KINDS, open_signed, parse, payload_hash, split_hashes
 from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, AuditVerdict, Commit, Evidence, MergedSpan, Proposal
 
 BAD_PART = "bad_part"
 WRONG_MERGE = "wrong_merge"
+EQUIVOCATION = "equivocation"
 FALSE_PASS = "false_pass"  # noqa: S105 - no password
 MAX_EVIDENCE_BYTES = 64 << 20
 
@@ -71,26 +73,35 @@ def verify_evidence(raw: bytes) -> Verdict:
     except ManifestInvalid as error:
         raise Rejected("malformed", f"the manifest: {error.message}") from error
     run_id = payload_hash(evidence.manifest)
-    proving = {BAD_PART: _bad_part, WRONG_MERGE: _wrong_merge, FALSE_PASS: _false_pass}.get(evidence.kind)
+    kinds = {BAD_PART: _bad_part, WRONG_MERGE: _wrong_merge, EQUIVOCATION: _equivocation, FALSE_PASS: _false_pass}
+    proving = kinds.get(evidence.kind)
     if proving is None:
         raise Rejected("malformed", f"evidence of the kind {evidence.kind[:32]!r}")
     return replace(proving(evidence, manifest, run_id), hash=blob_hash(raw))
 
 
 def _bad_part(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdict:
-    if len(evidence.commits) != 1 or len(evidence.contents) != 1:
-        raise Rejected("malformed", "a bad part has one commit and one content")
-    announced, content = evidence.commits[0], evidence.contents[0]
-    commit = _committed(announced, content, evidence.part, run_id)
-    codec = Codecs(manifest).at(commit.round)
-    accused = announced.commit.signer
-    if evidence.part >= codec.part_count:
+    """A part of a contribution, or of a merge."""
+    if len(evidence.contents) != 1:
+        raise Rejected("malformed", "a bad part has one content")
+    content, part = evidence.contents[0], evidence.part
+    if evidence.HasField("span"):
+        what, accused, span = "merge", evidence.span.signer, open_signed(evidence.span, MergedSpan, run_id=run_id)
+        round_index, place = span.round, part - span.first_part
+        if not 0 <= place < len(span.part_hashes) or blob_hash(content) != span.part_hashes[place]:
+            raise Rejected("not_proven", "the merge is something else", accused)
+    elif len(evidence.commits) == 1:
+        what, accused = "commit", evidence.commits[0].commit.signer
+        round_index = _committed(evidence.commits[0], content, part, run_id).round
+    else:
+        raise Rejected("malformed", "a bad part has one commit, or a span")
+    codec = Codecs(manifest).at(round_index)
+    if part >= codec.part_count:
         raise Rejected("not_proven", "no part of the run's")
     try:
-        codec.decode_part(content, evidence.part)
+        codec.decode_part(content, part)
     except Rejected as error:
-        why = f"part {evidence.part} of the commit can't be decoded: {error}"
-        return Verdict(accused, BAD_PART, run_id, commit.round, evidence.part, why)
+        return Verdict(accused, BAD_PART, run_id, round_index, part, f"part {part} of the {what} can't be decoded: {error}")
     raise Rejected("not_proven", "the part can be decoded", accused)
 
 
@@ -133,6 +144,33 @@ def _wrong_merge(evidence: Evidence, manifest: Manifest, run_id: bytes) -> Verdi
     signed, right = span.part_hashes[place].hex()[:12], blob_hash(expected).hex()[:12]
     why = f"part {part} of the span is signed as {signed}, the merge of what the proposal names is {right}"
     return Verdict(accused, WRONG_MERGE, run_id, span.round, part, why)
+
+
+def _equivocation(evidence: Evidence, _manifest: Manifest, run_id: bytes) -> Verdict:
+    """Whoever begins a round anew takes another attempt, so that only one process, at one time, can have signed both."""
+    if len(evidence.statements) != 2:
+        raise Rejected("malformed", "an equivocation has two statements")
+    first, second = evidence.statements
+    accused = first.signer
+    if (first.signer, first.kind) != (second.signer, second.kind):
+        raise Rejected("not_proven", "not two statements of one peer about one thing")
+    if first.kind == KINDS[Proposal]:
+        one, other = (open_signed(each, Proposal, run_id=run_id) for each in (first, second))
+        about = one.round, one.ballot.term, one.ballot.amendment, one.attempt
+        same = about == (other.round, other.ballot.term, other.ballot.amendment, other.attempt)
+        differ, what = first.payload != second.payload, f"two proposals for ballot {about[1]}.{about[2]}"
+        return _two_faced(accused, run_id, one.round, what, proven=same and differ)
+    merge, another = (open_signed(each, MergedSpan, run_id=run_id) for each in (first, second))
+    same = (merge.round, merge.proposal_hash, merge.attempt) == (another.round, another.proposal_hash, another.attempt)
+    differ = (merge.first_part, list(merge.part_hashes)) != (another.first_part, list(another.part_hashes))
+    what = f"two merges of proposal {merge.proposal_hash.hex()[:12]}"
+    return _two_faced(accused, run_id, merge.round, what, proven=same and differ)
+
+
+def _two_faced(accused: str, run_id: bytes, round_index: int, what: str, *, proven: bool) -> Verdict:
+    if not proven:
+        raise Rejected("not_proven", "the two statements don't contradict each other", accused)
+    return Verdict(accused, EQUIVOCATION, run_id, round_index, 0, f"signed {what} in one attempt at the round")
 
 
 def _weights(evidence: Evidence, span: MergedSpan, accused: str, run_id: bytes) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peer.attacks import ATTACK_VARIABLE
+from peer.attacks import ATTACK_VARIABLE, HONEST_WORK
 from peer.evidence import verify_evidence
 from peer.outcome import EVIDENCE, held_out_losses, newest_weights
 from peer.recipes import tiny_manifest
@@ -27,6 +27,7 @@ from swarm.scenario import Scenario, last_round, write_run
 
 CHECK_VARIABLE = "SWARM_CHECK_TRAFFIC"
 POLL_S = 0.5
+KEY = "identity.key"
 STALL_S, NEVER = 300.0, 1 << 60
 SYBIL, KEYS_EACH = "sybil", 4
 LYING_DONOR, LATE_ROUND = "lying_donor", 3
@@ -64,7 +65,7 @@ class Outcome:
 
     `loss` is the held-out one in nats per byte; `detected_after` counts rounds until the first attacker was proven guilty or
     suspended after audits, None if none was; `convicted` and `honest_accused` count such keys; `credit_kept` is the attackers'
-    share of all credit, in any state.
+    share of all credit, in any state. Those that only disturb do their work: of theirs, what goes beyond it counts.
     """
 
     loss: float
@@ -101,10 +102,14 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
         finally:
             if renewing is not None:
                 await cancel([renewing])
+                if not renewing.cancelled():
+                    renewing.result()
         seen = Scenario(swarm, folder, {peer.name: peer for peer in honest})
         credit = await seen.credit()
+        hostile = Scenario(swarm, folder, {peer.name: peer for peer in attackers})
+        worked = await hostile.worked() if trial.kind in HONEST_WORK else {}
         suspended = await _suspended(swarm.link)
-    guilty = {_key(peer) for peer in attackers}
+    guilty = {_key(peer) for peer in attackers} - {""}
     loss = await asyncio.to_thread(_loss, manifest, folder, honest[0].directory)
     accused = {path.stem: path for peer in honest for path in (peer.directory / EVIDENCE).glob(f"*{SUFFIX}")}
     proven = {name: await asyncio.to_thread(_round_of, path) for name, path in accused.items()}
@@ -116,7 +121,7 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
         detected_after=min((number for name, number in found.items() if name in guilty), default=None),
         convicted=len(found.keys() & guilty),
         honest_accused=len(found.keys() - guilty),
-        credit_kept=sum(amount for peer, amount in credit.items() if peer in guilty) / total if total else 0.0,
+        credit_kept=sum(max(0, credit.get(peer, 0) - worked.get(peer, 0)) for peer in guilty) / total if total else 0.0,
         roots_agree=not seen.differing_roots(),
     )
 
@@ -144,7 +149,9 @@ async def _renew(link: str, attackers: list[LocalPeer], join: Callable[[bool], A
 
 
 def _key(peer: LocalPeer) -> str:
-    return Identity.load(peer.directory / "identity.key").peer_id
+    """Empty for a peer that has only just been started."""
+    path = peer.directory / KEY
+    return Identity.load(path).peer_id if path.exists() else ""
 
 
 def _manifest(trial: Trial, files: Path) -> Manifest:

@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 FRAME = bytes(1 << 16)
 SLOW_CHUNK_S = 0.5
+FIRST_LIE = 3
+FP16_SCALE_BYTES = 4
 
 
 def program(what: str) -> tuple[str, ...]:
@@ -104,6 +107,41 @@ def wrong_root() -> None:
     Snapshots.lease = lambda self, root: tuple(bytes(reversed(name)) for name in lease(self, root))  # type: ignore
 
 
+def other_signs(part: bytes) -> bytes:
+    """A part of `fp16` with the signs of its values changed, behind its scale."""
+    return part[:FP16_SCALE_BYTES] + bytes(
+        byte ^ 0x80 if place % 2 else byte for place, byte in enumerate(part[FP16_SCALE_BYTES:])
+    )
+
+
+def two_merges(spoil: Callable[[bytes], bytes] = other_signs) -> None:
+    """A reducer that signs one merge for half of the roster, and another for the rest."""
+    from peer.rounds.run import RoundRun
+    from swarm.messages import seal
+    from swarm.rpc.v1.peer_pb2 import Delivery
+    from swarm.rpc.v1.signed_pb2 import MergedSpan
+
+    send_honestly = RoundRun._to_roster
+
+    def send(self: RoundRun, delivery: Delivery) -> None:
+        if delivery.WhichOneof("body") != "merged_span" or self.round_index < FIRST_LIE:
+            send_honestly(self, delivery)
+            return
+        span, store = MergedSpan.FromString(delivery.merged_span.payload), self.services.transfer.store
+        first = bytes(store.get(span.part_hashes[0]) or b"")
+        changed = spoil(first)
+        span.part_hashes[0] = store.put(changed, self.round_index)
+        self.services.post.send(self.setup.others[::2], delivery)
+        self.services.post.send(self.setup.others[1::2], Delivery(merged_span=seal(self.services.identity, span)))
+
+    RoundRun._to_roster = send  # type: ignore
+
+
+def rotten_merge() -> None:
+    """A reducer whose merge half of the roster can't decode."""
+    two_merges(lambda part: b"\xff" * len(part))
+
+
 def far_ahead() -> None:
     """A peer that tells newcomers of a round that nobody has reached."""
     from peer.rounds.engine import Engine
@@ -155,6 +193,8 @@ MISDEEDS = {
     "endless": endless,
     "slow_donor": slow_donor,
     "wrong_root": wrong_root,
+    "two_merges": two_merges,
+    "rotten_merge": rotten_merge,
     "far_ahead": far_ahead,
     "rubber_stamp": rubber_stamp,
     "die_half_way": die_half_way,

@@ -24,14 +24,19 @@ def count(roots: Mapping[str, bytes], voters: Sequence[str], mine: bytes | None)
 
     `agreed`: the majority holds `mine`; `differs`: it holds another root; `split`: all have voted and there is no majority.
     """
+    root, holders = strongest(roots, voters)
+    if root is not None and 2 * len(holders) > len(voters):
+        return Agreement("agreed" if root == mine else "differs", root, holders)
+    return Agreement("split" if voters and set(voters) <= set(roots) else "open")
+
+
+def strongest(roots: Mapping[str, bytes], voters: Sequence[str]) -> tuple[bytes | None, tuple[str, ...]]:
+    """The root with the most votes and who holds it; of equals the first in order, so that all choose the same."""
     votes = Counter(roots[peer] for peer in voters if peer in roots)
     if not votes:
-        return Agreement("open")
-    root, number = min(votes.items(), key=lambda item: (-item[1], item[0]))
-    holders = tuple(peer for peer in voters if roots.get(peer) == root)
-    if 2 * number > len(voters):
-        return Agreement("agreed" if root == mine else "differs", root, holders)
-    return Agreement("split" if sum(votes.values()) == len(voters) else "open")
+        return None, ()
+    root = min(votes, key=lambda item: (-votes[item], item))
+    return root, tuple(peer for peer in voters if roots.get(peer) == root)
 
 
 def newest(results: Sequence[tuple[int, bytes, str]]) -> tuple[int, bytes, tuple[str, ...]] | None:

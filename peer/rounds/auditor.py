@@ -17,7 +17,7 @@ import structlog
 
 from peer.codec import Codec, Codecs
 from peer.codec.feedback import EXACT
-from peer.evidence import BAD_PART, MAX_EVIDENCE_BYTES, WRONG_MERGE, Verdict, merged_bytes
+from peer.evidence import MAX_EVIDENCE_BYTES, WRONG_MERGE, Verdict, merged_bytes
 from peer.network.node import PeerFailure
 from peer.rounds.docket import Docket
 from peer.rounds.run import RoundRun, Services
@@ -69,10 +69,7 @@ class Auditor:
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def after(self, run: RoundRun, proposal: ProposalFacts) -> None:
-        """Look at a finished round: the parts that couldn't be decoded, and perhaps one of the merged ones."""
-        for announced, part, content in run.undecodable:
-            evidence = Evidence(kind=BAD_PART, commits=[announced], part=part, contents=[content])
-            await self.prove(run, evidence)
+        """Perhaps merge a part of a finished round again; and, as its leader, tell those who have come what is proven."""
         if proposal.leader == run.setup.me:
             self._tell(run)
         before, self._before = self._before, (run.round_index, {span.reducer: span for span in run.state.spans.values()})
@@ -162,17 +159,18 @@ class Auditor:
             log.warning("residual_from_elsewhere", round=run.round_index, reducer=span.reducer)
             self.services.observer.refused(span.reducer, "residual_from_elsewhere")
 
-    async def prove(self, run: RoundRun, evidence: Evidence) -> None:
-        """Keep the evidence, if it holds, and offer it to the roster."""
+    async def prove(self, run: RoundRun, evidence: Evidence) -> bool:
+        """Whether the evidence holds. If so it is kept, and offered to the roster."""
         evidence.manifest.CopyFrom(self.services.signed_manifest)
         raw = evidence.SerializeToString(deterministic=True)
         try:
             verdict = await self._taken(raw)
         except Rejected as error:
-            log.warning("not_proven", round=run.round_index, reason=error.reason, detail=error.detail)
-            return
+            log.info("not_proven", round=run.round_index, reason=error.reason, detail=error.detail)
+            return False
         if verdict is not None:
             self._tell(run)
+        return True
 
     def _tell(self, run: RoundRun) -> None:
         """Offer the roster what is proven, once to each: whoever has proven it does, and leaders tell those who came later."""

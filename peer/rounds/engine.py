@@ -16,10 +16,12 @@ import structlog
 from peer import outer
 from peer.buffers import buffers
 from peer.codec import Codecs, Vector
+from peer.evidence import Verdict
 from peer.network.node import PeerFailure
 from peer.outer import OuterState
 from peer.rounds.auditor import Auditor
 from peer.rounds.audits import AuditDesk
+from peer.rounds.disputes import Disputes
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
 from peer.rounds.lapses import Lapses
@@ -38,7 +40,7 @@ from swarm.errors import Rejected
 from swarm.manifest import DiLoCo, Sync
 from swarm.messages import open_signed, parse, seal
 from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncRequest
-from swarm.rpc.v1.signed_pb2 import Adoption, JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
+from swarm.rpc.v1.signed_pb2 import Adoption, Evidence, JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
 
 RESULT_WAIT_S = 20.0
 RETRY_S, LONGEST_RETRY_S = 0.5, 8.0
@@ -108,6 +110,7 @@ class Engine:
     on_entered: Callable[[], None] = lambda: None
     planter: Planter | None = None
     pacing: Pacing = field(init=False)
+    disputes: Disputes = field(init=False)
     inbox: Inbox = field(default_factory=Inbox)
     wish: Wish = "train"
     place: Place | None = None
@@ -131,6 +134,9 @@ class Engine:
         rounds = self.services.manifest.rounds
         self.pacing = Pacing(rounds.grace_floor_s, rounds.grace_mads)
         self.layout = Layout.of(self.services.manifest)
+        self.disputes = Disputes(self.services, self.auditor, self.inbox)
+        self.auditor.on_proven = self._on_proven
+        self.entry.barred = lambda: self._barred
 
     # --- what others ask of us ------------------------------------------------------------------------------------------
 
@@ -161,9 +167,14 @@ class Engine:
                     reply.admissions.append(token)
         if self.last_proposal is not None:
             reply.proposal.CopyFrom(self.last_proposal.signed)
+        if request.proposal_hash and self.previous is not None and self._ended_by(request.proposal_hash):
+            reply.spans.extend(span.signed for span in self.previous.state.spans.values() if span.signed is not None)
         if request.state_root:
             reply.chunk_hashes = b"".join(self._chunk_hashes(request.state_root) or file_hashes(request.state_root))
         return reply.SerializeToString()
+
+    def _ended_by(self, proposal_hash: bytes) -> bool:
+        return self.last_proposal is not None and self.last_proposal.proposal_hash == proposal_hash
 
     def _chunk_hashes(self, root: bytes) -> tuple[bytes, ...]:
         return self.snapshots.lease(root) or self.services.residuals.hashes(root)
@@ -217,9 +228,7 @@ class Engine:
         if completed is not None and self.current is not None and self.current.round_index == result.round_index:
             self.current.put(completed)
         self._results_changed.set()
-        snapshot = self.snapshots.newest
-        if self.state is not None and snapshot is not None and snapshot.round == result.round_index + 1:
-            self._check_agreement(snapshot)
+        self._count_again()
 
     def _on_join(self, signed: Signed) -> None:
         request = open_signed(signed, JoinRequest, run_id=self.services.checker.run_id)
@@ -361,7 +370,7 @@ class Engine:
         started = services.clock.monotonic_s()
         self.inbox.advance(place.round_index)
         services.transfer.stall_s = min(LONGEST_STALL_S, self.pacing.exchange_s)
-        run = RoundRun(services, self._setup(place), is_leaving=lambda: self.wish in ("finish", "pause"))
+        run = RoundRun(services, self._setup(place), lambda: self.wish in ("finish", "pause"), self._on_proof)
         self.current = run
         self._replay(run, place)
         tasks = [asyncio.create_task(self._contribute(run)), asyncio.create_task(self._watch_behind(run))]
@@ -645,10 +654,25 @@ class Engine:
         proposal = self.last_proposal
         if proposal is None or self.previous is None or self.previous.round_index != snapshot.round - 1:
             return
-        voters = [item.peer for item in proposal.commits]
-        if self.inbox.agreement(snapshot.round - 1, voters, snapshot.root).verdict == "differs":
+        found = self.disputes.agreement(self.previous, proposal, snapshot.root)
+        if found.verdict == "differs":
             self._repair.set()
             self._wake.set()
+        elif found.verdict != "agreed" and (others := self.disputes.to_compare(self.previous, proposal, snapshot.root)):
+            self.services.post.spawn(self.disputes.is_contradicted(self.previous, proposal, others))
+
+    def _count_again(self) -> None:
+        snapshot = self.snapshots.newest
+        if self.state is not None and snapshot is not None:
+            self._check_agreement(snapshot)
+
+    def _on_proven(self, verdict: Verdict) -> None:
+        """Tell the coordinator; and count again what the others hold, now without the accused."""
+        self.desk.convict(verdict)
+        self._count_again()
+
+    def _on_proof(self, run: RoundRun, evidence: Evidence) -> None:
+        self.services.post.spawn(self.auditor.prove(run, evidence))
 
     async def _majority_root(self, round_index: int, proposal: ProposalFacts) -> bytes:
         """The root that most participants of a round hold. Raises `Behind` if they don't say so in time."""
@@ -675,7 +699,8 @@ class Engine:
     async def _repair_state(self, place: Place) -> None:
         """Our root isn't the majority's. Compute again: if that gives theirs, our memory was wrong; otherwise fetch what differs.
 
-        Raises `Disagreement` when verified parts and an undamaged state give our own root again.
+        Raises `Disagreement` when verified parts and an undamaged state give our own root again, and no reducer is proven to have
+        sent us other parts than the others.
         """
         self._repair.clear()
         self.services.observer.state("repairing")
@@ -683,13 +708,13 @@ class Engine:
         proposal, run = self.last_proposal, self.previous
         if proposal is None or run is None or run.round_index != place.round_index - 1:
             raise Behind
-        voters = [item.peer for item in proposal.commits]
-        found = self.inbox.agreement(run.round_index, voters, place.base_root)
+        found = self.disputes.agreement(run, proposal, place.base_root)
         if found.verdict != "differs" or found.root is None:
             return
         snapshot = await self._in_pool(self._recomputed, run, proposal)
         log.warning("root_differs", round=run.round_index, recomputed=snapshot.root_hex[:12] if snapshot else None)
-        if snapshot is not None and snapshot.root == place.base_root:
+        honest = snapshot is not None and snapshot.root == place.base_root
+        if honest and not await self.disputes.is_contradicted(run, proposal, found.holders):
             raise Disagreement(f"round {run.round_index}: {place.base_root.hex()[:12]} here, {found.root.hex()[:12]} elsewhere")
         if snapshot is None or snapshot.root != found.root:
             state = await self.entry.fetch_state(found.root, found.holders, self.snapshots.newest)

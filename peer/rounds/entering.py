@@ -60,7 +60,7 @@ class Entered:
 class Entry:
     """How a peer gets in. `find` asks the coordinator and the DHT; `begin` makes or restores the state of a first peer.
 
-    `initial` makes the state that the manifest begins with.
+    `initial` makes the state that the manifest begins with. What the `barred` say of the state isn't believed.
     """
 
     services: Services
@@ -69,6 +69,7 @@ class Entry:
     begin: Callable[[], Awaitable[OuterState]]
     local: Callable[[], Snapshot | None]
     initial: Callable[[], Awaitable[OuterState]]
+    barred: Callable[[], frozenset[str]] = frozenset
 
     async def enter(self, inbox: Inbox) -> Entered:
         """Try until we are in. What doesn't work with what most peers say is tried with what others say."""
@@ -186,7 +187,8 @@ class Entry:
     def _as_member(self, inbox: Inbox, roster: tuple[RosterMember, ...], round_index: int) -> Entered | None:
         """We are in the roster already (restarted, or fallen behind): what most results name is the state."""
         results = inbox.results(round_index - 1)
-        found = agreement.newest([(item.round_index, item.root, peer) for peer, item in results.items()])
+        barred = self.barred()
+        found = agreement.newest([(item.round_index, item.root, peer) for peer, item in results.items() if peer not in barred])
         if found is None:
             return None
         _, root, holders = found

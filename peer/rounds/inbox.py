@@ -147,6 +147,15 @@ class Inbox:
         """What the voters' results of a round say about the root `mine`."""
         return count({peer: result.root for peer, result in self.results(round_index).items()}, voters, mine)
 
+    def others_than(self, root: bytes, round_index: int, proposal: ProposalFacts) -> list[str]:
+        """Participants that hold another root after the same proposal."""
+        named = {item.peer for item in proposal.commits}
+        return [
+            peer
+            for peer, result in self.results(round_index).items()
+            if peer in named and result.proposal_hash == proposal.proposal_hash and result.root != root
+        ]
+
     def agreement_on(self, round_index: int, proposal: ProposalFacts, me: str) -> Agreement:
         """The root that most participants of a proposal but us hold after it; `split` once so many have completed another."""
         voters = [item.peer for item in proposal.commits if item.peer != me]

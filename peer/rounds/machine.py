@@ -30,6 +30,7 @@ from peer.rounds.values import (
     Complete,
     Completed,
     Event,
+    Expose,
     FetchFailed,
     FetchSpan,
     ForwardDecision,
@@ -174,7 +175,8 @@ def _on_proposal(state: RoundState, proposal: ProposalFacts, now_s: float) -> Ou
         return state, []
     if state.accepted is not None and state.standing == proposal.ballot:
         if state.accepted.proposal_hash != proposal.proposal_hash:
-            return _leave_two_faced(state, proposal.leader, now_s)
+            state, actions = _leave_two_faced(state, proposal.leader, now_s)
+            return state, [*actions, *_contradiction(state.accepted, proposal)]
         return _reduce_if_possible(state)
     return _accept(state, proposal, proposal.ballot, now_s)
 
@@ -300,8 +302,12 @@ def _take_over(
     if state.accepted is None or state.accepted.proposal_hash != proposal.proposal_hash or state.standing < ballot:
         state, more = _accept(state, proposal, ballot, now_s)
         actions += more
-    state = replace(state, spans={**spans, **state.spans})
-    return state, [*actions, *_fetches(state, spans)]
+    held = {peer: span for peer, span in state.spans.items() if peer in state.fetched}
+    others = [
+        (known, spans[peer]) for peer, known in state.spans.items() if peer in spans and known.signed and known != spans[peer]
+    ]
+    state = replace(state, spans={**state.spans, **spans, **held})
+    return state, [*actions, *(Expose(known.signed, span.signed) for known, span in others), *_fetches(state, spans)]
 
 
 def _may_stand(state: RoundState, proposal: ProposalFacts, ballot: BallotNumber) -> bool:
@@ -387,7 +393,8 @@ def _on_span(state: RoundState, span: SpanFacts, now_s: float) -> Outcome:
         return state, [Refuse(span.reducer, "wrong_span")]
     known = state.spans.get(span.reducer)
     if known is not None:
-        return state, [] if known.part_hashes == span.part_hashes else [Refuse(span.reducer, "two_merges")]
+        same = known.part_hashes == span.part_hashes
+        return state, [] if same else [Refuse(span.reducer, "two_merges"), Expose(known.signed, span.signed)]
     state = replace(state, spans=_with(state.spans, span.reducer, span))
     return state, [] if state.complete else _fetches(state, [span.reducer])
 
@@ -412,8 +419,9 @@ def _on_fetch_failed(state: RoundState, event: FetchFailed, now_s: float) -> Out
     again = event.peer in state.failed
     failed = state.failed | ({event.peer} if event.merged else set())
     state = replace(state, failed=failed, reducing=state.reducing and event.merged)
-    if event.reason == BAD_PART and not event.merged and event.peer in state.setup.others:
-        state = replace(state, bad=state.bad | {event.peer})
+    if event.reason == BAD_PART and event.peer in state.setup.others:
+        rotten = {state.spans[event.peer]} if event.merged and event.peer in state.spans else set[SpanFacts]()
+        state = replace(state, bad=state.bad | {event.peer}, rotten=state.rotten | rotten)
     if event.reason == "unreachable":
         state, _ = _on_lost(state, event.peer)
     if event.merged and _helpers(state) and not again:
@@ -449,9 +457,9 @@ def _on_completed(state: RoundState, peer: str, proposal_hash: bytes, now_s: flo
 
 
 def _fetches(state: RoundState, reducers: Mapping[str, SpanFacts] | list[str]) -> list[Action]:
-    """Pull these reducers' merged parts, unless they are here."""
+    """Pull these reducers' merged parts, unless they are here, or were and can't be decoded."""
     spans = [state.spans[peer] for peer in reducers if peer in state.spans and peer not in state.fetched]
-    return [FetchSpan(span, sources) for span in spans if (sources := _sources(state, span))]
+    return [FetchSpan(span, sources) for span in spans if span not in state.rotten and (sources := _sources(state, span))]
 
 
 def _sources(state: RoundState, span: SpanFacts) -> tuple[str, ...]:
@@ -681,6 +689,13 @@ def _next_term(state: RoundState, now_s: float) -> Outcome:
     term = next(term for term in range(state.term + 1, last + 1) if state.setup.leader(term) not in unfit or term == last)
     state = _with_deadline(replace(state, term=term, stage="idle", overdue_s=None), now_s)
     return state, [] if state.leads else [Complain(state.leader, left, "leader_silent")]
+
+
+def _contradiction(accepted: ProposalFacts | None, proposal: ProposalFacts) -> list[Action]:
+    """What a leader has signed twice, if it has: what stands at a ballot may also be an older proposal, made again."""
+    if accepted is None or (accepted.leader, accepted.ballot) != (proposal.leader, proposal.ballot):
+        return []
+    return [Expose(accepted.signed, proposal.signed)]
 
 
 def _leave_two_faced(state: RoundState, leader: str, now_s: float) -> Outcome:

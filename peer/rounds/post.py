@@ -46,7 +46,7 @@ class Post:
             if peer != self.node.peer_id:
                 self.spawn(self._deliver(peer, raw))
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[Any]:
+    def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         """Run a task that ends with this post."""
         task = asyncio.create_task(work)
         self._tasks.add(task)

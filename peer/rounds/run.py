@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import torch
 
 from peer.admissions import Admissions
 from peer.codec import Codecs, Vector
+from peer.evidence import BAD_PART, EQUIVOCATION
 from peer.faults import Faults
 from peer.leaves import Leaf, pack
 from peer.network.node import PeerFailure, Unreachable
@@ -35,6 +37,7 @@ from peer.rounds.values import (
     Complain,
     Complete,
     Event,
+    Expose,
     FetchFailed,
     FetchSpan,
     ForwardDecision,
@@ -60,7 +63,7 @@ from peer.rounds.values import (
     Tick,
     Trained,
 )
-from peer.rounds.wire import Checker, build_proposal
+from peer.rounds.wire import ATTEMPT_BYTES, Checker, build_proposal
 from swarm.clock import Clock
 from swarm.errors import Rejected
 from swarm.identity import Identity
@@ -74,6 +77,7 @@ from swarm.rpc.v1.signed_pb2 import (
     Ballot,
     Commit,
     Complaint,
+    Evidence,
     Grant,
     MergedSpan,
     Proposal,
@@ -175,6 +179,8 @@ class RoundRun:
     services: Services
     setup: RoundSetup
     is_leaving: Callable[[], bool]
+    on_proof: Callable[[RoundRun, Evidence], None]
+    attempt: bytes = field(default_factory=lambda: secrets.token_bytes(ATTEMPT_BYTES))
     state: RoundState = field(init=False)
     exchange: Exchange = field(init=False)
     commit: Signed | None = None
@@ -182,7 +188,6 @@ class RoundRun:
     train_started_s: float = 0.0
     committed_s: float = 0.0
     accepted_s: float = 0.0
-    undecodable: list[tuple[AnnouncedCommit, int, bytes]] = field(default_factory=list)
     _events: asyncio.Queue[Event] = field(init=False)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _bulk: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -319,6 +324,8 @@ class RoundRun:
                 self._run(self._request_grant(present))
             case Refuse(sender, reason):
                 self.services.observer.refused(sender, reason)
+            case Expose(first, second):
+                self.on_proof(self, Evidence(kind=EQUIVOCATION, statements=[first, second]))
             case Complete():
                 pass
 
@@ -365,6 +372,7 @@ class RoundRun:
             round_index=self.round_index,
             base_root=self.setup.base_root,
             ballot=action.ballot,
+            attempt=self.attempt,
             commits=action.commits,
             next_roster=action.next_roster,
             roster=roster_hash(self.setup.roster),
@@ -449,7 +457,8 @@ class RoundRun:
             before, after = self.exchange.residual_roots(proposal.proposal_hash)
         except (PeerFailure, Rejected) as error:
             if isinstance(error, Undecodable):
-                self.undecodable.append((commits[error.sender].signed, error.part, error.content))
+                announced = commits[error.sender].signed
+                self.on_proof(self, Evidence(kind=BAD_PART, commits=[announced], part=error.part, contents=[error.content]))
             self._fetch_failed(proposal.proposal_hash, error, merged=False)
             return
         self.services.observer.phase("merge", self.services.clock.monotonic_s() - started)
@@ -463,6 +472,7 @@ class RoundRun:
                 part_hashes=list(hashes),
                 residual_before=before,
                 residual_after=after,
+                attempt=self.attempt,
             )
             signed = seal(self.services.identity, message)
             span = SpanFacts(self.setup.me, proposal.proposal_hash, first, hashes, signed)
@@ -487,6 +497,9 @@ class RoundRun:
                 await self.exchange.fetch_span(span, source)
             except (PeerFailure, Rejected) as error:
                 failure = error
+                if isinstance(error, Undecodable):
+                    self.on_proof(self, Evidence(kind=BAD_PART, span=span.signed, part=error.part, contents=[error.content]))
+                    break
                 continue
             self.put(SpanFetched(span.proposal_hash, span.reducer))
             return

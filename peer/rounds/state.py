@@ -145,6 +145,7 @@ class RoundState:
     complaints: Mapping[str, frozenset[str]] = field(default_factory=_nothing)
     unobtainable: frozenset[str] = frozenset()
     bad: frozenset[str] = frozenset()
+    rotten: frozenset[SpanFacts] = frozenset()
     two_faced: frozenset[str] = frozenset()
     shown: frozenset[str] = frozenset()
     extensions: int = 0

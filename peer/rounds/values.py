@@ -401,6 +401,14 @@ class Refuse:
     reason: str
 
 
+@dataclass(frozen=True)
+class Expose:
+    """A peer has signed two things of which an honest one signs one; both, as they came."""
+
+    first: Any
+    second: Any
+
+
 Action = (
     SendCommit
     | Propose
@@ -417,4 +425,5 @@ Action = (
     | RequestGrant
     | Complete
     | Refuse
+    | Expose
 )

@@ -45,6 +45,7 @@ from swarm.rpc.v1.signed_pb2 import (
 )
 
 MAX_TERM = 1 << 31
+ATTEMPT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Checker:
             (
                 ("roster_too_large", len(members) <= self.manifest.rounds.max_peers and len(proposal.commits) <= 64),
                 ("bad_ballot", proposal.ballot.term < MAX_TERM and proposal.ballot.amendment < MAX_TERM),
+                ("malformed", len(proposal.attempt) == ATTEMPT_BYTES),
                 ("bad_member", all(_is_peer_id(member.peer) for member in members)),
                 ("bad_quota", all(0 < member.quota <= most for member in members)),
                 ("bad_weight", all(item.weight <= limit for item in proposal.commits)),
@@ -143,7 +145,7 @@ class Checker:
         hashes = tuple(span.part_hashes)
         sizes = all(len(name) == HASH_BYTES for name in hashes)
         fits = sizes and span.first_part + len(hashes) <= self._codec(span.round).part_count
-        _require((("wrong_spans", fits),), signed.signer)
+        _require((("wrong_spans", fits), ("malformed", len(span.attempt) == ATTEMPT_BYTES)), signed.signer)
         return span.round, SpanFacts(signed.signer, span.proposal_hash, span.first_part, hashes, signed)
 
     def result(self, signed: Signed) -> ResultFacts:
@@ -258,6 +260,7 @@ def build_proposal(
     round_index: int,
     base_root: bytes,
     ballot: BallotNumber,
+    attempt: bytes,
     commits: Iterable[IncludedCommit],
     next_roster: Iterable[RosterMember],
     roster: bytes,
@@ -269,6 +272,7 @@ def build_proposal(
         run_id=run_id,
         round=round_index,
         ballot=Ballot(term=ballot.term, amendment=ballot.amendment),
+        attempt=attempt,
         base_root=base_root,
         commits=[
             CommitReference(

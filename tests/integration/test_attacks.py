@@ -50,8 +50,16 @@ async def test_a_new_key_is_found_out_like_the_old_one(tmp_path: Path) -> None:
     assert outcome.credit_kept == 0
 
 
-@pytest.mark.parametrize(("kind", "rounds"), [("lying_donor", 80), ("replay", 10), ("equivocate", 10)])
+async def test_a_leader_that_proposes_two_things_is_convicted(tmp_path: Path) -> None:
+    """By its own signatures, whenever it leads."""
+    outcome = await outcome_of("equivocate", tmp_path, rounds=16)
+    assert outcome.convicted == 1
+    assert outcome.credit_kept == 0
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("lying_donor", 80), ("replay", 10)])
 async def test_who_only_disturbs_changes_nothing(kind: str, rounds: int, tmp_path: Path) -> None:
-    """Wrong chunks for a newcomer, old messages, two proposals where it leads: refused, and the run goes on."""
+    """Wrong chunks for a newcomer, old messages: refused, and the run goes on."""
     outcome = await outcome_of(kind, tmp_path, rounds)
     assert outcome.loss < 5.0
+    assert outcome.credit_kept == 0

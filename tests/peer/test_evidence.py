@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,6 +276,91 @@ def test_no_innocent_is_convicted_by_other_inputs(change: Change) -> None:
     evidence = evidence_of_merge("int4", wrong=False)
     change(evidence)
     with pytest.raises(Rejected):
+        verified(evidence)
+
+
+def proposals(**changes: Any) -> Evidence:
+    """Two proposals of one leader for one ballot in one attempt at the round, the second with `changes`."""
+    world = World(run_of("fp16"))
+    values: dict[str, Any] = {"run_id": world.run_id, "round": ROUND, "ballot": Ballot(), "attempt": b"a" * 16}
+    second = Proposal(**values | {"base_root": b"r" * 32} | changes)
+    statements = [seal(PEERS[0], Proposal(**values)), seal(PEERS[0], second)]
+    return Evidence(kind="equivocation", manifest=world.signed_manifest, statements=statements)
+
+
+def merges(**changes: Any) -> Evidence:
+    """Two merges that a reducer signed of one proposal in one attempt, the second with `changes`."""
+    world = World(run_of("fp16"))
+    values: dict[str, Any] = {"run_id": world.run_id, "round": ROUND, "proposal_hash": b"p" * 32, "attempt": b"a" * 16}
+    first = MergedSpan(part_hashes=[b"1" * 32], **values)
+    second = MergedSpan(**values | {"part_hashes": [b"2" * 32]} | changes)
+    statements = [seal(REDUCER, first), seal(REDUCER, second)]
+    return Evidence(kind="equivocation", manifest=world.signed_manifest, statements=statements)
+
+
+def test_two_proposals_or_two_merges_are_proven() -> None:
+    """Whatever they say: an honest peer signs one."""
+    verdict = verified(proposals())
+    assert (verdict.accused, verdict.kind, verdict.round_index) == (PEERS[0].peer_id, "equivocation", ROUND)
+    assert "two proposals for ballot 0.0" in verdict.why
+    verdict = verified(merges())
+    assert (verdict.accused, verdict.kind) == (REDUCER.peer_id, "equivocation")
+    assert "two merges of proposal" in verdict.why
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        proposals(base_root=b""),
+        proposals(ballot=Ballot(amendment=1)),
+        proposals(round=ROUND + 1),
+        proposals(attempt=b"b" * 16),
+        merges(part_hashes=[b"1" * 32]),
+        merges(part_hashes=[b"1" * 32], residual_after=b"x" * 32),
+        merges(proposal_hash=b"q" * 32),
+        merges(attempt=b"b" * 16),
+        merges(round=ROUND + 1),
+    ],
+)
+def test_what_honest_peers_sign_is_no_equivocation(evidence: Evidence) -> None:
+    """The same again, another ballot, another round; and the same round begun again, after a restart or a repair."""
+    with pytest.raises(Rejected, match="not_proven"):
+        verified(evidence)
+
+
+def test_statements_of_two_peers_or_kinds_prove_nothing() -> None:
+    """Nor do one alone, three, or those of another run."""
+    first, second = proposals().statements
+    merge = merges().statements[0]
+    other = seal(PEERS[1], Proposal.FromString(second.payload))
+    foreign = Proposal.FromString(second.payload)
+    foreign.run_id = b"x" * 32
+    cases = [(first, other), (first, merge), (merge, first), (first,), (first, second, second), (first, seal(PEERS[0], foreign))]
+    for statements in cases:
+        evidence = proposals()
+        del evidence.statements[:]
+        evidence.statements.extend(statements)
+        with pytest.raises(Rejected):
+            verified(evidence)
+
+
+def test_a_merge_that_nobody_can_decode_is_proven() -> None:
+    """From the signed span and the part that it names."""
+    world, rubbish = World(run_of("fp16")), b"\xff" * 8
+    values: dict[str, Any] = {"run_id": world.run_id, "round": ROUND, "first_part": FIRST}
+    span = seal(REDUCER, MergedSpan(part_hashes=[b"1" * 32, blob_hash(rubbish)], **values))
+    evidence = Evidence(kind="bad_part", manifest=world.signed_manifest, span=span, part=FIRST + 1, contents=[rubbish])
+    verdict = verified(evidence)
+    assert (verdict.accused, verdict.kind, verdict.part) == (REDUCER.peer_id, "bad_part", FIRST + 1)
+    for part in (FIRST, FIRST + 2, 0):
+        evidence.part = part
+        with pytest.raises(Rejected, match="the merge is something else"):
+            verified(evidence)
+    codec = Codecs(world.manifest).at(ROUND)
+    content = codec.encode_part(normal(PART_VALUES, 1), FIRST)
+    evidence.part, evidence.contents[0] = FIRST, content
+    evidence.span.CopyFrom(seal(REDUCER, MergedSpan(part_hashes=[blob_hash(content)], **values)))
+    with pytest.raises(Rejected, match="can be decoded"):
         verified(evidence)
 
 

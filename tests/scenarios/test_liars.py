@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peer.recipes import demo_manifest
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.scenario import FINISH_S, Scenario, last_contribution, last_round, write_run
 from tests.disturbed import program
+from tests.runs import run_command
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -86,3 +88,28 @@ async def test_a_peer_that_claims_a_later_round_keeps_nobody_out(scenario: Any) 
         await join_beside_a_liar(swarm, "far_ahead", 3)
         assert swarm.missing_rounds() == []
         assert swarm.differing_roots() == []
+
+
+@pytest.mark.parametrize(("lie", "kind"), [("two_merges", "equivocation"), ("rotten_merge", "bad_part")])
+async def test_a_reducer_that_tells_each_another_merge_stops_nobody(scenario: Any, lie: str, kind: str) -> None:
+    """p2 signs two merges of its span from round 3 on: the others find that out, end at one state, and go on without it."""
+    async with scenario(3) as swarm:
+        swarm.swarm.environment = {"SWARM_CHECK_TRAFFIC": "0"}
+        await swarm.start(2)
+        await swarm.join("p2", program=program(lie))
+        honest = [swarm.peers["p0"], swarm.peers["p1"]]
+        guilty = swarm.identity("p2").peer_id
+        proofs = [peer.directory / "evidence" / f"{guilty}.evidence" for peer in honest]
+        await swarm.until(lambda: all(proof.exists() for proof in proofs), "a proof with both", 90)
+        for proof in proofs:
+            outcome = await run_command("evidence", "verify", str(proof), "--json")
+            said = json.loads(outcome.out)
+            assert (said["accused"], said["kind"], said["proven"]) == (guilty, kind, True)
+        await swarm.until(lambda: abs(last_round(honest[0]) - last_round(honest[1])) < 2, "they are at one again", 60)
+        await swarm.until_rounds_more(4, honest)
+        statuses = [await peer.status() for peer in honest]
+        assert [status["roster_size"] for status in statuses] == [2, 2]
+        await swarm.finish_all()
+        newest = max(swarm.roots())
+        assert [len(roots) for index, roots in swarm.roots().items() if index > newest - 3] == [1, 1, 1]
+        assert swarm.missing_rounds() == []

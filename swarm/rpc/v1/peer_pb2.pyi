@@ -246,9 +246,12 @@ class SyncRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     ADMISSION_FIELD_NUMBER: _builtins.int
     STATE_ROOT_FIELD_NUMBER: _builtins.int
+    PROPOSAL_HASH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     state_root: _builtins.bytes
     """Wanted: the chunk hashes of this state root; empty = none."""
+    proposal_hash: _builtins.bytes
+    """Wanted: the merged spans behind this proposal; empty = none."""
     @_builtins.property
     def admission(self) -> _signed_pb2.Signed: ...
     def __init__(
@@ -257,10 +260,11 @@ class SyncRequest(_message.Message):
         run_id: _builtins.bytes = ...,
         admission: _signed_pb2.Signed | None = ...,
         state_root: _builtins.bytes = ...,
+        proposal_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "run_id", b"run_id", "state_root", b"state_root"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "proposal_hash", b"proposal_hash", "run_id", b"run_id", "state_root", b"state_root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -298,6 +302,7 @@ class SyncReply(_message.Message):
     CHUNK_HASHES_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     ADMISSIONS_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """The round that the roster works on now; its theta is described by `results`."""
     chunk_hashes: _builtins.bytes
@@ -320,6 +325,10 @@ class SyncReply(_message.Message):
     def admissions(self) -> _containers.RepeatedCompositeFieldContainer[_signed_pb2.Signed]:
         """Admission tokens of the peers in the roster."""
 
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[_signed_pb2.Signed]:
+        """The merged spans of the last finished round, as their reducers signed them, where `proposal_hash` is the one that ended it."""
+
     def __init__(
         self,
         *,
@@ -330,10 +339,11 @@ class SyncReply(_message.Message):
         chunk_hashes: _builtins.bytes = ...,
         addresses: _abc.Mapping[_builtins.str, Global___AddressList] | None = ...,
         admissions: _abc.Iterable[_signed_pb2.Signed] | None = ...,
+        spans: _abc.Iterable[_signed_pb2.Signed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["proposal", b"proposal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "admissions", b"admissions", "chunk_hashes", b"chunk_hashes", "proposal", b"proposal", "results", b"results", "roster", b"roster", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "admissions", b"admissions", "chunk_hashes", b"chunk_hashes", "proposal", b"proposal", "results", b"results", "roster", b"roster", "round", b"round", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -247,11 +247,16 @@ class Proposal(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     ROSTER_HASH_FIELD_NUMBER: _builtins.int
     ADMISSIONS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     base_root: _builtins.bytes
     roster_hash: _builtins.bytes
     """BLAKE2b-256 over the sorted roster that this round was run with."""
+    attempt: _builtins.bytes
+    """16 random bytes, new whenever the signer begins the round, also when it begins it again: with the same ones, who follows the
+    protocol signs one proposal for a ballot.
+    """
     @_builtins.property
     def ballot(self) -> Global___Ballot: ...
     @_builtins.property
@@ -282,10 +287,11 @@ class Proposal(_message.Message):
         grant: Global___Signed | None = ...,
         roster_hash: _builtins.bytes = ...,
         admissions: _abc.Iterable[Global___Signed] | None = ...,
+        attempt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ballot", b"ballot", "grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "ballot", b"ballot", "base_root", b"base_root", "commits", b"commits", "grant", b"grant", "next_roster", b"next_roster", "roster_hash", b"roster_hash", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "attempt", b"attempt", "ballot", b"ballot", "base_root", b"base_root", "commits", b"commits", "grant", b"grant", "next_roster", b"next_roster", "roster_hash", b"roster_hash", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,6 +310,7 @@ class MergedSpan(_message.Message):
     PART_HASHES_FIELD_NUMBER: _builtins.int
     RESIDUAL_BEFORE_FIELD_NUMBER: _builtins.int
     RESIDUAL_AFTER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     proposal_hash: _builtins.bytes
@@ -311,6 +318,8 @@ class MergedSpan(_message.Message):
     residual_before: _builtins.bytes
     """Hash of the reducer's residual before and after, for codecs with error feedback."""
     residual_after: _builtins.bytes
+    attempt: _builtins.bytes
+    """As in a Proposal: with the same ones, one merge of a proposal is signed."""
     @_builtins.property
     def part_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -323,10 +332,11 @@ class MergedSpan(_message.Message):
         part_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         residual_before: _builtins.bytes = ...,
         residual_after: _builtins.bytes = ...,
+        attempt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_part", b"first_part", "part_hashes", b"part_hashes", "proposal_hash", b"proposal_hash", "residual_after", b"residual_after", "residual_before", b"residual_before", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_part", b"first_part", "part_hashes", b"part_hashes", "proposal_hash", b"proposal_hash", "residual_after", b"residual_after", "residual_before", b"residual_before", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -999,8 +1009,9 @@ class Evidence(_message.Message):
     RESIDUAL_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    STATEMENTS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"bad_part", "wrong_merge" or "false_pass"."""
+    """"bad_part", "wrong_merge", "equivocation" or "false_pass"."""
     part: _builtins.int
     residual: _builtins.bytes
     nonce: _builtins.bytes
@@ -1010,7 +1021,7 @@ class Evidence(_message.Message):
 
     @_builtins.property
     def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnnouncedCommit]:
-        """bad_part: the accused's commit. wrong_merge: those of the proposal's contributors, in its order. false_pass: the planted one."""
+        """bad_part: the accused's commit, unless it is a part of its span. wrong_merge: those of the proposal's contributors, in its order. false_pass: the planted one."""
 
     @_builtins.property
     def contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
@@ -1018,7 +1029,7 @@ class Evidence(_message.Message):
 
     @_builtins.property
     def proposal(self) -> Global___Signed:
-        """wrong_merge: the proposal, and the span that the accused signed for it."""
+        """wrong_merge: the proposal, and the span that the accused signed for it. bad_part: its span, unless it is a part of its commit."""
 
     @_builtins.property
     def span(self) -> Global___Signed: ...
@@ -1029,6 +1040,10 @@ class Evidence(_message.Message):
     @_builtins.property
     def verdict(self) -> Global___Signed:
         """false_pass: what the accused signed about a contribution whose leaves follow from these 32 bytes."""
+
+    @_builtins.property
+    def statements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signed]:
+        """equivocation: two proposals for one ballot, or two merges of one proposal, of the same attempt."""
 
     def __init__(
         self,
@@ -1044,10 +1059,11 @@ class Evidence(_message.Message):
         residual: _builtins.bytes = ...,
         verdict: Global___Signed | None = ...,
         nonce: _builtins.bytes = ...,
+        statements: _abc.Iterable[Global___Signed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "proposal", b"proposal", "span", b"span", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "contents", b"contents", "kind", b"kind", "manifest", b"manifest", "nonce", b"nonce", "part", b"part", "proposal", b"proposal", "residual", b"residual", "residual_hashes", b"residual_hashes", "span", b"span", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "contents", b"contents", "kind", b"kind", "manifest", b"manifest", "nonce", b"nonce", "part", b"part", "proposal", b"proposal", "residual", b"residual", "residual_hashes", b"residual_hashes", "span", b"span", "statements", b"statements", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -188,6 +188,7 @@ class World:
         self.pool: list[tuple[float, int, Callable[[], None]]] = []
         self.serial = 0
         self.proposals: dict[bytes, ProposalFacts] = {}
+        self.attempts: set[tuple[str, int, BallotNumber]] = set()
         self.proposed: list[tuple[float, str, ProposalFacts]] = []
         self.refused: list[tuple[str, str, str]] = []
         self.actions = 0
@@ -364,6 +365,9 @@ class World:
         covered = self.granted is not None and {item.peer for item in action.commits} <= self.granted
         grant = member.state.grant is not None and covered
         faces = 2 if member.name in self.two_faced else 1
+        attempt = (member.name, member.epoch, action.ballot)
+        assert attempt not in self.attempts, f"{attempt} proposes twice, which would prove it guilty"
+        self.attempts.add(attempt)
         for face in reversed(range(faces)):
             roster = tuple(replace(item, quota=item.quota + face) for item in action.next_roster)
             facts = proposal_of(action.ballot, member.name, action.commits, roster, grant)

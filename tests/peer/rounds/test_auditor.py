@@ -109,7 +109,7 @@ async def test_leaders_tell_those_who_came_later(auditor: Auditor, wire: Wire) -
 
     async def after(leader: str, *others: str) -> list[str]:
         run: Any = SimpleNamespace(
-            undecodable=[], round_index=500, state=SimpleNamespace(spans={}),
+            round_index=500, state=SimpleNamespace(spans={}),
             setup=SimpleNamespace(me=SENDER, others=others, all_gather=True),
         )  # fmt: skip
         proposal: Any = SimpleNamespace(leader=leader, contributors=())

@@ -25,6 +25,7 @@ from peer.rounds.values import (
     Complete,
     Completed,
     Event,
+    Expose,
     FetchFailed,
     FetchSpan,
     ForwardDecision,
@@ -433,13 +434,15 @@ def test_two_proposals_of_one_leader() -> None:
     me = next(peer for peer in peers if peer != leader(3) and peer != leader(3, 1))
     state = with_commits(setup_of(me, peers))
     first, second = planned(peers, BallotNumber()), planned(peers, BallotNumber(), quota=7)
+    first, second = replace(first, signed="first"), replace(second, signed="second")
     state, _ = machine.step(state, ProposalArrived(first), 1.0)
     state, actions = machine.step(state, ProposalArrived(second), 1.0)
     assert Refuse(leader(3), "two_proposals") in actions
+    assert Expose("first", "second") in actions
     assert Complain(leader(3, 1), leader(3), "leader_silent") in actions
     assert (state.accepted, state.leader) == (first, leader(3, 1))
     again, actions = machine.step(state, ProposalArrived(second), 1.0)
-    assert actions == [Refuse(leader(3), "two_proposals")]
+    assert actions == [Refuse(leader(3), "two_proposals"), Expose("first", "second")]
     assert again == state
 
 
@@ -967,6 +970,42 @@ def test_a_leader_whose_own_parts_cant_be_decoded_is_replaced() -> None:
     (proposed,) = (action for action in actions if isinstance(action, Propose))
     assert {commit.peer for commit in proposed.commits} == set(peers) - {bad}
     assert {member.peer for member in proposed.next_roster} == set(peers) - {bad}
+
+
+def test_a_merge_that_cant_be_decoded_is_asked_for_once() -> None:
+    """However often others are ready: it stays what it is. The merge that somebody has completed with takes its place."""
+    peers = names(4)
+    me = leader(4, 1)
+    state, proposal = exchanging(peers, me)
+    bad, holder = leader(4, 2), leader(4, 3)
+    sound = span_of(proposal, bad)
+    rotten = replace(sound, part_hashes=(b"rotten",) * len(sound.part_hashes), signed="rotten")
+    state, actions = machine.step(state, SpanArrived(rotten), 1.1)
+    assert [action.span for action in actions if isinstance(action, FetchSpan)] == [rotten]
+    state, actions = machine.step(state, FetchFailed(proposal.proposal_hash, bad, True, "bad_part"), 1.2)
+    assert Complain(leader(4), bad, "bad_part") in actions
+    for second in range(5):
+        ready = ReadyArrived(holder, BallotNumber(), proposal.proposal_hash, True)
+        state, actions = machine.step(state, ready, 1.3 + second / 10)
+        assert not [action for action in actions if isinstance(action, FetchSpan)]
+    reply = decision(proposal, holder, BallotNumber())
+    state, actions = machine.step(state, SealReplyArrived(reply), 1.9)
+    assert state.spans[bad] == sound
+    assert sound in [action.span for action in actions if isinstance(action, FetchSpan)]
+    assert Expose("rotten", sound.signed) in actions
+
+
+def test_two_merges_of_one_reducer() -> None:
+    """The first stands; the second, and any more, is exposed with it."""
+    peers = names(4)
+    state, proposal = exchanging(peers)
+    reducer = leader(4, 2)
+    first = replace(span_of(proposal, reducer), signed="first")
+    second = replace(first, part_hashes=(b"second",) * len(first.part_hashes), signed="second")
+    state, _ = machine.step(state, SpanArrived(first), 1.1)
+    state, actions = machine.step(state, SpanArrived(second), 1.2)
+    assert state.spans[reducer] == first
+    assert actions == [Refuse(reducer, "two_merges"), Expose("first", "second")]
 
 
 def test_a_follower_tells_the_next_leader() -> None:

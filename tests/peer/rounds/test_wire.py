@@ -89,6 +89,7 @@ def proposed(signer: Identity = ALICE, grant: Signed | None = None, **changes: A
         "round_index": 4,
         "base_root": BASE,
         "ballot": BallotNumber(1, 2),
+        "attempt": bytes(16),
         "commits": [IncludedCommit(peers[0], b"x" * 32, 5, 0, 2), IncludedCommit(peers[1], b"y" * 32, 3, 2, 1)],
         "next_roster": [RosterMember(peer, 4) for peer in peers],
         "roster": roster_hash([]),
@@ -227,6 +228,7 @@ def test_a_good_proposal_survives_the_wire(checker: Checker) -> None:
         ({"commits": [IncludedCommit(ALICE.peer_id, b"", 1)] * 65}, "roster_too_large"),
         ({"commits": [IncludedCommit(ALICE.peer_id, b"", 9)]}, "bad_weight"),
         ({"commits": [IncludedCommit(ALICE.peer_id, b"", 1, 2, 2)]}, "wrong_spans"),
+        ({"attempt": b"short"}, "malformed"),
         ({"ballot": BallotNumber(MAX_TERM, 0)}, "bad_ballot"),
         ({"ballot": BallotNumber(0, MAX_TERM)}, "bad_ballot"),
     ],
@@ -275,6 +277,7 @@ def span(signer: Identity = ALICE, **changes: Any) -> Signed:
         "proposal_hash": b"p" * 32,
         "first_part": 1,
         "part_hashes": HASHES[:2],
+        "attempt": bytes(16),
     }
     return seal(signer, MergedSpan(**{**fields, **changes}))
 
@@ -291,6 +294,7 @@ def test_a_good_span_becomes_facts(checker: Checker) -> None:
     [
         ({"first_part": 2}, "wrong_spans"),
         ({"part_hashes": [b"short"]}, "wrong_spans"),
+        ({"attempt": b""}, "malformed"),
         ({"run_id": OTHER_RUN}, "wrong_run"),
         ({"signer": STRANGER}, "not_admitted"),
     ],
