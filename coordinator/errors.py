@@ -61,6 +61,7 @@ CATALOGUE: dict[str, _Line] = {
     "not_on_allow_list": _Line(_FORBIDDEN, "the run admits listed keys only; give yours to the run's owner"),
     "other_account": _Line(_CONFLICT, "the key earns for another account"),
     "overloaded": _Line(StatusCode.UNAVAILABLE, "too much to do; try again"),
+    "too_many_new_keys": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many new keys from this network; try again later"),
     "rate_limited": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many requests; slow down"),
     "replayed": _Line(_CONFLICT, "a newer message of this peer is known"),
     "revoked": _Line(_FORBIDDEN, "the account has revoked this key"),

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import structlog
@@ -19,7 +20,7 @@ from prometheus_client import Histogram
 
 from coordinator.auth import HEALTH, rule_for, signed_part
 from coordinator.errors import answer_to
-from coordinator.limits import CALL_DEADLINE_S, STREAM_DEADLINE_S, CallsInProgress, Ceilings, Rate, RateLimiter
+from coordinator.limits import CALL_DEADLINE_S, STREAM_DEADLINE_S, CallsInProgress, Ceilings, NewKeys, Rate, RateLimiter
 from coordinator.metrics import Metrics
 from swarm.clock import Clock
 from swarm.errors import Rejected
@@ -28,10 +29,12 @@ from swarm.rpc.client import REASON_KEY
 ADDRESS_BURST_S = 2.0  # at once, as much as in so many seconds
 KEY_BURST_S = 10.0
 PER_ADDRESS = Rate(per_s=2000, burst=4000)  # before any signature is checked; many peers may share an address
+NEW_KEYS_PER_HOUR = 256
 PER_KEY = Rate(per_s=50, burst=500)  # after a day without coordinator a peer hands in many reports at once
 
 DEFAULT_CEILINGS = Ceilings()
 OURS = "replicas"
+CALLER_KEY = "swarm-caller"
 
 _receiving: ContextVar[asyncio.TimerHandle] = ContextVar("receiving")
 
@@ -52,12 +55,14 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         per_key: Rate = PER_KEY,
         is_ours: Callable[[Context], bool] = lambda context: False,
         ceilings: Ceilings = DEFAULT_CEILINGS,
+        new_keys_per_hour: int = NEW_KEYS_PER_HOUR,
     ) -> None:
         self._clock = clock
         self._metrics = metrics
         self._is_admitted = is_admitted
         self._addresses = RateLimiter(per_address)
         self._keys = RateLimiter(per_key)
+        self._new_keys = NewKeys(new_keys_per_hour)
         self._is_ours = is_ours
         self._calls = CallsInProgress(ceilings)
         self._slow_call_s = ceilings.slow_call_s
@@ -94,6 +99,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
     def take(self, key: str) -> None:
         """Count one signed message of a key, whose signature was checked. Raises `Rejected` when it sends too many."""
         self._keys.take(key, self._clock.monotonic_s())
+
+    def take_new_key(self, context: Context) -> None:
+        """Count a key that is about to be admitted for the first time. Raises `Rejected` when its network brings too many."""
+        self._new_keys.take(address_of(context, trusted=self._is_ours(context)), self._clock.monotonic_s())
 
     def _unary(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Any:
         name, seconds = self._measured(method)
@@ -155,7 +164,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
     @contextmanager
     def _counted(self, context: Context) -> Iterator[None]:
         """Count the call while it is in progress. Raises `Rejected` when there are too many, or too many in a short time."""
-        address = _address(context.peer())
+        address = address_of(context)
         if self._is_ours(context):
             address = OURS
         else:
@@ -184,6 +193,11 @@ def _received() -> None:
         receiving.cancel()
 
 
-def _address(peer: str) -> str:
-    """The caller's address without its port."""
-    return peer.rpartition(":")[0]
+def address_of(context: Context, *, trusted: bool = False) -> str:
+    """The caller's IP address; where another replica passes a call on, which is `trusted`, that of whom it came from."""
+    if trusted:
+        for key, value in context.invocation_metadata() or ():
+            if key == CALLER_KEY and isinstance(value, str):
+                return value
+    _, _, address = context.peer().rpartition(":")[0].partition(":")
+    return unquote(address).strip("[]")

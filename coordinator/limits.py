@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ ENTRIES_PER_MESSAGE_BYTES = 1 << 20
 MAX_LEADERBOARD = 1000
 PEERS_PER_ANSWER = 128
 MAX_TRACKED_KEYS = 100_000
+HOUR_S = 3600
+IPV4_NETWORK, IPV6_NETWORK = 24, 48
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,34 @@ class RateLimiter:
         self._buckets.move_to_end(key)
         if len(self._buckets) > self._max_keys:
             self._buckets.popitem(last=False)
+
+
+class NewKeys:
+    """How many keys are admitted for the first time from one network in an hour: identities are cheap, addresses less so."""
+
+    def __init__(self, per_hour: int) -> None:
+        self._per_hour = per_hour
+        self._rate = RateLimiter(Rate(per_hour / HOUR_S, per_hour))
+
+    def take(self, address: str, now_s: float) -> None:
+        """Count a key from an address. Raises `Rejected` when its network has brought too many."""
+        network = network_of(address)
+        try:
+            self._rate.take(network, now_s)
+        except Rejected as error:
+            raise Rejected("too_many_new_keys", f"at most {self._per_hour} an hour from {network}") from error
+
+
+def network_of(address: str) -> str:
+    """The /24 of an IPv4 address, the /48 of an IPv6 one: what one customer of a provider has at most. Others are as they are."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    prefix = IPV4_NETWORK if parsed.version == 4 else IPV6_NETWORK
+    return str(ipaddress.ip_network((parsed, prefix), strict=False))
 
 
 def check_fresh(issued_at: int, now_s: float, sender: str) -> None:

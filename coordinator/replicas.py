@@ -23,6 +23,7 @@ import structlog
 from google.protobuf.message import Message
 
 from coordinator.errors import StoreFailed
+from coordinator.guard import CALLER_KEY, address_of
 from coordinator.journal import Journal
 from coordinator.service import PeerService
 from coordinator.store.interface import Store
@@ -169,7 +170,9 @@ class ReplicaService(PeerService):
             raise Rejected("overloaded", "no replica writes at the moment")
         call = getattr(self.channels.stub(replica.leader), method)
         try:
-            answer: M = await call(request, timeout=CALL_TIMEOUT_S, metadata=((PASSED_ON_KEY, secret),))
+            answer: M = await call(
+                request, timeout=CALL_TIMEOUT_S, metadata=((PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context)))
+            )
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from error
         return answer

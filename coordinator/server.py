@@ -220,6 +220,7 @@ def _guard(settings: CoordinatorSettings, journal: Journal, identity: Identity, 
         Rate(per_key, per_key * KEY_BURST_S),
         lambda context: bool(secret) and is_passed_on(context, secret),
         Ceilings(settings.max_calls, settings.max_calls_per_address, settings.slow_call_s),
+        settings.new_keys_per_network_per_hour,
     )
 
 

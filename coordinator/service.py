@@ -90,6 +90,8 @@ class PeerService(PeerServiceServicer):
         event = Announced(signed.signer, announcement, payload_hash(signed), certified, invited)
         decision = decide(self._journal.state, event, self._journal.now())
         if decision.append:
+            if not self._journal.credits.is_admitted(self._journal.run_id, signed.signer):
+                self._guard.take_new_key(context)
             decision = (await self._journal.submit(event)).decision
         self._metrics.admissions_total.labels(decision.reason).inc()
         _raise_refusal(decision, signed.signer)

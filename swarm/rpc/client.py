@@ -62,7 +62,7 @@ TLS_NAME = "swarm-coordinator"
 REASON_KEY = "reason"
 TIMEOUT_S = 15.0
 MAX_MESSAGE_BYTES = 4 << 20
-LATER = frozenset({"overloaded", "rate_limited", "store_failed", "timeout", "internal"})
+LATER = frozenset({"overloaded", "rate_limited", "too_many_new_keys", "store_failed", "timeout", "internal"})
 TRANSIENT = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,

@@ -70,6 +70,23 @@ async def test_messages_of_a_key(serve: Serve, world: World) -> None:
         await one.announce(world.announcement(BOB, now_s))
 
 
+async def test_a_thousand_keys_of_a_network(serve: Serve, world: World) -> None:
+    """So many are admitted and no more: those that are in, and new ones from elsewhere, don't notice."""
+    async with (
+        serve(listen=EVERYWHERE, new_keys_per_network_per_hour=3) as coordinator,
+        two_addresses(coordinator) as (one, other),
+    ):
+        now_s = coordinator.journal.now().wall_s
+        for number in range(3):
+            await one.announce(world.announcement(identity(number), now_s))
+        for number in range(3, 1000, 100):
+            with pytest.raises(CoordinatorUnreachable, match="too many new keys from this network"):
+                await one.announce(world.announcement(identity(number), now_s))
+        await one.announce(world.announcement(identity(0), now_s, round=1))
+        await other.announce(world.announcement(identity(3), now_s))
+        assert coordinator.journal.credits.member_count(world.run_id) == 4
+
+
 class Held:
     """Readers that hold calls open without taking what they are sent."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from coordinator.limits import MAX_CLOCK_ERROR_S, Rate, RateLimiter, check_fresh
+from coordinator.guard import CALLER_KEY, address_of
+from coordinator.limits import MAX_CLOCK_ERROR_S, Rate, RateLimiter, check_fresh, network_of
 from swarm.errors import Rejected
 
 
@@ -19,6 +23,31 @@ def test_bucket_refills() -> None:
     limiter.take("a", 0.5)
     with pytest.raises(Rejected, match="rate_limited"):
         limiter.take("a", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.77", "192.0.2.0/24"),
+        ("::ffff:192.0.2.77", "192.0.2.0/24"),
+        ("2001:db8:1:2:3::9", "2001:db8:1::/48"),
+        ("unix:/run/swarm", "unix:/run/swarm"),
+    ],
+)
+def test_networks(address: str, network: str) -> None:
+    """However many addresses somebody has in one."""
+    assert network_of(address) == network
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [("ipv4:192.0.2.7:5001", "192.0.2.7"), ("ipv6:%5B2001:db8::7%5D:5001", "2001:db8::7"), ("ipv6:[::1]:9", "::1")],
+)
+def test_addresses_of_callers(peer: str, address: str) -> None:
+    """As gRPC names them; what another replica says of a caller is believed of a replica alone."""
+    context: Any = SimpleNamespace(peer=lambda: peer, invocation_metadata=lambda: ((CALLER_KEY, "198.51.100.1"),))
+    assert address_of(context) == address
+    assert address_of(context, trusted=True) == "198.51.100.1"
 
 
 def test_tracked_keys_are_bounded() -> None:
