@@ -6,6 +6,7 @@ Honest peers know nothing of it. What counts is read from their folders and from
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ POLL_S = 0.5
 KEY = "identity.key"
 STALL_S, NEVER = 300.0, 1 << 60
 SYBIL, KEYS_EACH = "sybil", 4
-LYING_DONOR, LATE_ROUND = "lying_donor", 3
+LYING_DONOR, LATE_ROUND, LATE_S = "lying_donor", 3, 20.0
 VALIDATION_SAMPLES = 512
 LONGER_STEPS, FAST_LR = 12, 1.6e-2  # so that in this small model, too, work shows in the loss
 
@@ -93,12 +94,15 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
 
         for index in range(trial.peers):
             await join(bool(trial.kind) and index < trial.attackers)
+        regular = list(honest)
         if trial.kind == LYING_DONOR:
             await _until_round(honest[0], LATE_ROUND)
             await join(False)
         renewing = asyncio.create_task(_renew(swarm.link, attackers, join)) if trial.kind == SYBIL else None
         try:
-            await _until_over(honest, trial.rounds, told)
+            await _until_over(regular, trial.rounds, told)
+            for newcomer in honest[len(regular) :]:
+                await _end_if_outside(newcomer)
         finally:
             if renewing is not None:
                 await cancel([renewing])
@@ -117,7 +121,7 @@ async def run(trial: Trial, folder: Path, told: Told = lambda line: None) -> Out
     total = sum(credit.values())
     return Outcome(
         loss=loss,
-        rounds=min(map(last_round, honest)),
+        rounds=min(map(last_round, regular)),
         detected_after=min((number for name, number in found.items() if name in guilty), default=None),
         convicted=len(found.keys() & guilty),
         honest_accused=len(found.keys() - guilty),
@@ -132,6 +136,14 @@ async def _until_round(peer: LocalPeer, number: int) -> None:
         if last_round(peer) >= number or not peer.running:
             return
         await asyncio.sleep(POLL_S)
+
+
+async def _end_if_outside(newcomer: LocalPeer) -> None:
+    """Who hasn't come in before all others had ended waits for somebody for ever."""
+    with contextlib.suppress(TimeoutError):
+        if await newcomer.wait(LATE_S):
+            raise SwarmError(f"{newcomer.name} ended with {newcomer.process.returncode}", newcomer.log()[-2000:])
+    await newcomer.end()
 
 
 async def _renew(link: str, attackers: list[LocalPeer], join: Callable[[bool], Awaitable[None]]) -> None:

@@ -31,7 +31,7 @@ def command(
     """Train a small model with real peers, some of which attack, and once more without them, and compare.
 
     Says what the held-out loss is beside the clean run's, how many rounds it took until an attacker was proven guilty, what share
-    of the credit the attackers have, and whether somebody honest was accused.
+    of the credit the attackers have for work that they did not do, and whether somebody honest was accused.
 
     Examples:
 

@@ -107,8 +107,11 @@ async def test_a_reducer_that_tells_each_another_merge_stops_nobody(scenario: An
             assert (said["accused"], said["kind"], said["proven"]) == (guilty, kind, True)
         await swarm.until(lambda: abs(last_round(honest[0]) - last_round(honest[1])) < 2, "they are at one again", 60)
         await swarm.until_rounds_more(4, honest)
-        statuses = [await peer.status() for peer in honest]
-        assert [status["roster_size"] for status in statuses] == [2, 2]
+
+        async def are_the_roster() -> bool:
+            return [(await peer.status())["roster_size"] for peer in honest] == [2, 2]
+
+        await eventually(are_the_roster, "both are in, and nobody else", 60)
         await swarm.finish_all()
         newest = max(swarm.roots())
         assert [len(roots) for index, roots in swarm.roots().items() if index > newest - 3] == [1, 1, 1]
