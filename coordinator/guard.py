@@ -193,11 +193,14 @@ def _received() -> None:
         receiving.cancel()
 
 
+def metadata_of(context: Context, wanted: str) -> str:
+    """What a call's metadata say under a key; empty if they don't."""
+    return next((value for key, value in context.invocation_metadata() or () if key == wanted and isinstance(value, str)), "")
+
+
 def address_of(context: Context, *, trusted: bool = False) -> str:
     """The caller's IP address; where another replica passes a call on, which is `trusted`, that of whom it came from."""
-    if trusted:
-        for key, value in context.invocation_metadata() or ():
-            if key == CALLER_KEY and isinstance(value, str):
-                return value
+    if trusted and (caller := metadata_of(context, CALLER_KEY)):
+        return caller
     _, _, address = context.peer().rpartition(":")[0].partition(":")
     return unquote(address).strip("[]")

@@ -23,7 +23,7 @@ import structlog
 from google.protobuf.message import Message
 
 from coordinator.errors import StoreFailed
-from coordinator.guard import CALLER_KEY, address_of
+from coordinator.guard import CALLER_KEY, address_of, metadata_of
 from coordinator.journal import Journal
 from coordinator.service import PeerService
 from coordinator.store.interface import Store
@@ -60,10 +60,7 @@ def replica_secret(identity: Identity) -> str:
 
 def is_passed_on(context: Any, secret: str) -> bool:
     """Whether a call comes from another replica."""
-    for key, value in context.invocation_metadata() or ():
-        if key == PASSED_ON_KEY and isinstance(value, str):
-            return hmac.compare_digest(value, secret)
-    return False
+    return hmac.compare_digest(metadata_of(context, PASSED_ON_KEY), secret)
 
 
 class Replica:
