@@ -75,7 +75,7 @@ CATALOGUE: dict[str, _Line] = {
     "timeout": _Line(StatusCode.DEADLINE_EXCEEDED, "took too long; try again"),
     "too_heavy": _Line(_INVALID, "the weight exceeds the limit"),
     "too_large": _Line(_INVALID, "the message is too large"),
-    "too_many_new_keys": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many new keys from this network; try again later"),
+    "too_many_new_keys": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many new keys from this network or account; try again later"),
     "two_proposals": _Line(_CONFLICT, "the leader signed another proposal for this ballot"),
     "uncertified": _Line(_FORBIDDEN, "the account hasn't certified this key"),
     "unknown_action": _Line(_INVALID, "there is no such command"),

@@ -20,7 +20,16 @@ from prometheus_client import Histogram
 
 from coordinator.auth import HEALTH, rule_for, signed_part
 from coordinator.errors import answer_to
-from coordinator.limits import CALL_DEADLINE_S, STREAM_DEADLINE_S, CallsInProgress, Ceilings, NewKeys, Rate, RateLimiter
+from coordinator.limits import (
+    CALL_DEADLINE_S,
+    STREAM_DEADLINE_S,
+    CallsInProgress,
+    Ceilings,
+    NewKeys,
+    Rate,
+    RateLimiter,
+    network_of,
+)
 from coordinator.metrics import Metrics
 from swarm.clock import Clock
 from swarm.errors import Rejected
@@ -29,7 +38,7 @@ from swarm.rpc.client import REASON_KEY
 ADDRESS_BURST_S = 2.0  # at once, as much as in so many seconds
 KEY_BURST_S = 10.0
 PER_ADDRESS = Rate(per_s=2000, burst=4000)  # before any signature is checked; many peers may share an address
-NEW_KEYS_PER_HOUR = 256
+NEW_KEYS_PER_HOUR = 256  # of one network, and of one account
 PER_KEY = Rate(per_s=50, burst=500)  # after a day without coordinator a peer hands in many reports at once
 
 DEFAULT_CEILINGS = Ceilings()
@@ -55,14 +64,16 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         per_key: Rate = PER_KEY,
         is_ours: Callable[[Context], bool] = lambda context: False,
         ceilings: Ceilings = DEFAULT_CEILINGS,
-        new_keys_per_hour: int = NEW_KEYS_PER_HOUR,
+        new_keys_per_network: int = NEW_KEYS_PER_HOUR,
+        new_keys_per_account: int = NEW_KEYS_PER_HOUR,
     ) -> None:
         self._clock = clock
         self._metrics = metrics
         self._is_admitted = is_admitted
         self._addresses = RateLimiter(per_address)
         self._keys = RateLimiter(per_key)
-        self._new_keys = NewKeys(new_keys_per_hour)
+        self._new_of_network = NewKeys(new_keys_per_network)
+        self._new_of_account = NewKeys(new_keys_per_account)
         self._is_ours = is_ours
         self._calls = CallsInProgress(ceilings)
         self._slow_call_s = ceilings.slow_call_s
@@ -100,9 +111,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         """Count one signed message of a key, whose signature was checked. Raises `Rejected` when it sends too many."""
         self._keys.take(key, self._clock.monotonic_s())
 
-    def take_new_key(self, context: Context) -> None:
-        """Count a key that is about to be admitted for the first time. Raises `Rejected` when its network brings too many."""
-        self._new_keys.take(address_of(context, trusted=self._is_ours(context)), self._clock.monotonic_s())
+    def take_new_key(self, context: Context, account: str) -> None:
+        """Count a key that is about to be admitted for the first time, for an account or, where that is empty, for itself.
+
+        Raises `Rejected` when its account or its network brings too many.
+        """
+        now_s = self._clock.monotonic_s()
+        if account:
+            self._new_of_account.take(account, now_s)
+        self._new_of_network.take(network_of(address_of(context, trusted=self._is_ours(context))), now_s)
 
     def _unary(self, method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Any:
         name, seconds = self._measured(method)

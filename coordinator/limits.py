@@ -88,19 +88,18 @@ class RateLimiter:
 
 
 class NewKeys:
-    """How many keys are admitted for the first time from one network in an hour: identities are cheap, addresses less so."""
+    """How many keys one network or one account brings anew in an hour: identities are cheap, addresses less so."""
 
     def __init__(self, per_hour: int) -> None:
         self._per_hour = per_hour
         self._rate = RateLimiter(Rate(per_hour / HOUR_S, per_hour))
 
-    def take(self, address: str, now_s: float) -> None:
-        """Count a key from an address. Raises `Rejected` when its network has brought too many."""
-        network = network_of(address)
+    def take(self, origin: str, now_s: float) -> None:
+        """Count a key. Raises `Rejected` when its network or account has brought too many."""
         try:
-            self._rate.take(network, now_s)
+            self._rate.take(origin, now_s)
         except Rejected as error:
-            raise Rejected("too_many_new_keys", f"at most {self._per_hour} an hour from {network}") from error
+            raise Rejected("too_many_new_keys", f"at most {self._per_hour} an hour from {origin}") from error
 
 
 def network_of(address: str) -> str:

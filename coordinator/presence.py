@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from coordinator.twins import Starts
 from swarm.errors import Rejected
+from swarm.rpc.v1.coordinator_pb2 import TWIN_UNSPECIFIED, Twin
 
 MAX_PEERS = 200_000
 MAX_ADDRESSES = 16
@@ -29,6 +31,7 @@ class Sighting:
     state_root: bytes = b""
     playing: bool = False
     reachable: bool = True
+    starts: Starts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Presence:
         self.started_s = started_s
         self.genesis = genesis
         self._alive: OrderedDict[str, Sighting] = OrderedDict()
-        self._issued: OrderedDict[str, _Issue] = OrderedDict()
+        self._issued: OrderedDict[tuple[str, bytes], _Issue] = OrderedDict()
         self._resuming = ""
         self._idle_since_s = started_s
 
@@ -67,9 +70,9 @@ class Presence:
     def __len__(self) -> int:
         return len(self._alive)
 
-    def is_repeat(self, peer_id: str, issued_at: int, payload_hash: bytes) -> bool:
-        """Whether this is the newest announcement once more. Raises `Rejected` if it is an older one."""
-        known = self._issued.get(peer_id)
+    def is_repeat(self, peer_id: str, issued_at: int, payload_hash: bytes, start: bytes = b"") -> bool:
+        """Whether this is the newest announcement of a start once more. Raises `Rejected` if it is an older one."""
+        known = self._issued.get((peer_id, start))
         if known is None or issued_at > known.issued_at:
             return False
         if known.hashes[-1] == payload_hash and issued_at == known.issued_at:
@@ -78,17 +81,30 @@ class Presence:
             raise Rejected("replayed", f"issued at {issued_at}, newest {known.issued_at}", peer_id)
         return False
 
-    def announced(self, sighting: Sighting, issued_at: int, payload_hash: bytes) -> None:
-        """Take in a fresh announcement."""
-        self._note_issue(sighting.peer_id, issued_at, payload_hash)
+    def meet(self, peer_id: str, start: bytes, uptime_s: float, now_s: float) -> Twin.ValueType:
+        """What a start under a key is to be told about others under the same. Call `expire` before."""
+        known = self._alive.get(peer_id)
+        if not start or known is None or known.starts is None:
+            return TWIN_UNSPECIFIED
+        known.starts = known.starts.heard(start, now_s - uptime_s, now_s)
+        return known.starts.told(start, now_s, self.ttl_s)
+
+    def announced(
+        self, sighting: Sighting, issued_at: int, payload_hash: bytes, start: bytes = b"", uptime_s: float = 0.0
+    ) -> None:
+        """Take in a fresh announcement, of the start that counts."""
+        self.note_issue(sighting.peer_id, issued_at, payload_hash, start)
+        known = self._alive.get(sighting.peer_id)
+        before = known.starts if known is not None else None
+        sighting.starts = before or (Starts(start, sighting.heard_s - uptime_s) if start else None)
         self._alive[sighting.peer_id] = sighting
         self._alive.move_to_end(sighting.peer_id)
         if len(self._alive) > MAX_PEERS:
             self._alive.popitem(last=False)
 
-    def left(self, peer_id: str, issued_at: int, payload_hash: bytes) -> None:
+    def left(self, peer_id: str, issued_at: int, payload_hash: bytes, start: bytes = b"") -> None:
         """Forget a peer that says good-bye."""
-        self._note_issue(peer_id, issued_at, payload_hash)
+        self.note_issue(peer_id, issued_at, payload_hash, start)
         self._alive.pop(peer_id, None)
         if self.genesis == peer_id:
             self.genesis = ""
@@ -168,10 +184,12 @@ class Presence:
         sighting = self._alive.get(peer_id)
         return self.started_s if sighting is None else sighting.heard_s
 
-    def _note_issue(self, peer_id: str, issued_at: int, payload_hash: bytes) -> None:
-        known = self._issued.get(peer_id)
+    def note_issue(self, peer_id: str, issued_at: int, payload_hash: bytes, start: bytes) -> None:
+        """Remember an announcement, so that it isn't taken again."""
+        issuer = peer_id, start
+        known = self._issued.get(issuer)
         earlier = known.hashes[1 - RECENT_HASHES :] if known is not None and known.issued_at == issued_at else ()
-        self._issued[peer_id] = _Issue(issued_at, (*earlier, payload_hash))
-        self._issued.move_to_end(peer_id)
+        self._issued[issuer] = _Issue(issued_at, (*earlier, payload_hash))
+        self._issued.move_to_end(issuer)
         if len(self._issued) > MAX_PEERS:
             self._issued.popitem(last=False)

@@ -221,6 +221,7 @@ def _guard(settings: CoordinatorSettings, journal: Journal, identity: Identity, 
         lambda context: bool(secret) and is_passed_on(context, secret),
         Ceilings(settings.max_calls, settings.max_calls_per_address, settings.slow_call_s),
         settings.new_keys_per_network_per_hour,
+        settings.new_keys_per_account_per_hour,
     )
 
 

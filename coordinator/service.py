@@ -91,13 +91,14 @@ class PeerService(PeerServiceServicer):
         decision = decide(self._journal.state, event, self._journal.now())
         if decision.append:
             if not self._journal.credits.is_admitted(self._journal.run_id, signed.signer):
-                self._guard.take_new_key(context)
+                self._guard.take_new_key(context, certified.account if certified is not None else "")
             decision = (await self._journal.submit(event)).decision
         self._metrics.admissions_total.labels(decision.reason).inc()
         _raise_refusal(decision, signed.signer)
-        genesis = self._note(event, decision)
+        twin = self._meet(event)
+        genesis = self._note(event, decision, twin)
         await self._journal.save_genesis()
-        return self._announced(signed.signer, announcement.leaving, genesis)
+        return self._announced(signed.signer, announcement.leaving, genesis, twin)
 
     async def SubmitReport(self, request: pb.SubmitReportRequest, context: Any) -> pb.SubmitReportResponse:  # noqa: N802
         """Append a report and return its receipt."""
@@ -257,12 +258,20 @@ class PeerService(PeerServiceServicer):
                 self._proposals.pop(nomination.proposal_hash, None)
         return nomination, proposal
 
-    def _note(self, event: Announced, decision: Decision) -> bool:
-        """Update who is alive; returns whether the peer starts the run."""
+    def _meet(self, event: Announced) -> pb.Twin.ValueType:
+        """Whether another machine announces under this key, and which of them counts."""
         presence, announcement, now_s = self._journal.presence, event.announcement, self._clock.monotonic_s()
         presence.expire(now_s)
+        return presence.meet(event.peer_id, announcement.start, announcement.uptime_s, now_s)
+
+    def _note(self, event: Announced, decision: Decision, twin: pb.Twin.ValueType) -> bool:
+        """Update who is alive; returns whether the peer starts the run."""
+        presence, announcement, now_s = self._journal.presence, event.announcement, self._clock.monotonic_s()
+        if twin == pb.TWIN_OTHER_COUNTS:
+            presence.note_issue(event.peer_id, announcement.issued_at, event.payload_hash, announcement.start)
+            return False
         if announcement.leaving:
-            presence.left(event.peer_id, announcement.issued_at, event.payload_hash)
+            presence.left(event.peer_id, announcement.issued_at, event.payload_hash, announcement.start)
             return False
         if decision.reason != "repeated":
             sighting = Sighting(
@@ -274,7 +283,7 @@ class PeerService(PeerServiceServicer):
                 announcement.state not in NOT_PLAYING,
                 announcement.reachable,
             )
-            presence.announced(sighting, announcement.issued_at, event.payload_hash)
+            presence.announced(sighting, announcement.issued_at, event.payload_hash, announcement.start, announcement.uptime_s)
         self._metrics.peers_alive.set(len(presence))
         ledger, run_id = self._journal.credits, self._journal.run_id
         if announcement.state not in NOT_PLAYING:
@@ -283,7 +292,7 @@ class PeerService(PeerServiceServicer):
             return presence.choose_genesis(event.peer_id)
         return presence.choose_resumer(event.peer_id, lambda number: ledger.rosters(run_id, number), now_s)
 
-    def _announced(self, peer_id: str, leaving: bool, genesis: bool) -> pb.AnnounceResponse:
+    def _announced(self, peer_id: str, leaving: bool, genesis: bool, twin: pb.Twin.ValueType) -> pb.AnnounceResponse:
         presence, now_s = self._journal.presence, self._clock.monotonic_s()
         progress = self._journal.credits.progress(self._journal.run_id)
         others = [] if leaving else presence.others(peer_id, PEERS_PER_ANSWER)
@@ -296,6 +305,7 @@ class PeerService(PeerServiceServicer):
             interval_s=presence.interval_s,
             coordinator_time_s=self._clock.wall_s(),
             run_state=self._journal.orders.state,
+            twin=twin,
         )
 
 

@@ -18,11 +18,13 @@ from swarm.credits import CreditState
 from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Permission, Revocation
 from swarm.errors import Rejected
 from swarm.manifest import Manifest
+from swarm.messages import START_BYTES
 from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import Invited
 
 MAX_ROSTER = 4096
+LONGEST_UPTIME_S = 1e9
 RETRY_S = 1.0
 VERSION = re.compile(r"^(\d+)\.(\d+)\.(\d+)")
 
@@ -139,9 +141,10 @@ def _decide_announced(state: State, event: Announced, now: Now) -> Decision:
     announcement = event.announcement
     check_fresh(announcement.issued_at, now.wall_s, event.peer_id)
     _check_addresses(announcement, event.peer_id)
+    _check_start(announcement, event.peer_id)
     _check_suspended(state, event.peer_id)
     _check_version(announcement.client_version, state.manifest.min_client_version)
-    if state.presence.is_repeat(event.peer_id, announcement.issued_at, event.payload_hash):
+    if state.presence.is_repeat(event.peer_id, announcement.issued_at, event.payload_hash, announcement.start):
         return Decision(True, "repeated")
     certified = event.certified
     if certified is not None and not certified.holds_at(now.wall_s):
@@ -200,6 +203,11 @@ def _check_suspended(state: State, peer_id: str) -> None:
 def _check_running(state: State, peer_id: str) -> None:
     if state.orders.state != RUNNING:
         raise Rejected("run_paused" if state.orders.state == PAUSED else "run_finished", "", peer_id)
+
+
+def _check_start(announcement: Announcement, peer_id: str) -> None:
+    if len(announcement.start) > START_BYTES or not 0 <= announcement.uptime_s <= LONGEST_UPTIME_S:
+        raise Rejected("malformed", "start", peer_id)
 
 
 def _check_addresses(announcement: Announcement, sender: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,14 @@ from peer.network.node import Node
 from peer.reports import read, write_atomically
 from peer.rounds.state import RoundSetup
 from swarm import __version__
-from swarm.clock import Clock, SystemClock
+from swarm.clock import Clock, SystemClock, boot_s
 from swarm.control import RUN_NAME
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, Rejected, SwarmError, VersionTooOld
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.messages import JoinLink, parse, seal
+from swarm.messages import START_BYTES, JoinLink, parse, seal
 from swarm.rpc.client import CoordinatorClient, RunInfo
-from swarm.rpc.v1.coordinator_pb2 import Announcement, AnnounceResponse, GetRunResponse, GrantRequest
+from swarm.rpc.v1.coordinator_pb2 import TWIN_UNSPECIFIED, Announcement, AnnounceResponse, GetRunResponse, GrantRequest
 from swarm.rpc.v1.signed_pb2 import Signed
 
 FIRST_INTERVAL_S = 5.0
@@ -60,6 +61,8 @@ class Coordination:
     last: AnnounceResponse | None = None
     clock_offset_s: float = 0.0
     on_answer: Callable[[AnnounceResponse], None] = lambda answer: None
+    _start: bytes = field(default_factory=lambda: os.urandom(START_BYTES))
+    _began_s: float = field(default_factory=boot_s)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _nudged: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -96,6 +99,8 @@ class Coordination:
             state_root=standing.state_root,
             held=self.held,
             ticket=self.ticket,
+            start=self._start,
+            uptime_s=boot_s() - self._began_s,
         )
         client = await self.connected()
         try:
@@ -162,6 +167,7 @@ class Coordination:
             log.info("old_admission_refused", reason=error.reason)
             return
         answer.genesis = False
+        answer.twin = TWIN_UNSPECIFIED
         self.last = answer
 
     async def close(self) -> None:

@@ -92,7 +92,7 @@ from swarm.manifest import CenteredClip, Manifest, Tree
 from swarm.messages import JoinLink, parse
 from swarm.notify import keep_watchdog, notify
 from swarm.rpc.client import RunInfo
-from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
+from swarm.rpc.v1.coordinator_pb2 import TWIN_OTHER_COUNTS, TWIN_THIS_COUNTS, TWIN_UNSPECIFIED, AnnounceResponse, Twin
 from swarm.rpc.v1.peer_pb2 import RelayRequest, SyncReply, SyncRequest
 from swarm.rpc.v1.signed_pb2 import Signed
 
@@ -106,6 +106,7 @@ DEVICE_REST_S = 60.0
 RECENT_ROUNDS = 8
 REFUSALS_IN_A_ROW = 5
 ADMISSION_ATTEMPTS = 10
+COUNTS = {TWIN_UNSPECIFIED: "", TWIN_THIS_COUNTS: ", and this one counts", TWIN_OTHER_COUNTS: ", and that one counts"}
 RESERVE_BYTES = 256 << 20
 MEMORY_LIMIT_BYTES = 512 << 20
 DISK_LIMIT_BYTES = 4 << 30
@@ -785,10 +786,12 @@ class Daemon:
         if self._parts is not None and self._parts.services.attack is None:
             self._put("suspension", Hold("suspended"))
 
-    def _on_twin(self) -> None:
-        """Two machines that sign with one key contradict each other, and lose what both have earned."""
-        self.status.warning = "another machine uses this key: make one for each with `swarm identity new`"
-        log.warning("key_used_elsewhere", peer=self.identity.peer_id)
+    def _on_twin(self, twin: Twin.ValueType = TWIN_UNSPECIFIED) -> None:
+        """Two machines with one key contradict each other: one counts, as the coordinator says, and the other pauses."""
+        log.warning("key_used_elsewhere", peer=self.identity.peer_id, counts=COUNTS[twin])
+        self.status.warning = f"another machine uses this key{COUNTS[twin]}: make one for each with `swarm identity new`"
+        if twin == TWIN_OTHER_COUNTS:
+            self._put("twin", Hold("key_used_elsewhere"))
 
     def _on_rules(self, reason: str, detail: str) -> None:
         hold = Hold(reason, detail) if reason else None
@@ -806,6 +809,8 @@ class Daemon:
         parts.admissions.admit(answer.admission)
         parts.post.spawn(parts.finder.meet_quietly())
         self.status.metrics.clock_offset.set(self.parts.coordination.clock_offset_s)
+        if answer.twin != TWIN_UNSPECIFIED:
+            self._on_twin(answer.twin)
         self._heed(answer.run_state)
 
     def _heed(self, run_state: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-ORDER = ("user", "rejections", "suspension", "device", "governor", "quota", "operator")
+ORDER = ("user", "rejections", "suspension", "twin", "device", "governor", "quota", "operator")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Holds:
     user: Hold | None = None
     rejections: Hold | None = None
     suspension: Hold | None = None
+    twin: Hold | None = None
     device: Hold | None = None
     governor: Hold | None = None
     quota: Hold | None = None
@@ -34,7 +35,7 @@ class Holds:
 
     def resumed(self) -> Holds:
         """Without those that the user's word ends; one that still has its cause comes back as soon as that is seen again."""
-        return replace(self, rejections=None, suspension=None, device=None, operator=None)
+        return replace(self, rejections=None, suspension=None, twin=None, device=None, operator=None)
 
     def at(self, now_s: float) -> Holds:
         """Without those that have ended by `now_s`."""

@@ -28,6 +28,11 @@ class SystemClock:
         return time.monotonic()
 
 
+def boot_s() -> float:
+    """Seconds since the machine started, also those in which it slept, where the system counts them (Linux)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class ManualClock:
     """A clock that stands still until a test moves it."""
 

@@ -104,6 +104,7 @@ class CoordinatorSettings(Settings):
     calls_per_address_per_s: float = Field(2000.0, gt=0, description="calls that one address may make, on average")
     calls_per_key_per_s: float = Field(50.0, gt=0, description="signed messages that one key may send, on average")
     new_keys_per_network_per_hour: int = Field(256, ge=1, description="keys that one network (IPv4 /24, IPv6 /48) may bring anew")
+    new_keys_per_account_per_hour: int = Field(256, ge=1, description="machine keys that one account may bring anew")
     max_calls: int = Field(2048, ge=1, description="calls that are answered at a time; more are sent away")
     max_calls_per_address: int = Field(256, ge=1, description="of these, calls of one address")
     slow_call_s: float = Field(30.0, gt=0, description="a peer that takes longer to send a request or take an answer is cut off")

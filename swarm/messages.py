@@ -149,6 +149,9 @@ def from_base32(text: str) -> bytes:
     return base64.b32decode(text.upper() + "=" * (-len(text) % 8))
 
 
+START_BYTES = 16  # of the name of one start of a peer's program
+
+
 @dataclass(frozen=True)
 class JoinLink:
     """`swarm://host:port/<run id>#<fingerprint>`; the fingerprint is the SHA-256 of the TLS key (SubjectPublicKeyInfo)."""

@@ -48,6 +48,11 @@ TABLE: dict[str, Reason] = {
         by_itself=False,
         hint="swarm explain --round N says what was found; swarm doctor",
     ),
+    "key_used_elsewhere": Reason(
+        "another machine uses this key and began later: that one counts",
+        by_itself=False,
+        hint="make a key for each: swarm identity new; or let this one count: swarm resume",
+    ),
     "quota_used": Reason("the month's traffic quota is used up; it goes on by itself next month (UTC)"),
     "run_paused": Reason("the run's operator has paused it; asked again every five minutes", hint="swarm resume asks now"),
     "finishing": Reason("completing the round, then stopping"),

@@ -15,11 +15,14 @@ import pytest
 
 from coordinator.server import Coordinator
 from coordinator.tls import CERTIFICATE_FILE
+from swarm.accounts import certify
 from swarm.errors import CoordinatorUnreachable
+from swarm.messages import seal
 from swarm.rpc.client import CHANNEL_OPTIONS, CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import AnnounceRequest, ListEntriesRequest
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
-from tests.coordinator.conftest import Serve
+from swarm.rpc.v1.signed_pb2 import HeldCertificate
+from tests.coordinator.conftest import Serve, connected
 from tests.coordinator.test_kill_and_restart import start
 from tests.waiting import eventually
 from tests.world import World, identity
@@ -84,6 +87,26 @@ async def test_a_thousand_keys_of_a_network(serve: Serve, world: World) -> None:
                 await one.announce(world.announcement(identity(number), now_s))
         await one.announce(world.announcement(identity(0), now_s, round=1))
         await other.announce(world.announcement(identity(3), now_s))
+        assert coordinator.journal.credits.member_count(world.run_id) == 4
+
+
+async def test_a_thousand_machines_of_an_account(serve: Serve, world: World) -> None:
+    """An account brings so many machine keys and no more; others, of other accounts or of none, don't notice."""
+    async with serve(new_keys_per_account_per_hour=2) as coordinator, connected(coordinator) as client:
+        now_s = coordinator.journal.now().wall_s
+
+        async def bring(account: int, machine: int) -> None:
+            word = certify(identity(account), identity(machine).peer_id, now_s, 1)
+            held = seal(identity(machine), HeldCertificate(certificate=word))
+            await client.announce(world.announcement(identity(machine), now_s, held=held))
+
+        for machine in (10, 11):
+            await bring(1, machine)
+        for machine in range(12, 1000, 100):
+            with pytest.raises(CoordinatorUnreachable, match="too many new keys from this network or account"):
+                await bring(1, machine)
+        await bring(2, 12)
+        await client.announce(world.announcement(identity(13), now_s))
         assert coordinator.journal.credits.member_count(world.run_id) == 4
 
 

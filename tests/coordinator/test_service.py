@@ -18,7 +18,7 @@ from swarm.ledger import LedgerReader, verify_receipt
 from swarm.merkle import verify_consistency
 from swarm.messages import open_signed, seal
 from swarm.rpc.client import TLS_NAME, CoordinatorClient
-from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
+from swarm.rpc.v1.coordinator_pb2 import TWIN_OTHER_COUNTS, TWIN_THIS_COUNTS, TWIN_UNSPECIFIED, SubmitReportRequest
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
 from swarm.rpc.v1.ledger_pb2 import Report
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
@@ -108,6 +108,40 @@ async def test_leaving(serve: Serve, world: World) -> None:
             await client.announce(hello)
         answer = await client.announce(world.announcement(BOB))
         assert (answer.genesis, len(answer.peers)) == (True, 0)
+
+
+async def test_two_machines_with_one_key(serve: Serve, world: World) -> None:
+    """The later start counts whatever either clock says, both are told, and the other is named to nobody and ends nothing."""
+    clock = ManualClock(NOW_S)
+
+    def say(start: bytes, uptime_s: float, **changes: object) -> Signed:
+        return world.announcement(ALICE, clock.wall_s() + changes.pop("error_s", 0), start=start, uptime_s=uptime_s, **changes)
+
+    async with serve(clock) as coordinator, connected(coordinator) as client:
+        assert (await client.announce(say(b"old", 0, addresses=["/ip4/10.0.0.1"], error_s=-60))).twin == TWIN_UNSPECIFIED
+        clock.advance(5)
+        assert (await client.announce(say(b"new", 1, addresses=["/ip4/10.0.0.2"], error_s=60))).twin == TWIN_UNSPECIFIED
+        clock.advance(5)
+        told = await client.announce(say(b"old", 10, error_s=-60))
+        assert (told.twin, told.genesis) == (TWIN_OTHER_COUNTS, False)
+        assert (await client.announce(say(b"new", 6, error_s=60))).twin == TWIN_THIS_COUNTS
+        assert (await client.announce(say(b"old", 10, error_s=-60, leaving=True))).twin == TWIN_OTHER_COUNTS
+        seen = await client.announce(world.announcement(BOB, clock.wall_s()))
+        assert [list(peer.addresses) for peer in seen.peers] == [[]]
+        clock.advance(40)
+        assert (await client.announce(say(b"new", 46, error_s=60))).twin == TWIN_THIS_COUNTS
+        clock.advance(6)
+        assert (await client.announce(say(b"new", 52, error_s=60))).twin == TWIN_UNSPECIFIED
+        clock.advance(46)
+        assert (await client.announce(say(b"old", 200, error_s=-60))).twin == TWIN_UNSPECIFIED
+
+
+@pytest.mark.parametrize("changes", [{"start": bytes(17)}, {"uptime_s": float("nan")}, {"uptime_s": -1.0}, {"uptime_s": 1e10}])
+async def test_starts_that_can_not_be(changes: dict[str, object], serve: Serve, world: World) -> None:
+    """A name that is too long, and no number of seconds."""
+    async with serve(ManualClock(NOW_S)) as coordinator, connected(coordinator) as client:
+        with pytest.raises(Rejected, match="malformed"):
+            await client.announce(world.announcement(ALICE, **changes))
 
 
 async def test_no_genesis_after_a_confirmed_round(serve: Serve, world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import stat
 from collections.abc import AsyncIterator
@@ -101,6 +102,28 @@ async def test_a_peer_comes_back_and_is_stopped(two_peer_run: LiveRun, outside: 
     stopped = await rounds_of(two_peer_run.peer_folders[0])
     await eventually(lambda: _past(two_peer_run.peer_folders[0], stopped + 2), "rounds without the stopped peer", 60)
     agreed_roots([again.history(), *two_peer_run.histories])
+
+
+@pytest.mark.slow
+async def test_of_two_machines_with_one_key_the_later_counts(two_peer_run: LiveRun, outside: LocalSwarm) -> None:
+    """The earlier pauses and says why, the later trains and warns; nobody is accused; resumed, the earlier counts."""
+    files = ("--files", str(two_peer_run.run.files))
+    first = await outside.join("first", *files)
+    await eventually(lambda: contributed(first, 1), "contributing", 180)
+    copy = outside.directory / "second"
+    copy.mkdir(mode=0o700)
+    shutil.copy(first.directory / "identity.key", copy)
+    second = await outside.join("second", *files)
+    await eventually(lambda: _is(first, "key_used_elsewhere"), "the earlier pauses", 120)
+    await eventually(lambda: contributed(second, 1), "the later contributes", 180)
+    assert "this one counts" in (await second.status())["warning"]
+    assert (await command("resume", first))["accepted"] == "resume"
+    await eventually(lambda: _is(second, "key_used_elsewhere"), "the later pauses", 120)
+    rounds = (await first.status()).get("rounds", 0)
+    await eventually(lambda: contributed(first, rounds + 1), "contributing again", 120)
+    evidence = [list((folder / "evidence").glob("*")) for folder in two_peer_run.peer_folders]
+    assert evidence == [[], []]
+    agreed_roots([first.history(), second.history(), *two_peer_run.histories])
 
 
 async def _is(peer: LocalPeer, state: str) -> bool:

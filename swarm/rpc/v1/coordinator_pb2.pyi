@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from swarm.rpc.v1 import signed_pb2 as _signed_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,24 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Twin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TwinEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Twin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TWIN_UNSPECIFIED: _Twin.ValueType  # 0
+    TWIN_THIS_COUNTS: _Twin.ValueType  # 1
+    TWIN_OTHER_COUNTS: _Twin.ValueType  # 2
+
+class Twin(_Twin, metaclass=_TwinEnumTypeWrapper):
+    """Whether another machine announces under the same key, and which of the two counts: the one that began later."""
+
+TWIN_UNSPECIFIED: Twin.ValueType  # 0
+TWIN_THIS_COUNTS: Twin.ValueType  # 1
+TWIN_OTHER_COUNTS: Twin.ValueType  # 2
+Global___Twin: _TypeAlias = Twin  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):
@@ -107,6 +126,8 @@ class Announcement(_message.Message):
     STATE_ROOT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    UPTIME_S_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     state: _builtins.str
@@ -120,6 +141,9 @@ class Announcement(_message.Message):
     reachable: _builtins.bool
     state_root: _builtins.bytes
     """Root of the newest state that the peer holds whole; `round` counts the rounds behind it. Empty if it has none."""
+    start: _builtins.bytes
+    """16 random bytes of this start of the program, and how many seconds ago it was: two machines with one key are told apart by it."""
+    uptime_s: _builtins.float
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -145,10 +169,12 @@ class Announcement(_message.Message):
         state_root: _builtins.bytes = ...,
         held: _signed_pb2.Signed | None = ...,
         ticket: _signed_pb2.Signed | None = ...,
+        start: _builtins.bytes = ...,
+        uptime_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "state", b"state", "state_root", b"state_root", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "start", b"start", "state", b"state", "state_root", b"state_root", "ticket", b"ticket", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +192,7 @@ class AnnounceResponse(_message.Message):
     INTERVAL_S_FIELD_NUMBER: _builtins.int
     COORDINATOR_TIME_S_FIELD_NUMBER: _builtins.int
     RUN_STATE_FIELD_NUMBER: _builtins.int
+    TWIN_FIELD_NUMBER: _builtins.int
     genesis: _builtins.bool
     """This peer starts the run, or resumes it after all peers were gone: nobody else is in a round."""
     confirmed_round: _builtins.int
@@ -177,6 +204,7 @@ class AnnounceResponse(_message.Message):
     """Unix seconds of the coordinator's clock, to warn about a wrong one."""
     run_state: _builtins.str
     """"running", "paused" (peers rest, nobody new is admitted, no grants) or "finished" (likewise, for good)."""
+    twin: Global___Twin.ValueType
     @_builtins.property
     def admission(self) -> _signed_pb2.Signed:
         """Coordinator-signed AdmissionToken."""
@@ -194,10 +222,11 @@ class AnnounceResponse(_message.Message):
         interval_s: _builtins.float = ...,
         coordinator_time_s: _builtins.float = ...,
         run_state: _builtins.str = ...,
+        twin: Global___Twin.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "confirmed_root", b"confirmed_root", "confirmed_round", b"confirmed_round", "coordinator_time_s", b"coordinator_time_s", "genesis", b"genesis", "interval_s", b"interval_s", "peers", b"peers", "run_state", b"run_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "confirmed_root", b"confirmed_root", "confirmed_round", b"confirmed_round", "coordinator_time_s", b"coordinator_time_s", "genesis", b"genesis", "interval_s", b"interval_s", "peers", b"peers", "run_state", b"run_state", "twin", b"twin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
