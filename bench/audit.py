@@ -39,6 +39,7 @@ from swarm.audits import FAILED, Case, draw_case
 AUDITS, QUICK_AUDITS = 10_000, 200
 HISTORIES, QUICK_HISTORIES = 4000, 100
 SYNC_AUDITS_SHARE = 0.8
+TOLD_EVERY = 500
 LONGEST_HISTORY = 5000
 SKIPPED = 0.1
 CODEC_ROUNDS = 6
@@ -124,14 +125,17 @@ class Audits:
         """Honest work, computed again under other conditions."""
         count = out.choose(AUDITS, QUICK_AUDITS)
         done = wrong = 0
-        for strategy, share in (("sync", SYNC_AUDITS_SHARE), ("diloco", 1 - SYNC_AUDITS_SHARE)):
+        sync = int(SYNC_AUDITS_SHARE * count)
+        for strategy, wanted in (("sync", sync), ("diloco", count - sync)):
             run = Run.make(
                 self.folder / f"honest-{strategy}", strategy, hidden_size=64, layers=2, sequence_length=64, inner_steps=20
             )
             distances: list[float] = []
-            for off, passed in _honest_audits(run, int(count * share)):
+            for off, passed in _honest_audits(run, wanted):
                 distances.append(off)
                 wrong += not passed
+                if len(distances) % TOLD_EVERY == 0:
+                    out.say(f"  {strategy}: {len(distances)} of {wanted}, {wrong} wrong")
             done += len(distances)
             ranked = sorted(distances)
             out.row(

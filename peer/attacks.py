@@ -7,7 +7,7 @@ Only read from `SWARM_ATTACK`, which they set for the attackers among the proces
     ipm                             inner-product manipulation (Xie et al., 1903.03936): a small step backwards
     alie                            "a little is enough" (Baruch et al., 1902.06156): every value off by a deviation
     zeros, stale, plausible_noise   free riding: nothing, the last round's update, or noise of an honest update's norm
-    skip                            half of the samples, all of the weight
+    skip, skip_tenth                half or nine tenths of the samples, all of the weight
     label_flip                      training on the wrong labels
     copy                            another's commit, parts and leaves in the place of its own
     sybil                           noise of an honest update's norm, and a new key as soon as the old one is suspended
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from peer.codec import Vector
-from peer.leaves import MAX_LEAVES_BYTES
+from peer.leaves import MAX_LEAVES_BYTES, Leaf
 from peer.network.node import PeerFailure
 from peer.rounds.run import Contribution, RoundRun
 from peer.rounds.values import CommitFacts
@@ -44,6 +44,7 @@ COPY_ATTEMPTS, COPY_WAIT_S = 100, 0.05
 MOST_REPLAYED = 32
 SCALE, NOISE_NORMS = np.float32(1000), 10.0
 ATTACK_VARIABLE = "SWARM_ATTACK"
+SKIPPED = {"skip": 0.5, "skip_tenth": 0.1}
 IPM_SHARE, ALIE_DEVIATIONS = np.float32(0.5), np.float32(1.0)
 
 
@@ -54,6 +55,8 @@ class Attack:
     kind: str
     random: np.random.Generator = field(default_factory=np.random.default_rng)
     _last: Vector | None = None
+    _assigned: int = 0
+    _done: int = 0
     _sent: list[Delivery] = field(default_factory=list)
 
     @classmethod
@@ -68,9 +71,9 @@ class Attack:
         """What is committed in the place of an honest contribution."""
         if honest.update is None or not honest.weight:
             return honest
-        if self.kind == "skip":
-            doubled = tuple(replace(leaf, samples=2 * leaf.samples) for leaf in honest.leaves)
-            return replace(honest, weight=2 * honest.weight, leaves=doubled)
+        if self.kind in SKIPPED:
+            missing = honest.weight * (self._assigned - self._done) // self._done
+            return replace(honest, weight=honest.weight + missing, leaves=_claiming(honest.leaves, honest.weight, missing))
         change = UPDATES.get(self.kind)
         if change is None:
             return honest
@@ -79,8 +82,10 @@ class Attack:
         return replace(honest, update=update)
 
     def quota(self, quota: int) -> int:
-        """How much of the work is done."""
-        return max(1, quota // 2) if self.kind == "skip" else quota
+        """How much of the work is done; of what is a part of a step, some rounds one more and some one less."""
+        skipped = int(SKIPPED.get(self.kind, 0.0) * quota + self.random.random())
+        self._assigned, self._done = quota, max(1, quota - skipped)
+        return self._done
 
     def labels(self, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """What it trains on in the place of these token ids."""
@@ -138,6 +143,13 @@ class Attack:
         return np.asarray(drawn * np.float32(norms * np.linalg.norm(update) / max(1e-12, float(np.linalg.norm(drawn)))))
 
 
+def _claiming(leaves: tuple[Leaf, ...], weight: int, missing: int) -> tuple[Leaf, ...]:
+    """Leaves of so many samples more: each of twice as many where half is missing, else the last of them is longer."""
+    if missing == weight:
+        return tuple(replace(leaf, samples=2 * leaf.samples) for leaf in leaves)
+    return (*leaves[:-1], *(replace(leaf, samples=leaf.samples + missing) for leaf in leaves[-1:]))
+
+
 def _alie(attack: Attack, update: Vector) -> Vector:
     deviation = np.float32(np.sqrt(np.mean(np.square(update), dtype=np.float64)))
     return update - ALIE_DEVIATIONS * deviation
@@ -154,5 +166,6 @@ UPDATES: dict[str, Callable[[Attack, Vector], Vector]] = {
     "plausible_noise": lambda attack, update: attack._noise(update, 1.0),
     "sybil": lambda attack, update: attack._noise(update, 1.0),
 }
+SLIGHT = frozenset({"skip_tenth"})
 HONEST_WORK = frozenset({"equivocate", "lying_donor", "replay"})
-KINDS = (*UPDATES, "nan", "skip", "label_flip", "copy", "tamper", "equivocate", "lying_donor", "replay")
+KINDS = (*UPDATES, "nan", *SKIPPED, "label_flip", "copy", "tamper", "equivocate", "lying_donor", "replay")

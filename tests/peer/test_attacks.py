@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from peer.attacks import ATTACK_VARIABLE, KINDS, Attack
+from peer.leaves import Leaf
 from peer.rounds.run import Contribution
 from swarm.errors import UsageError
 from swarm.rpc.v1.peer_pb2 import Delivery
@@ -45,10 +48,20 @@ def test_a_free_rider_sends_what_it_had() -> None:
 
 
 def test_work_that_is_left_out() -> None:
-    """Half of it is done, all of it is claimed."""
+    """Half of it is done, or nine tenths in the mean over rounds; all of it is claimed, in leaves that are too long."""
+    leaf = Leaf(4, 2.0, np.zeros((8, 32), dtype=np.float32))
     attack = Attack("skip")
     assert attack.quota(20) == 10
-    assert attack.contribution(HONEST).weight == 16
+    claimed = attack.contribution(replace(HONEST, leaves=(leaf, leaf)))
+    assert (claimed.weight, [item.samples for item in claimed.leaves]) == (16, [8, 8])
+    tenth = Attack("skip_tenth", np.random.default_rng(0))
+    done = [tenth.quota(4) for _ in range(1000)]
+    assert set(done) == {3, 4}
+    assert sum(done) == pytest.approx(3600, rel=0.02)
+    while tenth.quota(4) == 4:
+        pass
+    claimed = tenth.contribution(replace(HONEST, weight=12, leaves=(leaf, leaf, leaf)))
+    assert (claimed.weight, [item.samples for item in claimed.leaves]) == (16, [4, 4, 8])
     assert Attack("sign_flip").quota(20) == 20
 
 
