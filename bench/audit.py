@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import report
 from bench.report import Report
@@ -27,7 +28,8 @@ from bench.simulate import Feedback
 from bench.single import open_shards
 from bench.weighed import by_loss
 from peer.codec import make_codec
-from peer.judging import judge_leaves, judge_update, promised, tolerance, what_to_look_at
+from peer.device import PRECISIONS
+from peer.judging import Judgement, judge_leaves, judge_update, promised, tolerance, what_to_look_at
 from peer.leaves import Leaf, pack
 from peer.model import initial_theta
 from peer.recipes import demo_manifest
@@ -43,6 +45,7 @@ TOLD_EVERY = 500
 LONGEST_HISTORY = 5000
 SKIPPED = 0.1
 CODEC_ROUNDS = 6
+PRECISION_ROUNDS = 250
 COST_REPEATS, QUICK_COST_REPEATS = 5, 1
 LARGE_PARAMETERS = 124_000_000
 ROSTER = 8
@@ -73,11 +76,15 @@ class Run:
         strategy = self.manifest.strategy
         return strategy.batch_samples // 4 if isinstance(strategy, manifest.Sync) else strategy.inner_steps
 
-    def trainer(self, micro_batch: int) -> Trainer:
+    @property
+    def pace(self) -> np.float32:
+        """How far the weights go along an update, so that audits look at other weights every round."""
+        return np.float32(1.0 if isinstance(self.manifest.strategy, manifest.DiLoCo) else 0.5)
+
+    def trainer(self, micro_batch: int, dtype: torch.dtype = torch.float32) -> Trainer:
         """A peer's."""
-        return Trainer(
-            self.manifest, CPU, open_shards(self.manifest, self.files, self.manifest.data.train), micro_batch=micro_batch
-        )
+        shards = open_shards(self.manifest, self.files, self.manifest.data.train)
+        return Trainer(self.manifest, CPU, shards, micro_batch=micro_batch, dtype=dtype)
 
     def sketcher(self, number: int) -> Sketcher:
         """That of a round."""
@@ -91,7 +98,9 @@ class Work:
     run: Run
     theta: Vector
     number: int
+    update: Vector
     leaves: tuple[Leaf, ...]
+    precision: str
     sketcher: Sketcher
     trainer: Trainer
     _again: dict[int, tuple[Leaf, ...]] = field(default_factory=dict)
@@ -105,14 +114,16 @@ class Work:
         """What an auditor comes to."""
         if leaf not in self._again:
             lengths = [item.samples for item in self.leaves]
-            found = self.trainer.replay(self.theta, self.number, "peer", 0, lengths, leaf, self.sketcher)
+            found = self.trainer.replay(
+                self.theta, self.number, "peer", 0, lengths, leaf, self.sketcher, precision=self.precision
+            )
             self._again[leaf] = found or ()
         return self._again[leaf]
 
-    def judge(self, leaves: Sequence[Leaf], leaf: int) -> str:
-        """An auditor's finding about leaves that somebody claims."""
+    def judge(self, leaves: Sequence[Leaf], leaf: int) -> Judgement:
+        """What an auditor finds about leaves that somebody claims."""
         first = leaf if self.first is None else self.first
-        return judge_leaves(leaves, self.again(leaf), first, tolerance(self.run.manifest, coarse=False)).finding
+        return judge_leaves(leaves, self.again(leaf), first, tolerance(self.run.manifest, self.precision))
 
 
 @dataclass(frozen=True)
@@ -145,12 +156,42 @@ class Audits:
                 median=statistics.median(ranked),
                 p999=ranked[int(0.999 * (len(ranked) - 1))],
                 largest=ranked[-1],
-                tolerated=tolerance(run.manifest, coarse=False),
+                tolerated=tolerance(run.manifest),
             )
         how = "1 or 2 threads, micro-batches of 1 to 8 on either side, four fifths `sync`, the rest `diloco` with Muon, 20 steps"
         out.figure("honest_audits", done, how, ">= 10000")
         out.figure("wrongful_findings", wrong, "of these, by one auditor", "== 0")
         out.figure("wrongful_suspensions", wrong, "at most: were every wrong finding's second auditor wrong as well", "== 0")
+
+    def precisions(self, out: Report) -> None:
+        """Honest work in half precision, computed again in the same with other kernels, as other hardware would."""
+        rounds = {"sync": out.choose(PRECISION_ROUNDS, 10), "diloco": out.choose(PRECISION_ROUNDS // 10, 1)}
+        wrong = done = 0
+        for strategy, count in rounds.items():
+            run = Run.make(self.folder / f"precisions-{strategy}", strategy, hidden_size=64, layers=2, sequence_length=64)
+            for precision in ("bf16", "fp16"):
+                author, auditor = run.trainer(8, PRECISIONS[precision]), run.trainer(4)
+                theta, off = initial_theta(run.manifest.model), list[float]()
+                for number in range(count):
+                    work = _work(run, number, author, auditor, theta)
+                    for leaf in [len(work.leaves) - 1] if work.first == 0 else range(len(work.leaves)):
+                        with sdpa_kernel([SDPBackend.MATH]):
+                            judged = work.judge(work.leaves, leaf)
+                        off.append(judged.distance)
+                        wrong += judged.finding == FAILED
+                    theta = theta - work.update * run.pace
+                done += len(off)
+                out.row(
+                    "distance of honest work in half precision",
+                    strategy=strategy,
+                    precision=precision,
+                    audits=len(off),
+                    median=statistics.median(off),
+                    largest=max(off),
+                    tolerated=tolerance(run.manifest, precision),
+                )
+        how = f"{done} audits by a processor that emulates the author's precision, attention computed by another kernel"
+        out.figure("wrongful_findings_in_half_precision", wrong, how, "== 0")
 
     def codecs(self, out: Report) -> None:
         """How far what is sent may be from what was computed, since lossy codecs carry over what they owe."""
@@ -239,29 +280,27 @@ def _work(run: Run, number: int, author: Trainer, auditor: Trainer, theta: Vecto
     theta = initial_theta(run.manifest.model) if theta is None else theta
     sketcher = run.sketcher(number)
     made = author.train_round(theta, number, "peer", run.quota, 0, sketcher=sketcher)
-    return Work(run, theta, number, made.leaves, sketcher, auditor)
+    return Work(run, theta, number, made.update, made.leaves, author.precision, sketcher, auditor)
 
 
 def _honest_audits(run: Run, count: int) -> Iterator[tuple[float, bool]]:
     """Distances and outcomes of audits of honest work; the weights move on from round to round."""
     draw, number, done = random.Random(run.manifest.strategy.kind), 0, 0
     trainers = {size: run.trainer(size) for size in (1, 2, 3, 4, 8)}
-    theta, most = initial_theta(run.manifest.model), tolerance(run.manifest, coarse=False)
+    theta = initial_theta(run.manifest.model)
     while done < count:
         with _threads(draw.choice((1, 2))):
             work = _work(run, number, trainers[draw.choice(list(trainers))], trainers[draw.choice(list(trainers))], theta)
         for leaf in range(len(work.leaves)) if work.first is None else draw.sample(range(len(work.leaves)), 4):
             work.trainer = trainers[draw.choice(list(trainers))]
             with _threads(draw.choice((1, 2))):
-                judged = judge_leaves(work.leaves, work.again(leaf), leaf if work.first is None else 0, most)
+                judged = work.judge(work.leaves, leaf)
             yield judged.distance, judged.finding != FAILED
             done += 1
             if done == count:
                 return
         with _threads(1):
-            theta = theta - trainers[8].train_round(theta, number, "other", run.quota, 0).update * np.float32(
-                1.0 if work.first == 0 else 0.5
-            )
+            theta = theta - trainers[8].train_round(theta, number, "other", run.quota, 0).update * run.pace
         number += 1
 
 
@@ -318,7 +357,7 @@ def _rounds_until_found(work: Work, forge: Forge, history: int) -> int:
         leaf, _ = what_to_look_at(case.duty.seed, len(claimed))
         for auditor in case.auditors:
             if not case.outcome:
-                case.findings[auditor] = work.judge(claimed, leaf)
+                case.findings[auditor] = work.judge(claimed, leaf).finding
         if case.outcome == FAILED:
             return number
     return LONGEST_HISTORY
@@ -357,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report.workspace() as folder:
         parts = Audits(folder)
         sections: dict[str, report.Section] = {
+            "precisions": parts.precisions,
             "codecs": parts.codecs,
             "cheats": parts.cheats,
             "costs": parts.costs,

@@ -13,6 +13,7 @@ import torch
 
 from swarm.errors import NoDevice, UsageError
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_HINT = "use --cpu to train on the processor"
 MAX_DEVICES = 64
 CGROUP = Path("/sys/fs/cgroup")
@@ -69,7 +70,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 def precision_of(dtype: torch.dtype) -> str:
     """The name of what matrix products are computed in."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+    return next((name for name, of_that_name in PRECISIONS.items() if of_that_name == dtype), "fp32")
 
 
 def hardware_class(device: torch.device) -> str:

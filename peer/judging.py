@@ -18,7 +18,7 @@ from peer.sketch import BLOCKS
 from swarm.audits import FAILED, PASSED, UNABLE, WITHHELD
 from swarm.manifest import DiLoCo, Manifest
 
-GRADIENT_TOLERANCE, COARSE_GRADIENT_TOLERANCE = 2e-3, 2e-2
+GRADIENT_TOLERANCES = {"fp32": 2e-3, "bf16": 0.1, "fp16": 0.02}  # twice what `bench.audit --only precisions` finds, or more
 MOVEMENT_TOLERANCE = 0.25
 LOSS_TOLERANCE = 0.05
 LEAST_COSINE = {"fp16": 0.99, "int8": 0.98, "int4": 0.85, "int2": 0.4, "sparse": 0.05}
@@ -56,11 +56,11 @@ def what_to_look_at(seed: bytes, leaves: int) -> tuple[int, int]:
     return int.from_bytes(seed[:8], "big") % leaves, seed[8] % BLOCKS
 
 
-def tolerance(manifest: Manifest, *, coarse: bool) -> float:
-    """The largest relative distance of honest leaves; `coarse` where either side computes in half precision."""
+def tolerance(manifest: Manifest, precision: str = "fp32") -> float:
+    """The largest relative distance of honest leaves, both computed in the same precision, if on other hardware."""
     if isinstance(manifest.strategy, DiLoCo):
         return MOVEMENT_TOLERANCE
-    return COARSE_GRADIENT_TOLERANCE if coarse else GRADIENT_TOLERANCE
+    return GRADIENT_TOLERANCES[precision]
 
 
 def distance(claimed: Sketch, found: Sketch) -> float:

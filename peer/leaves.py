@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peer.device import PRECISIONS
 from peer.sketch import BLOCKS, SKETCH_BYTES, WIDTH, Sketcher
 from swarm.errors import Rejected
 from swarm.messages import parse
 from swarm.rpc.v1.signed_pb2 import Leaves
 
 MOST_LEAVES, MOST_GRADIENT_LEAVES = 16, 4
-PRECISIONS = ("fp32", "bf16", "fp16")
 MAX_LEAVES_BYTES = MOST_LEAVES * (SKETCH_BYTES + 32) + 64
 
 Sketch = NDArray[np.float32]

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from peer.batches import MAX_PROBE_SAMPLES, Plan, feed, grouped, halved, plan_for_host
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices
-from peer.device import autocast_dtype, free_bytes, precision_of
+from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.model import FlatParameters, build_model
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
@@ -208,7 +208,7 @@ class Trainer:
         self._flat: FlatParameters | None = None
         self._inner: InnerOptimizer | None = None
         self._kept_inner: list[dict[str, Any]] | None = None
-        self._scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_LOSS_SCALE, enabled=self._dtype == torch.float16)
+        self._scaler = self._new_scaler()
 
     @property
     def micro_batch(self) -> int | None:
@@ -273,10 +273,12 @@ class Trainer:
         leaf: int,
         sketcher: Sketcher,
         should_stop: ShouldStop = never_stop,
+        precision: str = "",
     ) -> tuple[Leaf, ...] | None:
         """Compute again what another peer says it has computed from `theta`, [parameters], in leaves of so many samples each.
 
         `sync`: leaf `leaf` alone. `diloco`: the leaves up to that one, of which each is where the next begins. None when stopped.
+        `precision` is what the other peer's matrix products are computed in, empty for our own; slow where the device lacks it.
         Raises what `train_round` raises, and `ValueError` for leaves that aren't whole inner steps.
         """
         if any(length % self._unit for length in lengths):
@@ -286,7 +288,7 @@ class Trainer:
         assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
         tracer = Tracer(sketcher, tuple(end - start for end in ends))
         run = _Run(assignment, ends[leaf] - start, should_stop, ignore_progress, tracer)
-        with self._seeded(assignment):
+        with self._computing_in(precision or self.precision), self._seeded(assignment):
             self._prepare(theta)
             match strategy:
                 case manifest.Sync():
@@ -633,6 +635,21 @@ class Trainer:
         if self._dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        enabled = self._dtype == torch.float16
+        return torch.amp.GradScaler(self._device.type, init_scale=FIRST_LOSS_SCALE, enabled=enabled)
+
+    @contextmanager
+    def _computing_in(self, precision: str) -> Iterator[None]:
+        before = self._dtype, self._scaler
+        if precision != self.precision:
+            self._dtype = PRECISIONS[precision]
+            self._scaler = self._new_scaler()
+        try:
+            yield
+        finally:
+            self._dtype, self._scaler = before
 
     @contextmanager
     def _seeded(self, assignment: _Assignment) -> Iterator[None]:

@@ -206,8 +206,7 @@ class AuditDesk:
         sent = await self._check_update(kept, commit, leaves, sketcher, block)
         if sent.finding == FAILED:
             return sent
-        coarse = {precision, self.training.trainer.precision} != {"fp32"}
-        return await self._check_work(kept, commit, leaves, sketcher, leaf, tolerance(manifest, coarse=coarse))
+        return await self._check_work(kept, commit, leaves, sketcher, leaf, precision)
 
     async def _check_update(
         self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, block: int
@@ -268,21 +267,21 @@ class AuditDesk:
         return {name: bytes(content) for name, content in held.items()} | fetched
 
     async def _check_work(
-        self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, leaf: int, most: float
+        self, kept: Kept, commit: CommitFacts, leaves: tuple[Leaf, ...], sketcher: Sketcher, leaf: int, precision: str
     ) -> Judgement | None:
-        """Compute a leaf again, or all up to it."""
+        """Compute a leaf again, or all up to it, as precisely as its author."""
         manifest, state = self.services.manifest, kept.state
         lengths = [item.samples for item in leaves]
         training = self.training
         again = await training.in_thread(
             lambda: training.trainer.replay(
-                state.theta, kept.round_index, commit.peer, state.tokens, lengths, leaf, sketcher, training.why_stopped
+                state.theta, kept.round_index, commit.peer, state.tokens, lengths, leaf, sketcher, training.why_stopped, precision
             )
         )
         if again is None:
             return None
         first = 0 if isinstance(manifest.strategy, DiLoCo) else leaf
-        return judge_leaves(leaves, again, first, most)
+        return judge_leaves(leaves, again, first, tolerance(manifest, precision))
 
 
 def _note(duty: AuditDuty, judgement: Judgement) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.device import PRECISIONS
 from peer.judging import adds_up, distance, judge_leaves, judge_update, promised, tolerance, what_to_look_at
 from peer.leaves import MAX_LEAVES_BYTES, MOST_LEAVES, Leaf, leaf_ends, pack, unpack
 from peer.model import initial_theta
@@ -45,7 +46,7 @@ def worked(
 def test_another_peer_comes_to_the_same_leaves(small_run: Runs, strategy: str, changes: dict[str, Any], quota: int) -> None:
     """With other micro-batches, each leaf is within the tolerance, and a neighbour's isn't."""
     run, theta, sketcher, made = worked(small_run, strategy, changes, quota)
-    lengths, most = [leaf.samples for leaf in made.leaves], tolerance(run.manifest, coarse=False)
+    lengths, most = [leaf.samples for leaf in made.leaves], tolerance(run.manifest)
     assert adds_up(made.leaves, made.samples, 1 if strategy == "sync" else 4)
     assert len(made.leaves) >= 4
     auditor = Trainer(run.manifest, CPU, run.train, micro_batch=3)
@@ -211,6 +212,30 @@ def test_what_an_audit_looks_at_varies_with_its_seed() -> None:
     assert {block for _, block in looks} == set(range(BLOCKS))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("strategy", "changes", "quota"), STRATEGIES)
+def test_work_in_half_precision_is_computed_again_in_the_same(
+    small_run: Runs, strategy: str, changes: dict[str, Any], quota: int, precision: str
+) -> None:
+    """By an auditor that itself computes in another, and goes on in its own: half precision is far off the full one."""
+    run = small_run(strategy, **changes)
+    theta = initial_theta(run.manifest.model)
+    sketcher = Sketcher(sketch_seed(b"r" * 32, 3, b"b" * 32), theta.size)
+    author = Trainer(run.manifest, CPU, run.train, micro_batch=4, dtype=PRECISIONS[precision])
+    made = author.train_round(theta, 3, "peer", quota, 1000, sketcher=sketcher)
+    lengths, last = [leaf.samples for leaf in made.leaves], len(made.leaves) - 1
+    auditor = Trainer(run.manifest, CPU, run.train, micro_batch=4)
+    first = last if strategy == "sync" else 0
+    far = [
+        judge_leaves(
+            made.leaves, auditor.replay(theta, 3, "peer", 1000, lengths, last, sketcher, precision=how) or (), first, 1.0
+        ).distance
+        for how in (precision, "fp32", "")
+    ]
+    assert far[0] < tolerance(run.manifest, precision) / 10
+    assert far[0] < far[1] == far[2]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("strategy", "changes", "quota"), STRATEGIES)
@@ -219,9 +244,11 @@ def test_a_processor_audits_a_gpu(small_run: Runs, strategy: str, changes: dict[
     run = small_run(strategy, **changes)
     theta = initial_theta(run.manifest.model)
     sketcher = Sketcher(sketch_seed(b"r" * 32, 3, b"b" * 32), theta.size)
-    made = Trainer(run.manifest, torch.device("cuda"), run.train).train_round(theta, 3, "peer", quota, 1000, sketcher=sketcher)
+    author = Trainer(run.manifest, torch.device("cuda"), run.train)
+    made = author.train_round(theta, 3, "peer", quota, 1000, sketcher=sketcher)
     lengths, last = [leaf.samples for leaf in made.leaves], len(made.leaves) - 1
-    again = Trainer(run.manifest, CPU, run.train, micro_batch=4).replay(theta, 3, "peer", 1000, lengths, last, sketcher)
+    auditor = Trainer(run.manifest, CPU, run.train, micro_batch=4)
+    again = auditor.replay(theta, 3, "peer", 1000, lengths, last, sketcher, precision=author.precision)
     assert again is not None
     first = last if strategy == "sync" else 0
-    assert judge_leaves(made.leaves, again, first, tolerance(run.manifest, coarse=True)).finding == "passed"
+    assert judge_leaves(made.leaves, again, first, tolerance(run.manifest, author.precision)).finding == "passed"
