@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.waiting import eventually
 
-CTRL_C = b"\x03"
+CTRL_C, CTRL_S, CTRL_Q = b"\x03", b"\x13", b"\x11"
 SHOWN = 20_000
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 

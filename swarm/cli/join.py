@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.cli.output import configure_logging
+from swarm.cli.output import LAST_LINES_S, configure_logging
 from swarm.config import LINK_HELP, GovernorSettings, PeerSettings, find_link, load, remember_link
 from swarm.errors import DiskFull, LinkError, UsageError
 from swarm.messages import JoinLink
@@ -29,6 +29,7 @@ from swarm.tickets import from_text
 if TYPE_CHECKING:
     from peer.daemon import Daemon, DaemonOptions
     from peer.held import Held
+    from swarm.log_writer import LogWriter
 
 LINK_WAIT_S = 120.0
 WATCH_S = 60.0
@@ -93,7 +94,7 @@ def command(
         "log_level": log_level,
     }
     settings = load(PeerSettings, flags)
-    configure_logging(settings.log_level)
+    log = configure_logging(settings.log_level)
     _check(settings)
     target = _read_link(link, settings)
     remember_link(settings.data_dir, target)
@@ -103,7 +104,7 @@ def command(
     rules = load(GovernorSettings)
     if held is not None and held.holds.first is not None:
         waiting = Waiting(held, settings.data_dir, settings.metrics, rules)
-        _give_way(asyncio.run(_to_the_end(waiting.wait())), settings)
+        _give_way(asyncio.run(_to_the_end(waiting.wait())), settings, log)
         return
     devices = _devices(settings.gpu)
     if len(devices) > 1:
@@ -115,10 +116,10 @@ def command(
         _welcome(daemon, settings)
     else:
         daemon.status.carry_on(held.status)
-    _give_way(asyncio.run(_serve(daemon)), settings)
+    _give_way(asyncio.run(_serve(daemon)), settings, log)
 
 
-def _give_way(held: Held | None, settings: PeerSettings) -> None:
+def _give_way(held: Held | None, settings: PeerSettings, log: LogWriter) -> None:
     """Start this program anew in the same process, to wait out a pause or to train again; nothing to do at the end.
 
     Signals that arrive meanwhile wait until the new program can take them.
@@ -132,6 +133,7 @@ def _give_way(held: Held | None, settings: PeerSettings) -> None:
     for number in _early:
         signal.pthread_kill(threading.get_ident(), number)
     os.environ[HELD_VARIABLE] = "1"
+    log.drain(LAST_LINES_S)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program again
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 import typer
 
 from swarm.errors import UsageError
+from swarm.log_writer import LogWriter
 
+LAST_LINES_S = 1.0
+STDERR = 2
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -50,11 +54,16 @@ def format_credits(flops: int) -> str:
     return f"{thousandths // 1000:,}.{thousandths % 1000:03d}"
 
 
-def configure_logging(level: str) -> None:
-    """Send log events to stderr: as JSON lines, or in colour where a person watches. Raises `UsageError`."""
+def configure_logging(level: str) -> LogWriter:
+    """Send log events to stderr: as JSON lines, or in colour where a person watches. Raises `UsageError`.
+
+    Nobody waits for a stderr that takes nothing; to be drained before the program makes way for another.
+    """
     if level not in LEVELS:
         raise UsageError(f"no such log level: {level}", f"choose one of {', '.join(LEVELS)}")
     watched = sys.stderr.isatty()
+    writer = LogWriter(STDERR)
+    atexit.register(writer.drain, LAST_LINES_S)
     renderer: Any = structlog.dev.ConsoleRenderer() if watched else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
@@ -65,8 +74,9 @@ def configure_logging(level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", writer)),
     )
+    return writer
 
 
 def _cell(value: object) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
+from swarm.control import ask
 from swarm.local import LocalPeer, LocalSwarm, swarm_command
 from tests.runs import LiveRun, clean_environment, run_command
-from tests.terminal import CTRL_C, terminal
+from tests.terminal import CTRL_C, CTRL_Q, CTRL_S, terminal
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -39,7 +40,12 @@ async def tell(peer: LocalPeer, *verb: str) -> dict[str, Any]:
 async def contributed(peer: LocalPeer, rounds: int) -> bool:
     """Whether the peer has contributed to that many rounds."""
     assert peer.running, peer.log()[-3000:]
-    return int((await peer.status()).get("rounds", 0)) >= rounds
+    return await has_rounds(peer.directory, rounds)
+
+
+async def has_rounds(folder: Path, rounds: int) -> bool:
+    """Whether the peer of this folder has contributed to that many rounds."""
+    return int((await ask(folder, "status"))["rounds"]) >= rounds
 
 
 def receipts(peer: LocalPeer) -> set[int]:
@@ -127,12 +133,19 @@ async def test_a_frozen_peer_wakes_up(two_peer_run: LiveRun, outside: LocalSwarm
 
 
 async def test_the_first_ctrl_c_finishes_in_a_terminal(two_peer_run: LiveRun, tmp_path: Path) -> None:
-    """In a pseudo-terminal: the key and how to stop are shown; the first Ctrl-C completes the round and ends with 0."""
+    """In a pseudo-terminal: the key and how to stop are shown; the first Ctrl-C completes the round and ends with 0.
+
+    While the terminal is stopped (Ctrl-S), rounds go on.
+    """
     folder = tmp_path / "terminal"
     command = [*swarm_command(), "join", two_peer_run.link, "--cpu", "--dir", str(folder), "--listen", "127.0.0.1:0"]
     with terminal(command, clean_environment({"SWARM_GOVERNOR_NICE": "0", "SWARM_THREADS": "1"})) as seen:
         for text in ("swarm identity backup", "Ctrl-C completes the round", "round_committed"):
             await seen.until(text, 180)
+        seen.type(CTRL_S)
+        stopped = int((await ask(folder, "status"))["rounds"])
+        await eventually(lambda: has_rounds(folder, stopped + 3), "rounds behind a stopped terminal", 90)
+        seen.type(CTRL_Q)
         seen.type(CTRL_C)
         await seen.until("left", 90)
         assert await seen.end() == 0
