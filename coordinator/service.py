@@ -267,7 +267,7 @@ class PeerService(PeerServiceServicer):
     def _note(self, event: Announced, decision: Decision, twin: pb.Twin.ValueType) -> bool:
         """Update who is alive; returns whether the peer starts the run."""
         presence, announcement, now_s = self._journal.presence, event.announcement, self._clock.monotonic_s()
-        if twin == pb.TWIN_OTHER_COUNTS:
+        if twin == pb.TWIN_OTHER_COUNTS or presence.is_visitor(event.peer_id, announcement.start):
             presence.note_issue(event.peer_id, announcement.issued_at, event.payload_hash, announcement.start)
             return False
         if announcement.leaving:

@@ -48,7 +48,8 @@ class Standing:
 class Coordination:
     """One run's coordinator as this peer sees it. `last` is its newest answer; None until it has answered once.
 
-    `held` is the certificate of the account that we earn for, None where we earn for ourselves; `ticket` an invitation.
+    `held` is the certificate of the account that we earn for, None where we earn for ourselves; `ticket` an invitation. An
+    empty `start` is that of somebody who only has a look, and changes nothing for a peer that runs with the same key.
     """
 
     link: JoinLink
@@ -61,7 +62,7 @@ class Coordination:
     last: AnnounceResponse | None = None
     clock_offset_s: float = 0.0
     on_answer: Callable[[AnnounceResponse], None] = lambda answer: None
-    _start: bytes = field(default_factory=lambda: os.urandom(START_BYTES))
+    start: bytes = field(default_factory=lambda: os.urandom(START_BYTES))
     _began_s: float = field(default_factory=boot_s)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _nudged: asyncio.Event = field(default_factory=asyncio.Event)
@@ -99,7 +100,7 @@ class Coordination:
             state_root=standing.state_root,
             held=self.held,
             ticket=self.ticket,
-            start=self._start,
+            start=self.start,
             uptime_s=boot_s() - self._began_s,
         )
         client = await self.connected()

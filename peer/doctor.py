@@ -24,20 +24,25 @@ from torch.nn import functional
 
 from peer.admissions import Admissions
 from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
+from peer.data import chunk_roots_match
 from peer.device import choose_devices, free_host_bytes, hardware_class
 from peer.finding import Finder
 from peer.model import build_model
+from peer.network.blobs import BlobStore
 from peer.network.dialback import DIAL, port_of
 from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
-from peer.rounds.post import PING
+from peer.network.transfer import Transfer
+from peer.rounds.post import PING, SYNC
 from swarm import __version__
+from swarm.control import ask
 from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import (
     CoordinatorUnreachable,
     DiskFull,
     NetworkBroken,
     NoDevice,
+    NotRunning,
     OutOfMemory,
     Rejected,
     SwarmError,
@@ -46,10 +51,10 @@ from swarm.errors import (
 )
 from swarm.identity import Identity
 from swarm.manifest import Manifest
-from swarm.messages import JoinLink, parse
+from swarm.messages import JoinLink, parse, split_hashes
 from swarm.rpc.client import RunInfo
 from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
-from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest
+from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest, SyncReply, SyncRequest
 
 NEWEST_PYTHON = (3, 14)
 RESERVE_BYTES = 256 << 20
@@ -157,7 +162,7 @@ class Doctor:
             yield failed("key", error)
             return
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-doctor-")))
-        coordination = Coordination(link, identity, folder)
+        coordination = Coordination(link, identity, folder, start=b"")
         self._stack.push_async_callback(coordination.close)
         try:
             run = await coordination.describe()
@@ -169,7 +174,10 @@ class Doctor:
         for finding in self._needs(run.manifest):
             wrong = wrong or finding.error is not None
             yield finding
-        if not wrong:
+        if await _is_running(self.directory):
+            hint = "for all of it: swarm finish, then swarm doctor; what the peer sees: swarm status"
+            yield Finding("running", "a peer runs in this folder, and its key is in use: no further look at the network", hint)
+        elif not wrong:
             async for finding in self._swarm(run, coordination, identity):
                 yield finding
 
@@ -239,6 +247,7 @@ class Doctor:
         yield await self._dialled_back(run, node, here, admissions, identity)
         yield self._relays(here, node)
         yield await self._speed(here[0], node)
+        yield await self._download_speed(run, here, node, admissions, identity)
 
     async def _dialled_back(
         self, run: RunInfo, node: Node, peers: list[str], admissions: Admissions, identity: Identity
@@ -281,6 +290,31 @@ class Doctor:
         rate = PROBES * PROBE_BYTES / (time.monotonic() - started)
         return Finding("upload", f"{rate * 8 / 1e6:,.1f} Mbit/s to one peer")
 
+    async def _download_speed(
+        self, run: RunInfo, peers: list[str], node: Node, admissions: Admissions, identity: Identity
+    ) -> Finding:
+        """How fast a peer gives us some of the run's data."""
+        token = admissions.token(identity.peer_id)
+        transfer = Transfer(node, BlobStore(PROBE_BYTES), run.run_id, admissions.check, lambda: token)
+        tree = max([run.manifest.tokenizer, *run.manifest.data.train], key=lambda tree: tree.size_bytes)
+        request = SyncRequest(run_id=run.run_id, admission=token, state_root=bytes.fromhex(tree.root)).SerializeToString()
+        problem = "nobody has the run's data"
+        for peer in peers[:3]:
+            try:
+                reply = parse(SyncReply, await node.call(peer, SYNC, request, CALL_S), peer)
+                hashes = split_hashes(reply.chunk_hashes)
+                if not chunk_roots_match(hashes, tree):
+                    continue
+                sizes = dict.fromkeys(hashes[: max(1, PROBES * PROBE_BYTES // tree.chunk_bytes)], tree.chunk_bytes)
+                started = time.monotonic()
+                found = await transfer.fetch(peer, sizes)
+            except (PeerFailure, Rejected) as error:
+                problem = str(error)
+                continue
+            rate = sum(map(len, found.values())) / (time.monotonic() - started)
+            return Finding("download", f"{rate * 8 / 1e6:,.1f} Mbit/s from one peer")
+        return Finding("download", f"not measured: {problem}", "try again in a minute")
+
     def _verdict(self, manifest: Manifest) -> str:
         if self.reachable:
             served = "others can dial you"
@@ -290,6 +324,14 @@ class Doctor:
             served = "you'd dial the others"
         per_hour = self.tokens_per_s * manifest.credit.flops_per_token * HOUR_S / FLOPS_PER_CREDIT
         return f"you can join; {served}; about {per_hour:.3g} credits an hour"
+
+
+async def _is_running(directory: Path) -> bool:
+    try:
+        await ask(directory, "status")
+    except NotRunning:
+        return False
+    return True
 
 
 def python_version(found: tuple[int, int]) -> Finding:

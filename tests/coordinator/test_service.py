@@ -136,6 +136,18 @@ async def test_two_machines_with_one_key(serve: Serve, world: World) -> None:
         assert (await client.announce(say(b"old", 200, error_s=-60))).twin == TWIN_UNSPECIFIED
 
 
+async def test_a_look_with_the_key_of_a_peer_that_runs(serve: Serve, world: World) -> None:
+    """`swarm doctor` beside a running peer: it is answered, and the peer neither hears of it nor is forgotten."""
+    async with serve(ManualClock(NOW_S)) as coordinator, connected(coordinator) as client:
+        await client.announce(world.announcement(ALICE, start=b"running", addresses=["/ip4/10.0.0.1"]))
+        assert (await client.announce(world.announcement(ALICE, addresses=["/ip4/10.0.0.2"]))).twin == TWIN_UNSPECIFIED
+        await client.announce(world.announcement(ALICE, leaving=True))
+        seen = await client.announce(world.announcement(BOB))
+        assert [list(peer.addresses) for peer in seen.peers] == [["/ip4/10.0.0.1"]]
+        again = await client.announce(world.announcement(ALICE, start=b"running", uptime_s=9, round=1))
+        assert again.twin == TWIN_UNSPECIFIED
+
+
 @pytest.mark.parametrize("changes", [{"start": bytes(17)}, {"uptime_s": float("nan")}, {"uptime_s": -1.0}, {"uptime_s": 1e10}])
 async def test_starts_that_can_not_be(changes: dict[str, object], serve: Serve, world: World) -> None:
     """A name that is too long, and no number of seconds."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,17 @@ import pytest
 
 from peer import doctor
 from peer.doctor import architecture_problem, clock, disk, memory, python_version, version
+from peer.recipes import tiny_manifest
+from swarm.errors import NetworkBroken, NotAdmitted
 from swarm.identity import Identity
-from swarm.messages import JoinLink
+from swarm.local import LocalSwarm
+from swarm.manifest import Manifest
+from swarm.messages import JoinLink, seal
+from swarm.rpc.client import CoordinatorClient
+from swarm.rpc.v1.coordinator_pb2 import Announcement
+from swarm.scenario import write_run
 from tests.runs import LiveRun, Outcome, run_command
+from tests.waiting import eventually
 from tests.world import manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -36,8 +46,65 @@ async def test_a_machine_that_can_join(two_peer_run: LiveRun, tmp_path: Path) ->
     assert lines["peers"]["text"].startswith("2 of ")
     assert lines["inbound"]["text"] == "a peer has dialled back"
     assert "Mbit/s" in lines["upload"]["text"]
+    assert "Mbit/s" in lines["download"]["text"]
     assert lines["verdict"]["text"].startswith("you can join; others can dial you; about ")
     assert "credits an hour" in lines["verdict"]["text"]
+
+
+async def test_beside_a_peer_that_runs(two_peer_run: LiveRun) -> None:
+    """Its key is in use: the look ends before it would disturb the peer, which goes on."""
+    folder = two_peer_run.peer_folders[1]
+    done, lines = await examine(two_peer_run.link, folder, "--cpu", "--listen", "127.0.0.1:0")
+    assert done.code == 0, done.out + done.err
+    assert list(lines)[-1] == "running"
+    assert "swarm finish" in lines["running"]["hint"]
+    before = (await two_peer_run.statuses())[1]
+
+    async def further() -> bool:
+        return bool((await two_peer_run.statuses())[1]["rounds"] > before["rounds"] + 1)
+
+    await eventually(further, "rounds of the peer", 60)
+
+
+@pytest.fixture
+async def lone_coordinator(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Starts a coordinator without peers, for a run with such rules of admission; its link."""
+    async with LocalSwarm(tmp_path / "lone") as swarm:
+
+        async def start(**admission: Any) -> str:
+            made = tiny_manifest(tmp_path / "files", 2).model_dump(mode="json")
+            await swarm.start_coordinator(*write_run(tmp_path, Manifest.model_validate(made | {"admission": admission})))
+            return swarm.link
+
+        yield start
+
+
+async def test_a_key_that_the_coordinator_refuses(lone_coordinator: Any, tmp_path: Path) -> None:
+    """The run admits only those on its list."""
+    link = await lone_coordinator(kind="allow_list", allow=[Identity.generate().peer_id])
+    done, lines = await examine(link, tmp_path, "--cpu", "--listen", "127.0.0.1:0")
+    assert (done.code, lines["admission"]["status"]) == (NotAdmitted.exit_code, "FAIL")
+    assert lines["admission"]["hint"]
+
+
+async def test_peers_that_can_not_be_reached(lone_coordinator: Any, tmp_path: Path) -> None:
+    """Somebody has announced an address where nobody is."""
+    link = JoinLink.parse(await lone_coordinator(kind="open"))
+    told = Announcement(
+        run_id=link.run_id, addresses=["/ip4/127.0.0.1/tcp/1"], issued_at=int(time.time()), client_version="0.1.0", reachable=True
+    )
+    async with await CoordinatorClient.connect(link) as client:
+        await client.announce(seal(Identity.generate(), told))
+    done, lines = await examine(link, tmp_path, "--cpu", "--listen", "127.0.0.1:0")
+    assert (done.code, lines["peers"]["status"]) == (NetworkBroken.exit_code, "FAIL")
+    assert "outgoing TCP" in lines["peers"]["hint"]
+
+
+async def test_a_folder_that_can_not_be_made(two_peer_run: LiveRun, tmp_path: Path) -> None:
+    """A file stands where the folder should be."""
+    (tmp_path / "file").write_text("")
+    done, lines = await examine(two_peer_run.link, tmp_path, "--cpu", "--dir", str(tmp_path / "file" / "folder"))
+    assert (done.code, lines["key"]["status"]) == (2, "FAIL")
 
 
 async def test_lines_for_people(tmp_path: Path) -> None:
