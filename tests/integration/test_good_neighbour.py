@@ -40,11 +40,11 @@ async def tell(peer: LocalPeer, *verb: str) -> dict[str, Any]:
 async def contributed(peer: LocalPeer, rounds: int) -> bool:
     """Whether the peer has contributed to that many rounds."""
     assert peer.running, peer.log()[-3000:]
-    return await has_rounds(peer.directory, rounds)
+    return int((await peer.status()).get("rounds", 0)) >= rounds
 
 
 async def has_rounds(folder: Path, rounds: int) -> bool:
-    """Whether the peer of this folder has contributed to that many rounds."""
+    """Whether the peer that runs in this folder has contributed to that many rounds."""
     return int((await ask(folder, "status"))["rounds"]) >= rounds
 
 
