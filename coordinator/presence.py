@@ -81,10 +81,10 @@ class Presence:
             raise Rejected("replayed", f"issued at {issued_at}, newest {known.issued_at}", peer_id)
         return False
 
-    def is_visitor(self, peer_id: str, start: bytes) -> bool:
-        """Whether who names no start has a look with the key of a peer that is alive. Call `expire` before."""
+    def counts(self, peer_id: str, start: bytes) -> bool:
+        """Whether an announcement speaks for its peer; not a superseded twin's, or that of who has a look (no start)."""
         known = self._alive.get(peer_id)
-        return not start and known is not None and known.starts is not None
+        return known is None or known.starts is None or known.starts.counts == start
 
     def meet(self, peer_id: str, start: bytes, uptime_s: float, now_s: float) -> Twin.ValueType:
         """What a start under a key is to be told about others under the same. Call `expire` before."""

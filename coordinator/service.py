@@ -96,7 +96,7 @@ class PeerService(PeerServiceServicer):
         self._metrics.admissions_total.labels(decision.reason).inc()
         _raise_refusal(decision, signed.signer)
         twin = self._meet(event)
-        genesis = self._note(event, decision, twin)
+        genesis = self._note(event, decision)
         await self._journal.save_genesis()
         return self._announced(signed.signer, announcement.leaving, genesis, twin)
 
@@ -264,10 +264,10 @@ class PeerService(PeerServiceServicer):
         presence.expire(now_s)
         return presence.meet(event.peer_id, announcement.start, announcement.uptime_s, now_s)
 
-    def _note(self, event: Announced, decision: Decision, twin: pb.Twin.ValueType) -> bool:
+    def _note(self, event: Announced, decision: Decision) -> bool:
         """Update who is alive; returns whether the peer starts the run."""
         presence, announcement, now_s = self._journal.presence, event.announcement, self._clock.monotonic_s()
-        if twin == pb.TWIN_OTHER_COUNTS or presence.is_visitor(event.peer_id, announcement.start):
+        if not presence.counts(event.peer_id, announcement.start):
             presence.note_issue(event.peer_id, announcement.issued_at, event.payload_hash, announcement.start)
             return False
         if announcement.leaving:

@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from peer.admissions import Admissions
 from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
-from peer.data import chunk_roots_match
 from peer.device import choose_devices, free_host_bytes, hardware_class
 from peer.finding import Finder
+from peer.materials import chunks_in, chunks_request
 from peer.model import build_model
 from peer.network.blobs import BlobStore
 from peer.network.dialback import DIAL, port_of
@@ -51,10 +51,10 @@ from swarm.errors import (
 )
 from swarm.identity import Identity
 from swarm.manifest import Manifest
-from swarm.messages import JoinLink, parse, split_hashes
+from swarm.messages import JoinLink, parse
 from swarm.rpc.client import RunInfo
 from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
-from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest, SyncReply, SyncRequest
+from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest, SyncReply
 
 NEWEST_PYTHON = (3, 14)
 RESERVE_BYTES = 256 << 20
@@ -297,13 +297,12 @@ class Doctor:
         token = admissions.token(identity.peer_id)
         transfer = Transfer(node, BlobStore(PROBE_BYTES), run.run_id, admissions.check, lambda: token)
         tree = max([run.manifest.tokenizer, *run.manifest.data.train], key=lambda tree: tree.size_bytes)
-        request = SyncRequest(run_id=run.run_id, admission=token, state_root=bytes.fromhex(tree.root)).SerializeToString()
+        request = chunks_request(tree, run.run_id, token).SerializeToString()
         problem = "nobody has the run's data"
         for peer in peers[:3]:
             try:
-                reply = parse(SyncReply, await node.call(peer, SYNC, request, CALL_S), peer)
-                hashes = split_hashes(reply.chunk_hashes)
-                if not chunk_roots_match(hashes, tree):
+                hashes = chunks_in(parse(SyncReply, await node.call(peer, SYNC, request, CALL_S), peer), tree)
+                if not hashes:
                     continue
                 sizes = dict.fromkeys(hashes[: max(1, PROBES * PROBE_BYTES // tree.chunk_bytes)], tree.chunk_bytes)
                 started = time.monotonic()

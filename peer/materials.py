@@ -20,7 +20,7 @@ from swarm.errors import DataInvalid, DiskFull, Rejected
 from swarm.manifest import Tree
 from swarm.merkle import blob_hash
 from swarm.messages import split_hashes
-from swarm.rpc.v1.peer_pb2 import SyncRequest
+from swarm.rpc.v1.peer_pb2 import SyncReply, SyncRequest
 from swarm.rpc.v1.signed_pb2 import Signed
 
 log = structlog.get_logger(__name__)
@@ -128,14 +128,13 @@ class Materials:
     async def _holders(
         self, tree: Tree, peers: Sequence[str], post: Post, run_id: bytes, token: Signed | None
     ) -> tuple[list[bytes], list[str]]:
-        request = SyncRequest(run_id=run_id, admission=token, state_root=bytes.fromhex(tree.root))
+        request = chunks_request(tree, run_id, token)
 
         async def ask(peer: str) -> list[bytes]:
             try:
-                hashes = split_hashes((await post.sync(peer, request)).chunk_hashes)
+                return chunks_in(await post.sync(peer, request), tree)
             except (PeerFailure, Rejected):
                 return []
-            return hashes if chunk_roots_match(hashes, tree) else []
 
         answers = await asyncio.gather(*(ask(peer) for peer in peers[:32]))
         holders = [peer for peer, hashes in zip(peers, answers, strict=False) if hashes]
@@ -147,6 +146,17 @@ class Materials:
         self._hashes[bytes.fromhex(tree.root)] = tuple(hashes)
         for index, name in enumerate(hashes):
             self._chunks[name] = (self.path(tree), index * tree.chunk_bytes, _chunk_size(tree, index))
+
+
+def chunks_request(tree: Tree, run_id: bytes, token: Signed | None) -> SyncRequest:
+    """Asks a peer for the chunk hashes of one of the run's files."""
+    return SyncRequest(run_id=run_id, admission=token, state_root=bytes.fromhex(tree.root))
+
+
+def chunks_in(reply: SyncReply, tree: Tree) -> list[bytes]:
+    """The file's chunk hashes, as a peer has answered; empty where it lacks the file or names others. Raises `Rejected`."""
+    hashes = split_hashes(reply.chunk_hashes)
+    return hashes if chunk_roots_match(hashes, tree) else []
 
 
 @contextlib.contextmanager
