@@ -18,6 +18,7 @@ from hivemind.utils import MSGPackSerializer, get_dht_time
 
 from peer.network.discovery import run_key
 from peer.network.node import Node, PeerFailure
+from peer.tasks import cancel
 from swarm.identity import Identity
 from swarm.messages import seal
 from swarm.rpc.v1.signed_pb2 import Presence
@@ -67,8 +68,7 @@ async def hostile_node(swarm: Scenario, folder: Path) -> AsyncIterator[list[int]
             if attacking.done():
                 attacking.result()
         finally:
-            attacking.cancel()
-            await asyncio.gather(attacking, return_exceptions=True)
+            await cancel([attacking])
             await asyncio.wait_for(dht.shutdown(), CALL_S)
     finally:
         await node.close()
