@@ -639,7 +639,7 @@ class Daemon:
         ) as failed:
             reason = "pause"
             while self._wish == "train" and reason == "pause":
-                engine.wish = "train"
+                engine.ask("train")
                 playing: asyncio.Future[str] = asyncio.create_task(self._play(engine))
                 await asyncio.wait((playing, failed), return_when=asyncio.FIRST_COMPLETED)
                 if failed.done():

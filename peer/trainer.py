@@ -283,6 +283,8 @@ class Trainer:
         """
         if any(length % self._unit for length in lengths):
             raise ValueError("leaves of broken inner steps")
+        if should_stop() is not None:  # before the model is loaded
+            return None
         strategy, ends = self._manifest.strategy, tuple(itertools.accumulate(lengths))
         start = ends[leaf] - lengths[leaf] if isinstance(strategy, manifest.Sync) else 0
         assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
@@ -338,6 +340,8 @@ class Trainer:
 
         The network is left as it was, as a round that was begun early goes on from where it is. Raises what `train_round` raises.
         """
+        if should_stop() is not None:  # before the model is loaded
+            return None
         before = self.parameters.read(self._network)
         self._prepare(theta)
         self._network.eval()

@@ -305,6 +305,8 @@ class Engine:
         self._wake.set()
         if wish in ("pause", "stop"):
             self.training.stop(wish)
+        elif wish == "train":
+            self.training.go_on()
 
     def lost(self, peer: str) -> None:
         """A peer can't be reached."""

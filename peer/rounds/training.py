@@ -15,6 +15,9 @@ from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer, Vector
 T = TypeVar("T")
 
 
+NOTHING = Contribution(None, 0, 0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class _Ahead:
     """A round that was begun early."""
@@ -41,6 +44,7 @@ class TrainingThread:
     trainer: Trainer
     on_progress: Callable[[Progress], None] = lambda progress: None
     _reason: str | None = None
+    _held: str | None = None
     _ahead: _Ahead | None = None
     _begun: _Begun | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="training"))
@@ -48,12 +52,17 @@ class TrainingThread:
     async def train(
         self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int, sketcher: Sketcher | None = None
     ) -> Contribution:
-        """Train one round. A cancelled call stops the thread at its next micro-batch and waits for it."""
+        """Train one round; nothing, without loading the model, where we were told to stop before it began.
+
+        A cancelled call stops the thread at its next micro-batch and waits for it.
+        """
         begun = self._begun
         if begun is not None and (begun.round_index, begun.quota) == (round_index, quota) and begun.theta is theta:
             self._begun = None
             return await self._outcome(begun.job)
         await self.drop_early()
+        if self._held is not None:
+            return NOTHING
         return await self._outcome(self._train(theta, round_index, peer, quota, tokens, sketcher))
 
     def begin(self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int) -> None:
@@ -113,19 +122,23 @@ class TrainingThread:
 
     def is_stopped(self) -> bool:
         """Whether the job was told to end."""
-        return self._reason is not None
+        return self.why_stopped() is not None
 
     def why_stopped(self) -> str | None:
         """The reason for which the job was told to end."""
-        return self._reason
+        return self._held or self._reason
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run something else there, after the present job; what it gives."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def stop(self, reason: str) -> None:
-        """End the job early; what it has done so far still counts."""
-        self._reason = reason
+        """End the job early, and every other until `go_on`; what it has done so far still counts."""
+        self._held = reason
+
+    def go_on(self) -> None:
+        """Jobs run again."""
+        self._held = None
 
     async def release(self) -> None:
         """Free the device."""

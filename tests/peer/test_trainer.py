@@ -15,6 +15,7 @@ from peer.batches import Plan
 from peer.data import ShardReader, sample_indices
 from peer.model import FlatParameters, build_model, initial_theta
 from peer.optimizer import lr_factor, make_inner
+from peer.sketch import Sketcher, sketch_seed
 from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer
 from swarm.errors import DataInvalid, OutOfMemory
 from swarm.manifest import DiLoCo, Manifest
@@ -469,3 +470,13 @@ def test_a_round_begun_early_counts_nothing_without_its_base(small_run: Runs) ->
     ahead = first.train_ahead(Early(), 2, PEER, 1, 64, should_stop=lambda: next(stops))
     assert (ahead.samples, ahead.stopped) == (0, None)
     assert not ahead.update.any()
+
+
+def test_an_audit_that_was_stopped_before_it_began_loads_nothing(small_run: Runs) -> None:
+    """A paused peer's device stays free, whatever had been asked for by then."""
+    run = small_run("sync")
+    auditor = trainer(run)
+    sketcher = Sketcher(sketch_seed(bytes(32), 0, bytes(32)), theta_of(run).size)
+    assert auditor.replay(theta_of(run), 0, PEER, 0, [4], 0, sketcher, lambda: "pause") is None
+    assert auditor.losses(theta_of(run), np.arange(4), lambda: "pause") is None
+    assert not auditor.is_loaded

@@ -72,3 +72,16 @@ async def test_what_was_begun_can_be_given_up(thread: TrainingThread) -> None:
     await thread.drop_early()
     assert slow(thread).stopped == ["cancelled"]
     assert await thread.in_thread(lambda: 7) == 7
+
+
+async def test_a_stop_holds_until_it_is_taken_back(thread: TrainingThread) -> None:
+    """Whatever comes after it: a job that runs ends early, and no further one touches the device."""
+    thread.begin(THETA, 3, "me", 500, 100)
+    thread.stop("pause")
+    await thread.train(THETA, 3, "me", 500, 100)
+    assert slow(thread).stopped == ["pause"]
+    nothing = await thread.train(THETA, 4, "me", 5, 100)
+    assert (nothing.update, nothing.weight, slow(thread).calls) == (None, 0, [(3, 500)])
+    assert thread.is_stopped()
+    thread.go_on()
+    assert (await thread.train(THETA, 4, "me", 5, 100)).weight == 5
