@@ -25,7 +25,7 @@ from peer.rounds.disputes import Disputes
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
 from peer.rounds.lapses import Lapses
-from peer.rounds.pacing import Pacing
+from peer.rounds.pacing import Pacing, first_exchange_s
 from peer.rounds.planting import Planter
 from peer.rounds.run import Contribution, RoundRun, Services
 from peer.rounds.snapshots import Snapshots
@@ -131,8 +131,9 @@ class Engine:
     _lapses: Lapses = field(default_factory=Lapses)
 
     def __post_init__(self) -> None:
-        rounds = self.services.manifest.rounds
-        self.pacing = Pacing(rounds.grace_floor_s, rounds.grace_mads)
+        manifest = self.services.manifest
+        first_s = first_exchange_s(manifest.model.parameters)
+        self.pacing = Pacing(manifest.rounds.grace_floor_s, manifest.rounds.grace_mads, first_s)
         self.layout = Layout.of(self.services.manifest)
         self.disputes = Disputes(self.services, self.auditor, self.inbox)
         self.auditor.on_proven = self._on_proven

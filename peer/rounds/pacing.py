@@ -12,7 +12,8 @@ from peer.rounds.planning import grace_of
 HISTORY = 64
 PATIENCE_FLOOR_S = 2.0
 EXCHANGE_FLOOR_S = 2.0
-FIRST_EXCHANGE_S = 60.0
+SHORTEST_FIRST_EXCHANGE_S, LONGEST_FIRST_EXCHANGE_S = 10.0, 600.0
+SLOW_LINK_BITS_PER_S, BITS_PER_VALUE = 5e6, 16
 FIRST_PATIENCE_S = 5.0
 ENOUGH = 3
 
@@ -21,12 +22,18 @@ def _recent() -> deque[float]:
     return deque(maxlen=HISTORY)
 
 
+def first_exchange_s(parameters: int) -> float:
+    """How long the first exchanges may take: a whole update in 16 bits over a slow link, in seconds."""
+    return min(LONGEST_FIRST_EXCHANGE_S, max(SHORTEST_FIRST_EXCHANGE_S, parameters * BITS_PER_VALUE / SLOW_LINK_BITS_PER_S))
+
+
 @dataclass
 class Pacing:
     """Recent durations in seconds, and the deadlines that follow: median + k x MAD, never below a floor."""
 
     floor_s: float
     mads: float
+    first_exchange_s: float = SHORTEST_FIRST_EXCHANGE_S
     _lateness: deque[float] = field(default_factory=_recent)
     _proposing: deque[float] = field(default_factory=_recent)
     _exchanging: deque[float] = field(default_factory=_recent)
@@ -62,5 +69,5 @@ class Pacing:
     def exchange_s(self) -> float:
         """How long an exchange may take before those who hold it up are looked at."""
         if len(self._exchanging) < ENOUGH:
-            return FIRST_EXCHANGE_S
+            return self.first_exchange_s
         return grace_of(self._exchanging, EXCHANGE_FLOOR_S, self.mads)

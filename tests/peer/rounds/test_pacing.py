@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from peer.rounds.pacing import (
     EXCHANGE_FLOOR_S,
-    FIRST_EXCHANGE_S,
     FIRST_PATIENCE_S,
     HISTORY,
+    LONGEST_FIRST_EXCHANGE_S,
     PATIENCE_FLOOR_S,
+    SHORTEST_FIRST_EXCHANGE_S,
     Pacing,
+    first_exchange_s,
 )
 
 times = st.floats(0, 1e5)
@@ -29,9 +31,9 @@ def paced(rounds: int, lateness_s: float = 0.0, proposing_s: float = 0.1, exchan
 
 def test_the_first_deadlines_are_generous() -> None:
     """Before anything has been learnt, nobody is given up quickly."""
-    pacing = Pacing(1.0, 6.0)
-    assert (pacing.grace_s, pacing.patience_s, pacing.exchange_s) == (10.0, FIRST_PATIENCE_S, FIRST_EXCHANGE_S)
-    assert paced(2).exchange_s == FIRST_EXCHANGE_S
+    pacing = Pacing(1.0, 6.0, first_exchange_s=45.0)
+    assert (pacing.grace_s, pacing.patience_s, pacing.exchange_s) == (10.0, FIRST_PATIENCE_S, 45.0)
+    assert paced(2).exchange_s == SHORTEST_FIRST_EXCHANGE_S
     assert paced(2).patience_s == FIRST_PATIENCE_S
 
 
@@ -41,6 +43,13 @@ def test_deadlines_follow_what_rounds_take() -> None:
     assert (fast.grace_s, fast.patience_s, fast.exchange_s) == (10.0, PATIENCE_FLOOR_S, EXCHANGE_FLOOR_S)
     slow = paced(3, lateness_s=20.0, proposing_s=7.0, exchanging_s=50.0)
     assert (slow.grace_s, round(slow.patience_s), round(slow.exchange_s)) == (20.0, 7, 50)
+
+
+def test_the_first_exchange_may_take_what_the_model_needs_on_a_slow_link() -> None:
+    """124 million parameters in 16 bits over 5 Mbit/s are some 400 seconds; a small model isn't waited for that long."""
+    assert round(first_exchange_s(124_000_000)) == 397
+    assert first_exchange_s(1_000_000) == SHORTEST_FIRST_EXCHANGE_S
+    assert first_exchange_s(10**10) == LONGEST_FIRST_EXCHANGE_S
 
 
 def test_old_rounds_are_forgotten() -> None:
