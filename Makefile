@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help venv demo test slow images fuzz lint format types imports deps generated linters check proto docs dashboards clean
+.PHONY: help venv demo test slow images fuzz lint format types imports deps generated linters wire check proto released docs dashboards clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -67,10 +67,18 @@ linters: $(INSTALLED) ## Check images and the compose file
 	$(BIN)/hadolint deploy/docker/*.Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
 
-check: lint types deps generated linters test ## All of the above
+wire: $(INSTALLED) ## Check that the wire still understands that of the last release
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/released
+
+check: lint types deps generated linters wire test ## All of the above
 
 proto: $(INSTALLED) ## Generate swarm/rpc/v1 from proto/
 	$(BIN)/python -m swarm.rpc.generate
+
+released: ## At a release: make the present wire the one that later changes are held against
+	rm -rf proto/released/swarm
+	cp -R proto/swarm proto/released/swarm
 
 docs: $(INSTALLED) ## Generate docs/reference from the code
 	$(BIN)/python docs/generate.py

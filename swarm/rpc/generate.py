@@ -21,7 +21,7 @@ TARGET = ROOT / "swarm" / "rpc" / "v1"
 def generate(target: Path) -> None:
     """Write the modules and their type stubs into `target`."""
     with tempfile.TemporaryDirectory() as folder:
-        names = sorted(str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.proto"))
+        names = sorted(str(path.relative_to(SOURCES)) for path in (SOURCES / "swarm").rglob("*.proto"))
         outputs = ("python_out", "mypy_out", "grpc_python_out", "mypy_grpc_out")
         options = [f"--{name}={folder}" for name in outputs]
         plugins = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
