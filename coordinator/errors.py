@@ -61,6 +61,8 @@ CATALOGUE: dict[str, _Line] = {
     "not_on_allow_list": _Line(_FORBIDDEN, "the run admits listed keys only; give yours to the run's owner"),
     "other_account": _Line(_CONFLICT, "the key earns for another account"),
     "overloaded": _Line(StatusCode.UNAVAILABLE, "too much to do; try again"),
+    "protocol_too_new": _Line(_CONFLICT, "the coordinator doesn't speak a protocol as new as this client's"),
+    "protocol_too_old": _Line(_CONFLICT, "this client's protocol is older than the coordinator still speaks"),
     "rate_limited": _Line(StatusCode.RESOURCE_EXHAUSTED, "too many requests; slow down"),
     "replayed": _Line(_CONFLICT, "a newer message of this peer is known"),
     "revoked": _Line(_FORBIDDEN, "the account has revoked this key"),

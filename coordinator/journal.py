@@ -48,6 +48,7 @@ from swarm.identity import Identity
 from swarm.ledger import open_manifest
 from swarm.merkle import MerkleTree, leaf_hash
 from swarm.messages import payload_hash, seal
+from swarm.protocol import OURS, Range
 from swarm.rpc.v1.coordinator_pb2 import Announcement
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Receipt, RoundConfirmed, RunOpened
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
@@ -105,6 +106,7 @@ class Journal:
         self._busy = asyncio.Lock()
         self.is_writer = True
         self.orders = NO_ORDERS
+        self.spoken = OURS
         self.run_id = payload_hash(manifest)
         self.manifest = open_manifest(manifest)
         self.tree = MerkleTree()
@@ -116,7 +118,7 @@ class Journal:
     @property
     def state(self) -> State:
         """What decisions go by."""
-        return State(self.run_id, self.manifest, self.credits, self.presence, self.orders)
+        return State(self.run_id, self.manifest, self.credits, self.presence, self.orders, self.spoken)
 
     @property
     def is_healthy(self) -> bool:
@@ -363,10 +365,10 @@ class Journal:
                 issued_at = int(self._clock.wall_s())
                 return LedgerEntry(granted=seal(self._identity, Grant(**append._asdict(), issued_at=issued_at)))
 
-    def admission(self, peer_id: str) -> Signed:
-        """A token for an admitted key. Raises `Rejected` for others."""
+    def admission(self, peer_id: str, spoken: Range) -> Signed:
+        """A token for an admitted key that says what it speaks. Raises `Rejected` for others."""
         account, _ = self.credits.account(self.run_id, peer_id)
-        return self._token(peer_id, account)
+        return self._token(peer_id, account, spoken=spoken)
 
     def _admission(self, admit: Admit, event: Event) -> Signed:
         """The token that stands in the ledger: for an account with the certificate, by invitation with the ticket."""
@@ -374,7 +376,9 @@ class Journal:
         held = said.held if admit.expires_at else None
         return self._token(admit.peer_id, admit.account, held, said.ticket if admit.invited is not None else None)
 
-    def _token(self, peer_id: str, account: str, held: Signed | None = None, ticket: Signed | None = None) -> Signed:
+    def _token(
+        self, peer_id: str, account: str, held: Signed | None = None, ticket: Signed | None = None, spoken: Range | None = None
+    ) -> Signed:
         now_s = int(self._clock.wall_s())
         token = AdmissionToken(
             run_id=self.run_id,
@@ -385,6 +389,7 @@ class Journal:
             issued_at=now_s,
             expires_at=now_s + self.manifest.admission.valid_s,
             newcomer=self.credits.is_newcomer(self.run_id, peer_id),
+            protocol=spoken.message if spoken is not None else None,
         )
         return seal(self._identity, token)
 

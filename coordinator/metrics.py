@@ -21,6 +21,12 @@ class Metrics:
             PREFIX + "rejected_messages_total", "Messages that broke a rule.", ["reason"], registry=registry
         )
         self.admissions_total = Counter(PREFIX + "admissions_total", "Announcements by outcome.", ["outcome"], registry=registry)
+        self.announcements_total = Counter(
+            PREFIX + "announcements_total",
+            "Announcements that were accepted, by the version of the protocol that is used with the peer.",
+            ["protocol"],
+            registry=registry,
+        )
         self.grants_total = Counter(PREFIX + "grants_total", "Requests for a grant by outcome.", ["outcome"], registry=registry)
         self.commit_failures_total = Counter(
             PREFIX + "commit_failures_total", "Groups of entries that the store didn't take.", registry=registry

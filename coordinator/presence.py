@@ -15,7 +15,9 @@ MAX_PEERS = 200_000
 MAX_ADDRESSES = 16
 MAX_ADDRESS_CHARACTERS = 512
 RECENT_HASHES = 16
-NOT_PLAYING = frozenset({"starting", "connecting", "fetching_data", "joining", "waiting_for_peers", "paused", "failed", ""})
+NOT_PLAYING = frozenset(
+    {"starting", "connecting", "fetching_data", "joining", "waiting_for_peers", "protocol_mismatch", "paused", "failed", ""}
+)
 
 Rosters = Callable[[int], Collection[frozenset[str]]]
 

@@ -33,6 +33,7 @@ from swarm.identity import Identity
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.merkle import HASH_BYTES
 from swarm.messages import open_signed, payload_hash
+from swarm.protocol import agree, spoken_by
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer
 from swarm.rpc.v1.signed_pb2 import Signed
@@ -73,11 +74,13 @@ class PeerService(PeerServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
         """The run's manifest and the coordinator's key."""
         self._check_run(request.run_id)
+        used = agree(spoken_by(request), self._journal.spoken)
         return pb.GetRunResponse(
             run_id=self._journal.run_id,
             manifest=self._manifest,
             coordinator=self._identity.peer_id,
             version=__version__,
+            protocol=used.message,
         )
 
     async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:  # noqa: N802
@@ -98,7 +101,7 @@ class PeerService(PeerServiceServicer):
         twin = self._meet(event)
         genesis = self._note(event, decision)
         await self._journal.save_genesis()
-        return self._announced(signed.signer, announcement.leaving, genesis, twin)
+        return self._announced(signed.signer, announcement, genesis, twin)
 
     async def SubmitReport(self, request: pb.SubmitReportRequest, context: Any) -> pb.SubmitReportResponse:  # noqa: N802
         """Append a report and return its receipt."""
@@ -292,12 +295,17 @@ class PeerService(PeerServiceServicer):
             return presence.choose_genesis(event.peer_id)
         return presence.choose_resumer(event.peer_id, lambda number: ledger.rosters(run_id, number), now_s)
 
-    def _announced(self, peer_id: str, leaving: bool, genesis: bool, twin: pb.Twin.ValueType) -> pb.AnnounceResponse:
+    def _announced(
+        self, peer_id: str, announcement: pb.Announcement, genesis: bool, twin: pb.Twin.ValueType
+    ) -> pb.AnnounceResponse:
+        spoken = spoken_by(announcement, peer_id)
+        used = agree(spoken, self._journal.spoken, peer_id)
+        self._metrics.announcements_total.labels(str(used)).inc()
         presence, now_s = self._journal.presence, self._clock.monotonic_s()
         progress = self._journal.credits.progress(self._journal.run_id)
-        others = [] if leaving else presence.others(peer_id, PEERS_PER_ANSWER)
+        others = [] if announcement.leaving else presence.others(peer_id, PEERS_PER_ANSWER)
         return pb.AnnounceResponse(
-            admission=self._journal.admission(peer_id),
+            admission=self._journal.admission(peer_id, spoken),
             peers=[_peer_address(sighting, now_s) for sighting in others],
             genesis=genesis,
             confirmed_round=progress.confirmed_round,
@@ -306,6 +314,7 @@ class PeerService(PeerServiceServicer):
             coordinator_time_s=self._clock.wall_s(),
             run_state=self._journal.orders.state,
             twin=twin,
+            protocol=used.message,
         )
 
 

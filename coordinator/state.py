@@ -19,6 +19,7 @@ from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, P
 from swarm.errors import Rejected
 from swarm.manifest import Manifest
 from swarm.messages import START_BYTES
+from swarm.protocol import OURS, Range, agree, spoken_by
 from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import Invited
@@ -31,13 +32,14 @@ VERSION = re.compile(r"^(\d+)\.(\d+)\.(\d+)")
 
 @dataclass(frozen=True)
 class State:
-    """What decisions go by: one run, what its ledger says, and who is alive."""
+    """What decisions go by: one run, what its ledger says, who is alive, and the versions of the protocol that we speak."""
 
     run_id: bytes
     manifest: Manifest
     credits: CreditState
     presence: Presence
     orders: Orders = NO_ORDERS
+    spoken: Range = OURS
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def _decide_announced(state: State, event: Announced, now: Now) -> Decision:
     _check_start(announcement, event.peer_id)
     _check_suspended(state, event.peer_id)
     _check_version(announcement.client_version, state.manifest.min_client_version)
+    agree(spoken_by(announcement, event.peer_id), state.spoken, event.peer_id)
     if state.presence.is_repeat(event.peer_id, announcement.issued_at, event.payload_hash, announcement.start):
         return Decision(True, "repeated")
     certified = event.certified

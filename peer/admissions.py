@@ -1,14 +1,16 @@
-"""Who may take part: the coordinator's signed tokens, checked by every peer for itself."""
+"""Who may take part, and in which protocol: the coordinator's signed tokens, checked by every peer for itself."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from swarm.clock import Clock, SystemClock
 from swarm.errors import Rejected
 from swarm.messages import open_signed
+from swarm.protocol import DISAGREEMENTS, OURS, Range, agree, spoken_by
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Signed
 
 CLOCK_SLACK_S = 900.0
@@ -21,15 +23,20 @@ class Known(NamedTuple):
     token: Signed
     expires_at: int
     newcomer: bool
+    spoken: Range
 
 
 @dataclass
 class Admissions:
-    """The valid tokens that this peer has seen. Expiry allows for clocks that are a quarter of an hour off."""
+    """The valid tokens that this peer has seen, of those who speak a protocol that it does, too.
+
+    Expiry allows for clocks that are a quarter of an hour off.
+    """
 
     run_id: bytes
     coordinator: str
     clock: Clock = SystemClock()
+    spoken: Range = OURS
     _tokens: dict[str, Known] = field(default_factory=dict)
 
     def admit(self, token: Signed) -> str:
@@ -41,8 +48,21 @@ class Admissions:
             self._forget_expired()
         known = self._tokens.get(admission.peer_id)
         if known is None or known.expires_at < admission.expires_at:
-            self._tokens[admission.peer_id] = Known(token, admission.expires_at, admission.newcomer)
+            self._tokens.pop(admission.peer_id, None)  # also where it speaks another protocol by now
+            spoken = spoken_by(admission, admission.peer_id)
+            agree(spoken, self.spoken, admission.peer_id)
+            self._tokens[admission.peer_id] = Known(token, admission.expires_at, admission.newcomer, spoken)
         return admission.peer_id
+
+    def meet(self, token: Signed, others: Iterable[str]) -> str:
+        """`admit`, where the holder speaks a protocol that the others and we have in common. Raises `Rejected`."""
+        peer_id = self.admit(token)
+        common = self.spoken
+        for known in filter(None, map(self._tokens.get, others)):
+            with contextlib.suppress(Rejected):
+                common = common.narrowed(known.spoken)
+        agree(self._tokens[peer_id].spoken, common, peer_id)
+        return peer_id
 
     def is_admitted(self, peer: str) -> bool:
         """Whether a valid token of the peer is known."""
@@ -56,11 +76,21 @@ class Admissions:
 
     def check(self, peer: str, token: Signed | None) -> bool:
         """Whether the peer is known to be admitted, or shows a valid token of its own now. What it shows may be newer."""
-        known = self._tokens.get(peer)
-        if token is not None and token.payload and (known is None or token.payload != known.token.payload):
-            with contextlib.suppress(Rejected):
-                self.admit(token)
+        with contextlib.suppress(Rejected):
+            self.require(peer, token, "")
         return self.is_admitted(peer)
+
+    def require(self, peer: str, token: Signed | None, detail: str) -> None:
+        """`check`, where a refusal tells which side speaks too old a protocol. Raises `Rejected`."""
+        known = self._tokens.get(peer)
+        refusal = Rejected("not_admitted", detail, peer)
+        if token is not None and token.payload and (known is None or token.payload != known.token.payload):
+            try:
+                self.admit(token)
+            except Rejected as error:
+                refusal = error if error.reason in DISAGREEMENTS and error.sender == peer else refusal
+        if not self.is_admitted(peer):
+            raise refusal
 
     def token(self, peer: str) -> Signed | None:
         """The token of a peer, to show it to others."""

@@ -18,13 +18,14 @@ from peer.rounds.state import RoundSetup
 from swarm import __version__
 from swarm.clock import Clock, SystemClock, boot_s
 from swarm.control import RUN_NAME
-from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, Rejected, SwarmError, VersionTooOld
+from swarm.errors import CoordinatorUnreachable, LedgerInvalid, NotAdmitted, ProtocolMismatch, Rejected, SwarmError, VersionTooOld
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.messages import START_BYTES, JoinLink, parse, seal
+from swarm.messages import START_BYTES, JoinLink, open_signed, parse, seal
+from swarm.protocol import OURS, Range, spoken_by, used_in
 from swarm.rpc.client import CoordinatorClient, RunInfo
 from swarm.rpc.v1.coordinator_pb2 import TWIN_UNSPECIFIED, Announcement, AnnounceResponse, GetRunResponse, GrantRequest
-from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.rpc.v1.signed_pb2 import AdmissionToken, Signed
 
 FIRST_INTERVAL_S = 5.0
 CLOCK_WARNING_S = 60.0
@@ -57,6 +58,7 @@ class Coordination:
     directory: Path
     held: Signed | None = None
     ticket: Signed | None = None
+    spoken: Range = OURS
     clock: Clock = SystemClock()
     client: CoordinatorClient | None = None
     last: AnnounceResponse | None = None
@@ -81,7 +83,13 @@ class Coordination:
             if not cache.exists():
                 raise
             return self._remembered(cache)
-        answer = GetRunResponse(run_id=run.run_id, manifest=run.signed_manifest, coordinator=run.coordinator, version=run.version)
+        answer = GetRunResponse(
+            run_id=run.run_id,
+            manifest=run.signed_manifest,
+            coordinator=run.coordinator,
+            version=run.version,
+            protocol=run.protocol.message,
+        )
         _keep(cache, answer.SerializeToString())
         return run
 
@@ -102,6 +110,7 @@ class Coordination:
             ticket=self.ticket,
             start=self.start,
             uptime_s=boot_s() - self._began_s,
+            protocol=self.spoken.message,
         )
         client = await self.connected()
         try:
@@ -115,7 +124,7 @@ class Coordination:
     async def announce_for_ever(self, node: Node, standing: Callable[[], Standing]) -> None:
         """Renew presence and admission at the interval that the coordinator asks for; what fails is tried again.
 
-        Raises `VersionTooOld` once the run asks for a newer client.
+        Raises `VersionTooOld` once the run asks for a newer client, `ProtocolMismatch` once it has another protocol.
         """
         while True:
             interval_s = self.last.interval_s if self.last is not None else FIRST_INTERVAL_S
@@ -125,7 +134,7 @@ class Coordination:
                     await self._nudged.wait()
             try:
                 await self.announce(node, standing())
-            except VersionTooOld:
+            except (VersionTooOld, ProtocolMismatch):
                 raise
             except NotAdmitted as error:
                 log.error("not_admitted", error=error.message)
@@ -163,6 +172,7 @@ class Coordination:
             return
         try:
             answer = parse(AnnounceResponse, read(cache))
+            self._check_spoken(answer.admission)
             admissions.admit(answer.admission)
         except Rejected as error:
             log.info("old_admission_refused", reason=error.reason)
@@ -170,6 +180,11 @@ class Coordination:
         answer.genesis = False
         answer.twin = TWIN_UNSPECIFIED
         self.last = answer
+
+    def _check_spoken(self, admission: Signed) -> None:
+        """An admission that names what we don't speak (any more) would mislead the others. Raises `Rejected`."""
+        if not self.spoken.covers(spoken := spoken_by(open_signed(admission, AdmissionToken))):
+            raise Rejected("protocol_too_old", f"the admission says {spoken}, we speak {self.spoken}", self.identity.peer_id)
 
     async def close(self) -> None:
         """Close the channel."""
@@ -189,7 +204,7 @@ class Coordination:
         """The open channel, or a new one. Raises `CoordinatorUnreachable` or `FingerprintMismatch`."""
         async with self._lock:
             if self.client is None:
-                self.client = await CoordinatorClient.connect(self.link)
+                self.client = await CoordinatorClient.connect(self.link, spoken=self.spoken)
             return self.client
 
     async def _disconnect(self) -> None:
@@ -203,7 +218,7 @@ class Coordination:
             manifest = open_manifest(answer.manifest, self.link.run_id)
         except Rejected as error:
             raise LedgerInvalid(f"{cache} is damaged: {error}", "delete it and start again") from error
-        return RunInfo(self.link.run_id, manifest, answer.manifest, answer.coordinator, answer.version)
+        return RunInfo(self.link.run_id, manifest, answer.manifest, answer.coordinator, answer.version, used_in(answer))
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -702,8 +702,7 @@ class Daemon:
         if self.engine is not None:
             return await self.engine.answer_sync(peer, raw, parts.materials.hashes)
         request = parse(SyncRequest, raw, peer)
-        if not parts.admissions.check(peer, request.admission):
-            raise Rejected("not_admitted", "sync", peer)
+        parts.admissions.require(peer, request.admission, "sync")
         return SyncReply(chunk_hashes=b"".join(parts.materials.hashes(request.state_root))).SerializeToString()
 
     async def _answer_delivery(self, peer: str, raw: bytes) -> bytes:

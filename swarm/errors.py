@@ -8,6 +8,7 @@
     +-- UnknownRun                 13  the coordinator doesn't know the run
     +-- NotAdmitted                14  the coordinator refuses this key
     +-- VersionTooOld              15  the run needs a newer client
+    +-- ProtocolMismatch           16  no version of the protocol that both sides speak
     +-- ManifestInvalid            20  problems in a manifest, all listed
     +-- KeyFileError               21  a key file that is missing, readable by others or broken
     +-- DataInvalid                22  data, tokenizer or model don't fit the manifest
@@ -80,6 +81,12 @@ class VersionTooOld(SwarmError):
     """The run needs a newer client."""
 
     exit_code = 15
+
+
+class ProtocolMismatch(SwarmError):
+    """No version of the protocol that both this client and the coordinator speak."""
+
+    exit_code = 16
 
 
 class ManifestInvalid(SwarmError):

@@ -21,6 +21,9 @@ TABLE: dict[str, Reason] = {
     "fetching_data": Reason("fetching the run's data from other peers"),
     "joining": Reason("asking the roster to let us in"),
     "waiting_for_peers": Reason("nobody to train with has answered yet"),
+    "protocol_mismatch": Reason(
+        "the peers that answer speak another version of the protocol", hint="update: pip install --upgrade swarm-train"
+    ),
     "gathering": Reason("the run begins when enough peers are there"),
     "downloading": Reason("fetching the weights"),
     "following": Reason("in the roster without work this round"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ MAX_CONCURRENT_CALLS = 256
 MAX_CALLS_PER_PEER = 32
 CONNECT_TIMEOUT_S = 10.0
 REFUSAL = "swarm-rejected:"
+REFUSED = re.compile(re.escape(REFUSAL) + r"(\w{0,64})")
 
 CallHandler = Callable[[str, bytes], Awaitable[bytes]]
 StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -260,8 +262,8 @@ def _translated(peer: str) -> Iterator[None]:
         raise Silent(peer) from error
     except P2PHandlerError as error:
         text = str(error)
-        if REFUSAL in text:
-            raise Rejected("refused", text.partition(REFUSAL)[2][:64], peer) from error
+        if refused := REFUSED.search(text):
+            raise Rejected("refused", refused[1], peer) from error
         raise Unreachable(peer, text[:200]) from error
     except (P2PDaemonError, ControlFailure, OSError, EOFError) as error:
         raise Unreachable(peer, str(error)[:200]) from error

@@ -153,8 +153,9 @@ class Engine:
     async def answer_sync(self, peer: str, raw: bytes, file_hashes: Callable[[bytes], tuple[bytes, ...]]) -> bytes:
         """Tell an admitted peer where the run stands, and the chunk hashes of a state or file if it asks for one."""
         request = parse(SyncRequest, raw, peer)
-        if request.run_id != self.services.checker.run_id or not self.services.admissions.check(peer, request.admission):
+        if request.run_id != self.services.checker.run_id:
             raise Rejected("not_admitted", "sync", peer)
+        self.services.admissions.require(peer, request.admission, "sync")
         reply = SyncReply()
         place = self.place
         if place is not None:
@@ -233,7 +234,8 @@ class Engine:
 
     def _on_join(self, signed: Signed) -> None:
         request = open_signed(signed, JoinRequest, run_id=self.services.checker.run_id)
-        if self.services.admissions.admit(request.admission) != signed.signer:
+        roster = self.place.roster if self.place is not None else ()
+        if self.services.admissions.meet(request.admission, (member.peer for member in roster)) != signed.signer:
             raise Rejected("wrong_signer", "admission", signed.signer)
         if signed.signer in self._barred:
             raise Rejected("barred", "proven to have cheated", signed.signer)

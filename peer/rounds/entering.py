@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -24,6 +24,7 @@ from peer.state import Layout, Snapshot, check_chunk_hashes, differing_chunks, t
 from peer.tasks import cancel
 from swarm.errors import Rejected
 from swarm.messages import seal, split_hashes
+from swarm.protocol import DISAGREEMENTS
 from swarm.rpc.v1.peer_pb2 import Delivery, SyncReply, SyncRequest
 from swarm.rpc.v1.signed_pb2 import JoinRequest, Signed
 
@@ -70,6 +71,7 @@ class Entry:
     local: Callable[[], Snapshot | None]
     initial: Callable[[], Awaitable[OuterState]]
     barred: Callable[[], frozenset[str]] = frozenset
+    _foreign: set[str] = field(default_factory=set)
 
     async def enter(self, inbox: Inbox) -> Entered:
         """Try until we are in. What doesn't work with what most peers say is tried with what others say."""
@@ -82,7 +84,7 @@ class Entry:
             entered = await self._enter_with(inbox, replies, attempt) if replies else None
             if entered is not None:
                 return entered
-            self.services.observer.state("waiting_for_peers")
+            self.services.observer.state("protocol_mismatch" if self._foreign and not replies else "waiting_for_peers")
             await asyncio.sleep(RETRY_S)
             attempt += bool(replies)
 
@@ -146,23 +148,31 @@ class Entry:
         return Entered(state.round, (RosterMember(self.services.identity.peer_id, quota),), snapshot.root, state)
 
     async def _ask(self, peers: Sequence[str]) -> dict[str, SyncReply]:
-        """Sync replies of those who answer; what they tell of addresses and admissions is learnt."""
+        """Sync replies of those who answer in a protocol of ours; what they tell of addresses and admissions is learnt."""
+        self._foreign.clear()
         asked = [peer for peer in peers if peer != self.services.identity.peer_id][:MAX_ASKED]
         answers = await asyncio.gather(*(self._ask_one(peer) for peer in asked))
         replies = {peer: reply for peer, reply in zip(asked, answers, strict=True) if reply is not None and reply.roster}
-        for reply in replies.values():
-            self._learn(reply)
-        return replies
+        return {peer: reply for peer, reply in replies.items() if self._learn(peer, reply)}
 
     async def _ask_one(self, peer: str) -> SyncReply | None:
         request = SyncRequest(run_id=self.services.checker.run_id, admission=self._token())
         try:
             return await self.services.post.sync(peer, request, timeout_s=5.0)
-        except (PeerFailure, Rejected) as error:
+        except Rejected as error:
+            self._note_foreign(peer, error)
+        except PeerFailure as error:
             log.debug("sync_failed", peer=peer, error=str(error))
-            return None
+        return None
 
-    def _learn(self, reply: SyncReply) -> None:
+    def _note_foreign(self, peer: str, error: Rejected) -> None:
+        log.info("sync_refused", peer=peer, error=str(error))
+        if DISAGREEMENTS & {error.reason, error.detail}:  # what a peer refuses with comes as the detail of a refusal
+            self._foreign.add(peer)
+
+    def _learn(self, asked: str, reply: SyncReply) -> bool:
+        """Take in what a reply tells; whether its whole roster speaks a protocol of ours."""
+        ours = True
         for peer, entry in list(reply.addresses.items())[:64]:
             self.services.post.node.learn(peer, entry.addresses)
         for token in reply.admissions[:64]:
@@ -170,6 +180,10 @@ class Entry:
                 self.services.admissions.admit(token)
             except Rejected as error:
                 self.services.observer.refused(error.sender, error.reason)
+                if error.reason in DISAGREEMENTS:
+                    self._note_foreign(asked, error)
+                    ours = False
+        return ours
 
     async def _enter_with(self, inbox: Inbox, replies: dict[str, SyncReply], attempt: int) -> Entered | None:
         me = self.services.identity.peer_id

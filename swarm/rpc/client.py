@@ -24,6 +24,7 @@ from swarm.errors import (
     LedgerInvalid,
     ManifestInvalid,
     NotAdmitted,
+    ProtocolMismatch,
     Rejected,
     SwarmError,
     UnknownRun,
@@ -32,6 +33,7 @@ from swarm.errors import (
 from swarm.ledger import Checkpoint, open_manifest, origin_of, verify_checkpoint, verify_receipt
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink, open_signed, payload_hash
+from swarm.protocol import OURS, SILENT, Range, Version, used_in
 from swarm.rpc.v1.coordinator_pb2 import (
     AddCosignatureRequest,
     AnnounceRequest,
@@ -93,6 +95,7 @@ class RunInfo:
     signed_manifest: Signed
     coordinator: str
     version: str
+    protocol: Version = SILENT.newest
 
     @property
     def owner(self) -> str:
@@ -101,10 +104,14 @@ class RunInfo:
 
 
 class CoordinatorClient:
-    """One channel to the coordinator that a join link names. Use as `async with await CoordinatorClient.connect(link)`."""
+    """One channel to the coordinator that a join link names. Use as `async with await CoordinatorClient.connect(link)`.
 
-    def __init__(self, link: JoinLink, channel: grpc.aio.Channel, timeout_s: float) -> None:
+    `spoken` are the versions of the protocol that the caller speaks.
+    """
+
+    def __init__(self, link: JoinLink, channel: grpc.aio.Channel, timeout_s: float, spoken: Range = OURS) -> None:
         self.link = link
+        self._spoken = spoken
         self._channel = channel
         self._stub: PeerServiceAsyncStub = PeerServiceStub(channel)
         self._timeout_s = timeout_s
@@ -112,7 +119,7 @@ class CoordinatorClient:
         self._closed = False
 
     @classmethod
-    async def connect(cls, link: JoinLink, timeout_s: float = TIMEOUT_S) -> Self:
+    async def connect(cls, link: JoinLink, timeout_s: float = TIMEOUT_S, spoken: Range = OURS) -> Self:
         """Fetch the server's certificate, compare its key with the link, and open a channel that accepts no other.
 
         Raises `CoordinatorUnreachable` or `FingerprintMismatch`.
@@ -120,7 +127,7 @@ class CoordinatorClient:
         certificate = await _fetch_certificate(link, timeout_s)
         credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
         channel = grpc.aio.secure_channel(link.address, credentials, options=CHANNEL_OPTIONS)
-        return cls(link, channel, timeout_s)
+        return cls(link, channel, timeout_s, spoken)
 
     async def __aenter__(self) -> Self:
         return self
@@ -136,19 +143,21 @@ class CoordinatorClient:
     async def get_run(self) -> RunInfo:
         """The run's manifest, checked against the link's run id and its owner's signature; asked once, then remembered.
 
-        Raises `UnknownRun`, or `ManifestInvalid` if the coordinator sends another manifest than the link names.
+        Raises `UnknownRun`, `ProtocolMismatch`, or `ManifestInvalid` for another manifest than the link names.
         """
         if self._run is None:
-            request = GetRunRequest(run_id=self.link.run_id)
+            request = GetRunRequest(run_id=self.link.run_id, protocol=self._spoken.message)
             answer = await self._call(self._stub.GetRun, request)
+            self._check_protocol(used_in(answer))
             self._run = _check_run(answer, self.link.run_id)
         return self._run
 
     async def announce(self, announcement: Signed) -> AnnounceResponse:
-        """Ask for admission or renew it. Raises `NotAdmitted`, `VersionTooOld` or `Rejected`."""
+        """Ask for admission or renew it. Raises `NotAdmitted`, `VersionTooOld`, `ProtocolMismatch` or `Rejected`."""
         run = await self.get_run()
         request = AnnounceRequest(announcement=announcement)
         answer = await self._call(self._stub.Announce, request)
+        self._check_protocol(used_in(answer))
         if answer.HasField("admission"):
             _promise(AdmissionToken, answer.admission, run)
         return answer
@@ -232,6 +241,14 @@ class CoordinatorClient:
         """Hand in a witness's line; how many have cosigned the checkpoint. Raises `Rejected`."""
         return int((await self._call(self._stub.AddCosignature, AddCosignatureRequest(line=line))).cosignatures)
 
+    def _check_protocol(self, used: Version) -> None:
+        """Go on only in a version that we speak, whatever the coordinator took us for."""
+        if used not in self._spoken:
+            raise ProtocolMismatch(
+                f"the coordinator speaks protocol {used}, this client {self._spoken}",
+                UPDATE if used > self._spoken.newest else WAIT,
+            )
+
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         try:
             call = method(request, timeout=self._timeout_s)
@@ -254,6 +271,8 @@ class CoordinatorClient:
             raise CoordinatorUnreachable("the connection was given up by another call", RETRY_HINT) from error
 
 
+UPDATE = "update with: pip install --upgrade swarm-train"
+WAIT = "the coordinator is older: ask its operator to update it, or install the version that it runs"
 RETRY_HINT = "training goes on meanwhile; reports are kept and sent later"
 
 
@@ -274,7 +293,11 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
         case "not_invited" | "bad_ticket" | "ticket_expired" | "ticket_used_up":
             return NotAdmitted(details, "join with a ticket of the run's owner: swarm join LINK --ticket swarm-ticket-...")
         case "version_too_old":
-            return VersionTooOld(details, "update with: pip install --upgrade swarm-train")
+            return VersionTooOld(details, UPDATE)
+        case "protocol_too_old":
+            return ProtocolMismatch(details, UPDATE)
+        case "protocol_too_new":
+            return ProtocolMismatch(details, WAIT)
     return Rejected(reason or error.code().name.lower(), details)
 
 
@@ -283,7 +306,7 @@ def _check_run(answer: GetRunResponse, run_id: bytes) -> RunInfo:
         manifest = open_manifest(answer.manifest, run_id)
     except Rejected as error:
         raise ManifestInvalid([str(error)], "the coordinator's manifest") from error
-    return RunInfo(run_id, manifest, answer.manifest, answer.coordinator, answer.version)
+    return RunInfo(run_id, manifest, answer.manifest, answer.coordinator, answer.version, used_in(answer))
 
 
 def _promise(kind: type[AdmissionToken] | type[Grant], signed: Signed, run: RunInfo) -> None:

@@ -16,6 +16,7 @@ from swarm.credits import CreditState, fold
 from swarm.entries import Claim, Confirmation, Nomination, Permission, open_proposal, open_report
 from swarm.identity import Identity
 from swarm.messages import payload_hash, seal
+from swarm.protocol import Range, Version
 from swarm.rpc.v1.coordinator_pb2 import Announcement, GrantRequest
 from swarm.rpc.v1.signed_pb2 import Grant, Signed
 from tests.world import COORDINATOR, NOW_S, OTHER_ROOT, ROOT, World, entry, identity, manifest
@@ -215,3 +216,21 @@ def test_decisions_always_fold(data: st.DataObject) -> None:
         assert decision == decide(state, event, NOW)
         for opened in decision.append:
             credits_state.apply(opened)
+
+
+def test_peers_of_other_protocols_are_sent_away() -> None:
+    """Before anything is written, and told which side has to be updated; who says nothing speaks the first protocol."""
+    served = Range(Version(1, 1), Version(2, 0))
+    state = replace(make_state(), spoken=served)
+    for spoken, reason in (
+        (None, "protocol_too_old"),
+        (Range(Version(1, 0), Version(1, 0)), "protocol_too_old"),
+        (Range(Version(1, 0), Version(1, 1)), "renewed"),
+        (Range(Version(2, 0), Version(9, 9)), "renewed"),
+        (Range(Version(2, 1), Version(9, 9)), "protocol_too_new"),
+        (Range(Version(3, 0), Version(2, 0)), "malformed"),
+        (Range(Version(0, 0), Version(2, 0)), "malformed"),
+    ):
+        decision = decide(state, announced(ALICE, protocol=spoken.message if spoken else None), NOW)
+        assert (decision.reason, decision.append) == (reason, ())
+    assert decide(make_state(), announced(ALICE), NOW).reason == "renewed"

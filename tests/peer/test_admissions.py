@@ -11,6 +11,7 @@ from peer.admissions import CLOCK_SLACK_S, Admissions
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.messages import seal
+from swarm.protocol import OURS, SILENT, Range, Version
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Signed
 from tests.world import COORDINATOR, World, identity
 
@@ -32,14 +33,25 @@ class Time:
 
 
 def token(
-    peer: Identity, lasts_s: float = 3600, signer: Identity = COORDINATOR, run_id: bytes = RUN, newcomer: bool = False
+    peer: Identity,
+    lasts_s: float = 3600,
+    signer: Identity = COORDINATOR,
+    run_id: bytes = RUN,
+    newcomer: bool = False,
+    spoken: Range | None = None,
 ) -> Signed:
-    message = AdmissionToken(run_id=run_id, peer_id=peer.peer_id, expires_at=int(Time().now_s + lasts_s), newcomer=newcomer)
+    message = AdmissionToken(
+        run_id=run_id,
+        peer_id=peer.peer_id,
+        expires_at=int(Time().now_s + lasts_s),
+        newcomer=newcomer,
+        protocol=spoken.message if spoken is not None else None,
+    )
     return seal(signer, message)
 
 
-def admissions(time: Time | None = None) -> Admissions:
-    return Admissions(RUN, COORDINATOR.peer_id, time or Time())
+def admissions(time: Time | None = None, spoken: Range = OURS) -> Admissions:
+    return Admissions(RUN, COORDINATOR.peer_id, time or Time(), spoken)
 
 
 def test_a_token_admits_its_holder_until_it_expires() -> None:
@@ -128,3 +140,39 @@ def test_a_known_peer_renews_even_when_the_table_is_full(monkeypatch: pytest.Mon
     known.admit(token(ALICE, 7200))
     with pytest.raises(Rejected, match="busy"):
         known.admit(token(BOB))
+
+
+FIRST = Range(Version(1, 0), Version(1, 9))
+SECOND = Range(Version(2, 0), Version(2, 1))
+BOTH = Range(Version(1, 5), Version(2, 0))
+
+
+def test_who_speaks_another_protocol_is_not_let_in() -> None:
+    """By the range that the coordinator vouches for; a token of before that says nothing of it is of the first protocol."""
+    with pytest.raises(Rejected, match="protocol_too_new") as caught:
+        admissions(spoken=FIRST).require(ALICE.peer_id, token(ALICE, spoken=SECOND), "sync")
+    assert caught.value.sender == ALICE.peer_id
+    with pytest.raises(Rejected, match="protocol_too_old"):
+        admissions(spoken=SECOND).require(ALICE.peer_id, token(ALICE), "sync")
+    with pytest.raises(Rejected, match="not_admitted"):
+        admissions(spoken=SECOND).require(BOB.peer_id, token(ALICE), "sync")
+    admissions(spoken=FIRST).require(ALICE.peer_id, token(ALICE), "sync")
+    admissions(spoken=SECOND).require(ALICE.peer_id, token(ALICE, spoken=BOTH), "sync")
+
+
+def test_who_comes_back_with_another_protocol_is_out() -> None:
+    """The newest token counts: the older one, of before the update, doesn't help."""
+    known = admissions(spoken=FIRST)
+    assert known.check(ALICE.peer_id, token(ALICE, 3600, spoken=SILENT))
+    assert not known.check(ALICE.peer_id, token(ALICE, 3700, spoken=SECOND))
+    assert not known.is_admitted(ALICE.peer_id)
+
+
+def test_a_joiner_has_to_get_on_with_the_whole_roster() -> None:
+    """A leader that speaks both doesn't bring together members who couldn't read each other's messages."""
+    leader = admissions(spoken=Range(Version(1, 0), Version(2, 1)))
+    leader.admit(token(BOB, spoken=FIRST))
+    with pytest.raises(Rejected, match="protocol_too_new"):
+        leader.meet(token(ALICE, spoken=SECOND), (BOB.peer_id,))
+    assert leader.meet(token(ALICE, spoken=SECOND), ()) == ALICE.peer_id
+    assert leader.meet(token(identity(3), spoken=BOTH), (BOB.peer_id, identity(9).peer_id)) == identity(3).peer_id

@@ -43,16 +43,22 @@ class GetRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     """Empty = the coordinator's only run."""
+    @_builtins.property
+    def protocol(self) -> _signed_pb2.ProtocolRange:
+        """What the caller speaks."""
+
     def __init__(
         self,
         *,
         run_id: _builtins.bytes = ...,
+        protocol: _signed_pb2.ProtocolRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -66,12 +72,17 @@ class GetRunResponse(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     coordinator: _builtins.str
     """Peer id of the coordinator's Ed25519 key: signs admissions, receipts and checkpoints."""
     version: _builtins.str
     @_builtins.property
     def manifest(self) -> _signed_pb2.Signed: ...
+    @_builtins.property
+    def protocol(self) -> _signed_pb2.ProtocolVersion:
+        """The newest version that both speak."""
+
     def __init__(
         self,
         *,
@@ -79,10 +90,11 @@ class GetRunResponse(_message.Message):
         manifest: _signed_pb2.Signed | None = ...,
         coordinator: _builtins.str = ...,
         version: _builtins.str = ...,
+        protocol: _signed_pb2.ProtocolVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "manifest", b"manifest", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "manifest", b"manifest", "protocol", b"protocol", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,6 +140,7 @@ class Announcement(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     round: _builtins.int
     state: _builtins.str
@@ -154,6 +167,10 @@ class Announcement(_message.Message):
     def ticket(self) -> _signed_pb2.Signed:
         """Where the run is by invitation: a Ticket of its owner. Needed once."""
 
+    @_builtins.property
+    def protocol(self) -> _signed_pb2.ProtocolRange:
+        """What the peer speaks."""
+
     def __init__(
         self,
         *,
@@ -171,10 +188,11 @@ class Announcement(_message.Message):
         ticket: _signed_pb2.Signed | None = ...,
         start: _builtins.bytes = ...,
         uptime_s: _builtins.float = ...,
+        protocol: _signed_pb2.ProtocolRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "protocol", b"protocol", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "start", b"start", "state", b"state", "state_root", b"state_root", "ticket", b"ticket", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_version", b"client_version", "hardware_class", b"hardware_class", "held", b"held", "issued_at", b"issued_at", "leaving", b"leaving", "protocol", b"protocol", "reachable", b"reachable", "round", b"round", "run_id", b"run_id", "start", b"start", "state", b"state", "state_root", b"state_root", "ticket", b"ticket", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,6 +211,7 @@ class AnnounceResponse(_message.Message):
     COORDINATOR_TIME_S_FIELD_NUMBER: _builtins.int
     RUN_STATE_FIELD_NUMBER: _builtins.int
     TWIN_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     genesis: _builtins.bool
     """This peer starts the run, or resumes it after all peers were gone: nobody else is in a round."""
     confirmed_round: _builtins.int
@@ -211,6 +230,10 @@ class AnnounceResponse(_message.Message):
 
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]: ...
+    @_builtins.property
+    def protocol(self) -> _signed_pb2.ProtocolVersion:
+        """The newest version that both speak."""
+
     def __init__(
         self,
         *,
@@ -223,10 +246,11 @@ class AnnounceResponse(_message.Message):
         coordinator_time_s: _builtins.float = ...,
         run_state: _builtins.str = ...,
         twin: Global___Twin.ValueType = ...,
+        protocol: _signed_pb2.ProtocolVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "confirmed_root", b"confirmed_root", "confirmed_round", b"confirmed_round", "coordinator_time_s", b"coordinator_time_s", "genesis", b"genesis", "interval_s", b"interval_s", "peers", b"peers", "run_state", b"run_state", "twin", b"twin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "confirmed_root", b"confirmed_root", "confirmed_round", b"confirmed_round", "coordinator_time_s", b"coordinator_time_s", "genesis", b"genesis", "interval_s", b"interval_s", "peers", b"peers", "protocol", b"protocol", "run_state", b"run_state", "twin", b"twin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -614,6 +614,56 @@ class JoinRequest(_message.Message):
 Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
 
 @_typing.final
+class ProtocolVersion(_message.Message):
+    """A version of the protocol; see docs/protocol.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAJOR_FIELD_NUMBER: _builtins.int
+    MINOR_FIELD_NUMBER: _builtins.int
+    major: _builtins.int
+    minor: _builtins.int
+    def __init__(
+        self,
+        *,
+        major: _builtins.int = ...,
+        minor: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["major", b"major", "minor", b"minor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProtocolVersion: _TypeAlias = ProtocolVersion  # noqa: Y015
+
+@_typing.final
+class ProtocolRange(_message.Message):
+    """Every version from the oldest to the newest that somebody speaks. Where it is absent: 1.0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OLDEST_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def oldest(self) -> Global___ProtocolVersion: ...
+    @_builtins.property
+    def newest(self) -> Global___ProtocolVersion: ...
+    def __init__(
+        self,
+        *,
+        oldest: Global___ProtocolVersion | None = ...,
+        newest: Global___ProtocolVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest", "oldest", b"oldest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest", "oldest", b"oldest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProtocolRange: _TypeAlias = ProtocolRange  # noqa: Y015
+
+@_typing.final
 class AdmissionToken(_message.Message):
     """The coordinator's permission to take part."""
 
@@ -628,6 +678,7 @@ class AdmissionToken(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     NEWCOMER_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.bytes
     peer_id: _builtins.str
     account: _builtins.str
@@ -645,6 +696,10 @@ class AdmissionToken(_message.Message):
     def ticket(self) -> Global___Signed:
         """In the ledger, where the run is by invitation: the Ticket, signed by the run's owner."""
 
+    @_builtins.property
+    def protocol(self) -> Global___ProtocolRange:
+        """What the peer has announced to speak, so that the others know before they meet it. Not in the ledger."""
+
     def __init__(
         self,
         *,
@@ -657,10 +712,11 @@ class AdmissionToken(_message.Message):
         held: Global___Signed | None = ...,
         ticket: Global___Signed | None = ...,
         newcomer: _builtins.bool = ...,
+        protocol: Global___ProtocolRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "protocol", b"protocol", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "newcomer", b"newcomer", "peer_id", b"peer_id", "run_id", b"run_id", "ticket", b"ticket", "weight_limit", b"weight_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "expires_at", b"expires_at", "held", b"held", "issued_at", b"issued_at", "newcomer", b"newcomer", "peer_id", b"peer_id", "protocol", b"protocol", "run_id", b"run_id", "ticket", b"ticket", "weight_limit", b"weight_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,9 +12,17 @@ import grpc
 import pytest
 
 from coordinator.tls import Certificate, create
-from swarm.errors import CoordinatorUnreachable, FingerprintMismatch, LedgerInvalid, ManifestInvalid, Rejected
+from swarm.errors import (
+    CoordinatorUnreachable,
+    FingerprintMismatch,
+    LedgerInvalid,
+    ManifestInvalid,
+    ProtocolMismatch,
+    Rejected,
+)
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.messages import JoinLink, seal
+from swarm.protocol import Range, Version
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer, add_PeerServiceServicer_to_server
@@ -57,6 +65,15 @@ class Liar(PeerServiceServicer):
 
     async def GetCheckpoint(self, request: pb.GetCheckpointRequest, context: object) -> pb.GetCheckpointResponse:  # noqa: N802
         return pb.GetCheckpointResponse(note=sign_checkpoint(MALLORY, Checkpoint(origin_of(WORLD.run_id), 1, b"\0" * 32)))
+
+
+class Ahead(Liar):
+    """Takes the client for one that speaks another protocol."""
+
+    async def GetRun(self, request: pb.GetRunRequest, context: object) -> pb.GetRunResponse:  # noqa: N802
+        answer = await super().GetRun(request, context)
+        answer.protocol.major = 7
+        return answer
 
 
 class Swapper(Liar):
@@ -181,3 +198,16 @@ async def test_a_cancelled_call_is_cancelled() -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+
+async def test_a_coordinator_that_uses_another_protocol_is_not_followed() -> None:
+    """The client goes by what it speaks itself, and says who has to be updated."""
+    async with client_of(Ahead()) as client:
+        with pytest.raises(ProtocolMismatch, match=r"speaks protocol 7\.0") as newer:
+            await client.get_run()
+        assert (newer.value.exit_code, "update with" in newer.value.hint) == (16, True)
+    later = Range(Version(2, 0), Version(2, 1))
+    async with lying(Liar()) as link, await CoordinatorClient.connect(link, spoken=later) as client:
+        with pytest.raises(ProtocolMismatch, match=r"speaks protocol 1\.0") as older:
+            await client.get_run()
+        assert "operator" in older.value.hint
