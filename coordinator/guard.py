@@ -131,8 +131,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
                 with self._counted(context):
                     signed_part(rule_for(method), request, self._is_admitted)
                     async with asyncio.timeout(CALL_DEADLINE_S):
-                        return await behaviour(request, context)
+                        answer = await behaviour(request, context)
+                self._ended(name, "OK")
+                return answer
             except grpc.aio.AbortError:
+                raise
+            except asyncio.CancelledError:
+                self._ended(name, "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
                 await self._refuse(name, error, context)
@@ -156,7 +161,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
                         slow.cancel()
                         if time.perf_counter() - started_s > STREAM_DEADLINE_S:
                             raise TimeoutError
+                self._ended(name, "OK")
             except grpc.aio.AbortError:
+                raise
+            except asyncio.CancelledError:
+                self._ended(name, "CANCELLED")
                 raise
             except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
                 await self._refuse(name, error, context)
@@ -178,6 +187,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         name = method.rpartition("/")[2]
         return name, self._metrics.request_duration_seconds.labels(name)
 
+    def _ended(self, name: str, code: str) -> None:
+        self._metrics.calls_total.labels(name, code).inc()
+
     @contextmanager
     def _counted(self, context: Context) -> Iterator[None]:
         """Count the call while it is in progress. Raises `Rejected` when there are too many, or too many in a short time."""
@@ -195,6 +207,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
     async def _refuse(self, method: str, error: Exception, context: Context) -> None:
         answer = answer_to(error)
         self._metrics.rejected_messages_total.labels(answer.reason).inc()
+        self._ended(method, answer.status.name)
         if answer.private:
             log.error("call_failed", method=method, reason=answer.reason, exc_info=error)
         else:

@@ -125,6 +125,26 @@ class Journal:
         """Whether the last commit went through."""
         return not self._behind
 
+    @property
+    def waiting(self) -> int:
+        """How many events wait to be decided on."""
+        return self._queue.qsize()
+
+    @property
+    def audit_rate(self) -> float:
+        """The share of the contributions that the next confirmed round has audited; 0 where the run isn't."""
+        return (self.orders.audit_rate or self.manifest.audit.rate) if self.manifest.is_audited else 0.0
+
+    @property
+    def open_audits(self) -> tuple[int, int]:
+        """How many audits aren't decided, and how many of these are overdue."""
+        return self.credits.open_audits(self.run_id) if self.run_id in self.credits.run_ids else (0, 0)
+
+    @property
+    def suspended_by_audits(self) -> int:
+        """How many keys the ledger suspends."""
+        return len(self.credits.suspended(self.run_id)) if self.run_id in self.credits.run_ids else 0
+
     def load(self) -> None:
         """Read the store back, from the snapshot on where there is one; open the run if it is new. Raises `DatabaseCorrupt`."""
         self._check_owner()
@@ -255,6 +275,8 @@ class Journal:
         for append in decision.append:
             body = self._body(append, pending.event)
             self.credits.apply(_opened(append, self.run_id, body))
+            if isinstance(append, Confirmation):
+                self._metrics.audits_drawn_total.inc(self.credits.drawn_audits(self.run_id, append.round))
             pending.rows.append(self._row(body, _key(append)))
         pending.decision = decision
 

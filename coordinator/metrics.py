@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from swarm import __version__
 from swarm.audits import FINDINGS
@@ -45,6 +45,23 @@ class Metrics:
         )
         for finding in FINDINGS:
             self.audits_total.labels(finding)
+        self.audits_drawn_total = Counter(
+            PREFIX + "audits_drawn_total", "Contributions that were drawn for an audit.", registry=registry
+        )
+        self.audits_open = Gauge(PREFIX + "audits_open", "Contributions whose audit isn't decided.", registry=registry)
+        self.audits_overdue = Gauge(
+            PREFIX + "audits_overdue", "Of these, those whose first auditor was given up waiting for.", registry=registry
+        )
+        self.audit_ratio = Gauge(
+            PREFIX + "audit_ratio", "Share of the contributions that is audited now; 0 = the run isn't.", registry=registry
+        )
+        self.suspended_keys = Gauge(
+            PREFIX + "suspended_keys", "Keys suspended by audits, and by the operator.", ["by"], registry=registry
+        )
+        self.calls_total = Counter(PREFIX + "calls_total", "Calls by gRPC status.", ["method", "code"], registry=registry)
+        self.calls_in_progress = Gauge(PREFIX + "calls_in_progress", "Calls that are being answered.", registry=registry)
+        self.queue_events = Gauge(PREFIX + "queue_events", "Events that wait for the ledger.", registry=registry)
+        self.writer = Gauge(PREFIX + "writer", "Whether this replica writes the ledger: 1 or 0.", registry=registry)
         self.ledger_entries = Gauge(PREFIX + "ledger_entries", "Entries in the ledger.", registry=registry)
         self.peers_alive = Gauge(PREFIX + "peers_alive", "Peers heard from within the time to live.", registry=registry)
         self.confirmed_round = Gauge(PREFIX + "confirmed_round", "Newest confirmed round.", registry=registry)
@@ -66,6 +83,7 @@ class Metrics:
         )
         build = Gauge(PREFIX + "build_info", "Always 1; the version is a label.", ["version"], registry=registry)
         build.labels(__version__).set(1)
+        ProcessCollector(registry=registry)
         self._tokens = 0
 
     def tokens_verified(self, tokens: int, flops_per_token: int) -> None:

@@ -21,6 +21,7 @@ from grpc_health.v1._async import HealthServicer
 from prometheus_client import CollectorRegistry
 
 from coordinator.admin import AdminService
+from coordinator.gauges import watch
 from coordinator.guard import ADDRESS_BURST_S, KEY_BURST_S, Guard
 from coordinator.journal import Journal
 from coordinator.limits import MAX_MESSAGE_BYTES, Ceilings, Rate
@@ -135,6 +136,7 @@ class Coordinator:
                 await stack.enter_async_context(_background(keep_fresh(source, lambda: len(journal.tree))))
             checker = await stack.enter_async_context(SignatureChecker())
             guard = _guard(settings, journal, identity, clock, metrics)
+            watch(metrics, journal, guard)
             kind = ReplicaService if shared else PeerService
             witnessed = Witnessed(_peer_ids(settings.witnesses, "a witness's key", WITNESS_HINT))
             service = kind(journal, store, identity, manifest, clock, metrics, guard, checker, witnessed)

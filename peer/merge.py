@@ -7,7 +7,7 @@ operations, no sums whose order depends on a processor's vector width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,13 @@ from swarm.manifest import CenteredClip, Mean
 
 Vector = NDArray[np.float32]
 Places = NDArray[np.int64]
+Scaled = Callable[[Sequence[int], Sequence[float]], None]
 
 BLOCK_VALUES = 1 << 16
+
+
+def ignore(weights: Sequence[int], scales: Sequence[float]) -> None:
+    """Nobody wants to know which updates were scaled down."""
 
 
 def check_weight(weight: int, limit: int) -> int:
@@ -29,11 +34,16 @@ def check_weight(weight: int, limit: int) -> int:
     return weight
 
 
-def merge_part(decoded: Sequence[Vector], weights: Sequence[int], rule: Mean | CenteredClip) -> Vector:
-    """One part of every contributor, each [values of the part], merged by the manifest's rule."""
+def merge_part(decoded: Sequence[Vector], weights: Sequence[int], rule: Mean | CenteredClip, told: Scaled = ignore) -> Vector:
+    """One part of every contributor, each [values of the part], merged by the manifest's rule.
+
+    `told` is called once, with the weights and the factors of at most 1 that the rule scaled the vectors by in the end.
+    """
     if isinstance(rule, CenteredClip):
-        return centered_clip(decoded, weights, rule.radius_ratio, rule.iterations)
-    return weighted_mean(decoded, weights, clip_scales([norm(vector) for vector in decoded], rule.clip_ratio))
+        return centered_clip(decoded, weights, rule.radius_ratio, rule.iterations, told)
+    scales = clip_scales([norm(vector) for vector in decoded], rule.clip_ratio)
+    told(weights, scales)
+    return weighted_mean(decoded, weights, scales)
 
 
 def weighted_mean(decoded: Sequence[Vector], weights: Sequence[int], scales: Sequence[float] | None = None) -> Vector:
@@ -47,7 +57,9 @@ def weighted_mean(decoded: Sequence[Vector], weights: Sequence[int], scales: Seq
     return _combination(decoded, _coefficients(weights, scales or [1.0] * len(weights)))
 
 
-def merge_pairs(pairs: Sequence[tuple[Places, Vector]], weights: Sequence[int], rule: Mean, size: int) -> Vector:
+def merge_pairs(
+    pairs: Sequence[tuple[Places, Vector]], weights: Sequence[int], rule: Mean, size: int, told: Scaled = ignore
+) -> Vector:
     """The weighted mean of sparse vectors, each the ascending places and the values of its entries; dense, [size].
 
     The same sums as those of `merge_part`, in a small part of the time; norms are taken over the entries alone.
@@ -55,6 +67,7 @@ def merge_pairs(pairs: Sequence[tuple[Places, Vector]], weights: Sequence[int], 
     out = buffers.empty(size)
     out.fill(0)
     scales = clip_scales([norm(values) for _, values in pairs], rule.clip_ratio)
+    told(weights, scales)
     for (places, values), coefficient in zip(pairs, _coefficients(weights, scales), strict=True):
         out[places] += np.multiply(values, coefficient)
     return out
@@ -83,7 +96,9 @@ def _coefficients(weights: Sequence[int], scales: Sequence[float]) -> list[np.fl
     return [np.float32(weight / total * scale) for weight, scale in zip(weights, scales, strict=True)]
 
 
-def centered_clip(decoded: Sequence[Vector], weights: Sequence[int], radius_ratio: float, iterations: int) -> Vector:
+def centered_clip(
+    decoded: Sequence[Vector], weights: Sequence[int], radius_ratio: float, iterations: int, told: Scaled = ignore
+) -> Vector:
     """Centered clipping (Karimireddy, He and Jaggi, 2012.10333) of vectors, each [n], by `weights`.
 
     It starts at the median of each value. In every iteration a vector farther from the centre than `radius_ratio` x the median
@@ -91,17 +106,19 @@ def centered_clip(decoded: Sequence[Vector], weights: Sequence[int], radius_rati
     nothing is too far it is `weighted_mean`, to the bit. So what a minority sends moves the outcome by a bounded amount,
     whatever it sends.
     """
-    centre, limit = coordinate_median(decoded), -1.0
+    centre, limit, scales = coordinate_median(decoded), -1.0, [1.0] * len(decoded)
     for _ in range(iterations):
         distances = [distance(vector, centre) for vector in decoded]
         if limit < 0:
             limit = radius_ratio * sorted(distances)[(len(distances) - 1) // 2]
         scales = [limit / far if far > limit else 1.0 for far in distances]
         if all(scale == 1 for scale in scales):
+            told(weights, scales)
             return weighted_mean(decoded, weights)
         coefficients = _coefficients(weights, scales)
         rest = np.float32(max(0.0, 1.0 - sum(float(coefficient) for coefficient in coefficients)))
         centre = _combination([centre, *decoded], [rest, *coefficients])
+    told(weights, scales)
     return centre
 
 

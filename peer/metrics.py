@@ -33,6 +33,25 @@ class PeerMetrics:
         self.rejected = Counter(
             "swarm_peer_rejected_messages", "Messages that broke a rule, by reason.", ["reason"], registry=registry
         )
+        self.merged_parts = Counter(
+            "swarm_peer_merged_parts", "Contributors' parts that this peer merged itself.", registry=registry
+        )
+        self.clipped_parts = Counter(
+            "swarm_peer_clipped_parts", "Of these, parts that the merge rule scaled down.", registry=registry
+        )
+        self.merged_weight = Counter(
+            "swarm_peer_merged_weight_samples", "Weight of the parts that this peer merged itself.", registry=registry
+        )
+        self.clipped_weight = Counter(
+            "swarm_peer_clipped_weight_samples", "Of this weight, what the merge rule took away.", registry=registry
+        )
+        self.merge_checks = Counter(
+            "swarm_peer_merge_checks", "Others' merged parts that were merged again, by outcome.", ["outcome"], registry=registry
+        )
+        self.proofs = Counter("swarm_peer_proofs", "Proofs of fraud that were checked and hold.", ["kind"], registry=registry)
+        self.audits = Counter(
+            "swarm_peer_audits", "Audits of others' contributions by this peer, by finding.", ["finding"], registry=registry
+        )
         self.repairs = Counter("swarm_peer_repairs", "Times the state was repaired.", registry=registry)
         self.reports = Counter("swarm_peer_reports", "Reports by outcome.", ["outcome"], registry=registry)
         self.round = Gauge("swarm_peer_round", "The last finished round.", registry=registry)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from peer.evidence import BAD_PART, EQUIVOCATION, FALSE_PASS, WRONG_MERGE
 from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
 from swarm import __version__
+from swarm.audits import FAILED, PASSED, UNABLE, WITHHELD
 from swarm.clock import Clock, SystemClock
 from swarm.reasons import EXPLANATIONS as REASONS
 from swarm.reasons import TABLE
@@ -19,6 +22,9 @@ from swarm.reasons import TABLE
 if TYPE_CHECKING:
     from peer.rounds.engine import RoundReport
 
+CHECKED = ("right", "wrong", "unable")
+PROOFS = (BAD_PART, WRONG_MERGE, EQUIVOCATION, FALSE_PASS)
+FOUND = (PASSED, FAILED, WITHHELD, UNABLE)
 EXPECTED = frozenset({"stale", "too_early", "starting"})
 TELL_EVERY_S, MAX_TOLD = 10.0, 1024
 
@@ -60,6 +66,12 @@ class Status:
             self.metrics.rounds.labels(outcome=outcome)
         for outcome in ("accepted", "refused", "superseded"):
             self.metrics.reports.labels(outcome=outcome)
+        for outcome in CHECKED:
+            self.metrics.merge_checks.labels(outcome=outcome)
+        for kind in PROOFS:
+            self.metrics.proofs.labels(kind=kind)
+        for finding in FOUND:
+            self.metrics.audits.labels(finding=finding)
         self.state(self.reason)
 
     def state(self, reason: str, detail: str = "") -> None:
@@ -94,6 +106,25 @@ class Status:
             self._told_s.clear()
         self._told_s[sender, reason] = now_s
         return True
+
+    def merged(self, weights: Sequence[int], scales: Sequence[float]) -> None:
+        """A part of each contributor was merged by us, each scaled by a factor of at most 1."""
+        self.metrics.merged_parts.inc(len(scales))
+        self.metrics.clipped_parts.inc(sum(scale < 1 for scale in scales))
+        self.metrics.merged_weight.inc(sum(weights))
+        self.metrics.clipped_weight.inc(sum(weight * (1 - scale) for weight, scale in zip(weights, scales, strict=True)))
+
+    def merge_checked(self, outcome: str) -> None:
+        """Another's merged part was merged again, or couldn't be."""
+        self.metrics.merge_checks.labels(outcome=outcome).inc()
+
+    def proven(self, kind: str) -> None:
+        """A proof of fraud holds."""
+        self.metrics.proofs.labels(kind=kind).inc()
+
+    def audited(self, finding: str) -> None:
+        """We have audited a contribution."""
+        self.metrics.audits.labels(finding=finding).inc()
 
     def phase(self, name: str, seconds: float) -> None:
         """A part of the round took this long."""

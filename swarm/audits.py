@@ -48,6 +48,10 @@ class Case:
         waited = max(0, newest_round - self.duty.round) // PATIENCE_ROUNDS
         return self.auditors.index(peer_id) <= len(self.findings) + waited
 
+    def is_overdue(self, newest_round: int) -> bool:
+        """Whether nobody has spoken, and the first auditor isn't waited for any more."""
+        return not self.findings and newest_round - self.duty.round >= PATIENCE_ROUNDS
+
     @property
     def twice(self) -> bool:
         """Whether two have to find nothing wrong; nobody but the coordinator's signature decides which cases these are."""

@@ -168,6 +168,17 @@ class CreditState:
         cases = itertools.chain.from_iterable(current.cases.values() for current in run.rounds.values())
         return [case.duty for case in cases if case.has_turn(peer_id, newest)]
 
+    def drawn_audits(self, run_id: bytes, number: int) -> int:
+        """How many audits of a round aren't decided: right after its confirmation, all that were drawn."""
+        current = self._run(run_id).rounds.get(number)
+        return 0 if current is None else len(current.cases)
+
+    def open_audits(self, run_id: bytes) -> tuple[int, int]:
+        """How many audits aren't decided, and for how many of these nobody spoke while their first auditor's turn lasted."""
+        run = self._run(run_id)
+        cases = [case for number in run.unsettled for case in run.rounds[number].cases.values()]
+        return len(cases), sum(case.is_overdue(run.newest or 0) for case in cases)
+
     def is_void(self, run_id: bytes, number: int, peer_id: str) -> bool:
         """Whether audits took what the peer earned, or will have earned, in a round that isn't forgotten yet."""
         current = self._run(run_id).rounds.get(number)

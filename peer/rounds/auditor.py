@@ -100,12 +100,15 @@ class Auditor:
             expected = await self._in_pool(merged_bytes, codec, manifest, part, contents, weights, values)
         except (PeerFailure, Rejected) as error:
             log.info("not_checked", round=run.round_index, reducer=span.reducer, reason=error.reason)
+            self.services.observer.merge_checked("unable")
             return
         except ValueError:
             expected = b""
         if blob_hash(expected) == span.part_hashes[place]:
             log.info("merge_checked", round=run.round_index, reducer=span.reducer, part=part)
+            self.services.observer.merge_checked("right")
             return
+        self.services.observer.merge_checked("wrong")
         evidence = Evidence(
             kind=WRONG_MERGE,
             proposal=proposal.signed,
@@ -217,6 +220,7 @@ class Auditor:
         verdict = await self._in_pool(self.docket.add, raw)
         if verdict is not None:
             self.services.observer.refused(verdict.accused, verdict.kind)
+            self.services.observer.proven(verdict.kind)
             self.on_proven(verdict)
         return verdict
 

@@ -125,6 +125,7 @@ class AuditDesk:
                     continue
                 self._settled[place] = judgement
                 _note(duty, judgement)
+                self.services.observer.audited(judgement.finding)
             judgement = self._settled[place]
             if judgement is not None:
                 await self._tell(duty, judgement)

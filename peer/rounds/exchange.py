@@ -13,7 +13,7 @@ import structlog
 from peer.buffers import buffers
 from peer.codec import Codec, Vector
 from peer.codec.sparse import Sparse
-from peer.merge import merge_pairs, merge_part
+from peer.merge import Scaled, ignore, merge_pairs, merge_part
 from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
 from peer.rounds.residuals import Residuals, SpanMerge
@@ -40,6 +40,7 @@ class Undecodable(Rejected):
 class Exchange:
     """Bulk work of one round. Merged values are collected per proposal; only the accepted one's are kept.
 
+    `on_merged` hears of the weights that were merged and how far the rule scaled each down, in the pool's thread.
     `distort` is what a fault script or an attack makes a reducer do to what it has merged, `mangle` a sender to its parts.
     """
 
@@ -50,6 +51,7 @@ class Exchange:
     pool: ThreadPoolExecutor
     rule: manifest.Mean | manifest.CenteredClip
     residuals: Residuals
+    on_merged: Scaled = ignore
     _proposal_hash: bytes = b""
     _merged: Vector | None = None
     _filled: set[int] = field(default_factory=set)
@@ -159,7 +161,7 @@ class Exchange:
             for part in range(self.codec.part_count):
                 for item in contributors:
                     self._check_stored(item.peer, commits[item.peer].part_hashes[part])
-                merged[slice(*self.codec.part_span(part))] = self._merged_part(contributors, commits, part)
+                merged[slice(*self.codec.part_span(part))] = self._merged_part(contributors, commits, part, ignore)
             return merged
         for span in spans:
             for part, name in enumerate(span.part_hashes, span.first_part):
@@ -245,7 +247,7 @@ class Exchange:
     def _merge_part(
         self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool, merge: SpanMerge | None
     ) -> bytes | None:
-        merged = self._merged_part(proposal.contributors, commits, part)
+        merged = self._merged_part(proposal.contributors, commits, part, self.on_merged)
         if not publish:
             self._place(proposal.proposal_hash, part, merged)
             return None
@@ -258,13 +260,16 @@ class Exchange:
         self._place(proposal.proposal_hash, part, self.codec.decode_part(encoded, part))
         return encoded
 
-    def _merged_part(self, contributors: Sequence[IncludedCommit], commits: Mapping[str, CommitFacts], part: int) -> Vector:
+    def _merged_part(
+        self, contributors: Sequence[IncludedCommit], commits: Mapping[str, CommitFacts], part: int, told: Scaled
+    ) -> Vector:
         named = [(item.peer, commits[item.peer].part_hashes[part]) for item in contributors]
         weights = [item.weight for item in contributors]
         if isinstance(self.codec, Sparse) and isinstance(self.rule, manifest.Mean):
             pairs = [self._decoded(peer, name, part, self.codec.decode_pairs) for peer, name in named]
-            return merge_pairs(pairs, weights, self.rule, self.codec.part_length(part))
-        return merge_part([self._decoded(peer, name, part, self.codec.decode_part) for peer, name in named], weights, self.rule)
+            return merge_pairs(pairs, weights, self.rule, self.codec.part_length(part), told)
+        decoded = [self._decoded(peer, name, part, self.codec.decode_part) for peer, name in named]
+        return merge_part(decoded, weights, self.rule, told)
 
     def _take_span(self, span: SpanFacts) -> None:
         for place, name in enumerate(span.part_hashes):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -145,6 +145,18 @@ class Observer(Protocol):
     def refused(self, sender: str, reason: str) -> None:
         """A message was rejected."""
 
+    def merged(self, weights: Sequence[int], scales: Sequence[float]) -> None:
+        """A part of each contributor was merged by us, each scaled by a factor of at most 1."""
+
+    def merge_checked(self, outcome: str) -> None:
+        """Another's merged part was merged again, or couldn't be."""
+
+    def proven(self, kind: str) -> None:
+        """A proof of fraud holds."""
+
+    def audited(self, finding: str) -> None:
+        """We have audited a contribution."""
+
     def phase(self, name: str, seconds: float) -> None:
         """A part of the round took this long."""
 
@@ -205,6 +217,7 @@ class RoundRun:
             services.pool,
             services.manifest.merge,
             services.residuals,
+            services.observer.merged,
         )
         if services.attack is not None:
             self.exchange.distort, self.exchange.mangle = services.attack.merged, services.attack.parts

@@ -7,15 +7,18 @@ import re
 import httpx
 import pytest
 
+from coordinator.orders import Orders
 from coordinator.server import Coordinator
 from coordinator.web import credits_text
 from swarm.clock import ManualClock
 from swarm.credits import Balance
+from swarm.errors import Rejected
 from swarm.ledger import origin_of, verify_checkpoint
 from tests.coordinator.conftest import Serve, connected
 from tests.world import NOW_S, World, identity, manifest
 
-ALICE = identity(0)
+PEERS = [identity(number) for number in range(3)]
+ALICE = PEERS[0]
 
 
 async def get(coordinator: Coordinator, path: str) -> httpx.Response:
@@ -68,8 +71,32 @@ async def test_metrics(serve: Serve, world: World) -> None:
     assert float(values["flops_verified_total"]) == 256e12
     assert values["train_loss_nats"] == "2.5"
     assert values['request_duration_seconds_count{method="SubmitReport"}'] == "1.0"
+    assert values['calls_total{code="OK",method="SubmitReport"}'] == "1.0"
+    assert (values["queue_events"], values["calls_in_progress"], values["writer"]) == ("0.0", "0.0", "1.0")
+    assert [values[f'suspended_keys{{by="{by}"}}'] for by in ("audits", "operator")] == ["0.0", "0.0"]
+    assert re.search(r"^process_resident_memory_bytes \S+$", text, re.MULTILINE)
     assert float(values["commit_duration_seconds_count"]) == 2
     assert 'build_info{version="0.1.0"}' in values
+
+
+async def test_audits_and_suspensions_are_measured(serve: Serve) -> None:
+    """What was drawn, what is open, and at which rate; a refused call counts by its status."""
+    world = World(manifest(audit={"rate": 0.25, "first": 2}))
+    async with serve(ManualClock(NOW_S), world, metrics="127.0.0.1:0") as coordinator, connected(coordinator) as client:
+        for peer in PEERS:
+            await client.announce(world.announcement(peer))
+        proposal, reports = world.round(PEERS, 0)
+        for report in reports:
+            await client.submit_report(report, proposal)
+        coordinator.journal.orders = Orders(suspended={ALICE.peer_id: "tests"})
+        with pytest.raises(Rejected, match="suspended"):
+            await client.announce(world.announcement(ALICE, NOW_S + 1))
+        text = (await get(coordinator, "/metrics")).text
+    values = dict(re.findall(r"^swarm_coordinator_(\S+) (\S+)$", text, re.MULTILINE))
+    audits = ("audits_drawn_total", "audits_open", "audits_overdue", "audit_ratio")
+    assert [values[name] for name in audits] == ["3.0", "3.0", "0.0", "0.25"]
+    assert values['suspended_keys{by="operator"}'] == "1.0"
+    assert values['calls_total{code="PERMISSION_DENIED",method="Announce"}'] == "1.0"
 
 
 async def test_health(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

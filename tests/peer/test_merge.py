@@ -215,6 +215,18 @@ def test_where_nobody_is_far_it_is_the_mean() -> None:
     assert np.array_equal(merge_part(honest, weights, CenteredClip()), weighted_mean(honest, weights))
 
 
+@pytest.mark.parametrize("rule", [Mean(clip_ratio=2.0), CenteredClip()], ids=["mean", "centered_clip"])
+def test_what_is_scaled_down_is_told(rule: Mean | CenteredClip) -> None:
+    """Once per merge, with the weights: nothing of the honest is taken away, nearly all of what is far off."""
+    told: list[tuple[list[int], list[float]]] = []
+    vectors, weights = [*updates_like(DIRECTION, 6, 0.5), 1000 * DIRECTION], [3, 1, 4, 1, 5, 9, 2]
+    merge_part(vectors, weights, rule, lambda merged, scales: told.append((list(merged), list(scales))))
+    ((told_weights, scales),) = told
+    assert told_weights == weights
+    assert scales[-1] < 0.05
+    assert all(scale > 0.5 for scale in scales[:-1])
+
+
 def test_one_or_two_updates_are_averaged() -> None:
     """Nobody can say which of two is the liar."""
     one, other = updates_like(DIRECTION, 2, 5.0)

@@ -52,6 +52,22 @@ def test_one_reason_at_a_time(status: Status, registry: CollectorRegistry) -> No
         assert status.as_dict()["explanation"] == REASONS[reason]
 
 
+def test_trust_is_counted(status: Status, registry: CollectorRegistry) -> None:
+    """Merged and clipped parts with their weight, checks of merges, proofs and audits; all series are there from the start."""
+    counted = registry.get_sample_value
+    assert counted("swarm_peer_audits_total", {"finding": "failed"}) == 0
+    assert counted("swarm_peer_proofs_total", {"kind": "equivocation"}) == 0
+    status.merged([4, 8], [1.0, 0.25])
+    status.merge_checked("wrong")
+    status.proven("wrong_merge")
+    status.audited("failed")
+    names = ("merged_parts", "clipped_parts", "merged_weight_samples", "clipped_weight_samples")
+    assert [counted(f"swarm_peer_{name}_total") for name in names] == [2, 1, 12, 6]
+    assert counted("swarm_peer_merge_checks_total", {"outcome": "wrong"}) == 1
+    assert counted("swarm_peer_proofs_total", {"kind": "wrong_merge"}) == 1
+    assert counted("swarm_peer_audits_total", {"finding": "failed"}) == 1
+
+
 def test_rounds_add_up(status: Status, registry: CollectorRegistry) -> None:
     """Own tokens are a share of the round's by weight; followed rounds count apart and give no tokens."""
     status.round_done(finished(1))

@@ -186,6 +186,16 @@ def test_an_auditor_that_says_nothing_is_waited_for_three_rounds() -> None:
     assert len(auditors(after(*rounds))) == 2
 
 
+def test_open_and_overdue_audits_are_counted() -> None:
+    """Six a round of new keys; those that nobody has spoken about in three rounds are overdue, decided ones are neither."""
+    assert after(*a_round(0)).open_audits(WORLD.run_id) == (6, 0)
+    assert after(*a_round(0)).drawn_audits(WORLD.run_id, 0) == 6
+    assert after(*verdicts(a_round(0), PASSED)).open_audits(WORLD.run_id) == (5, 0)
+    waited = [each for number in range(1, 4) for each in a_round(number)]
+    assert after(*a_round(0), *waited).open_audits(WORLD.run_id) == (12, 6)
+    assert after(*verdicts(a_round(0), FAILED), *waited).open_audits(WORLD.run_id) == (12, 5)
+
+
 def test_an_audit_ends_when_the_credit_becomes_final() -> None:
     """What wasn't found wrong in time stands."""
     rounds = [each for number in range(5) for each in a_round(number)]

@@ -46,13 +46,13 @@ def wire() -> Wire:
 def auditor(tmp_path: Path, wire: Wire) -> Auditor:
     """Knows the run of the evidence."""
     run_id = payload_hash(evidence_of_merge("int4").manifest)
-    refused: list[tuple[str, str]] = []
+    refused, proofs = list[tuple[str, str]](), list[str]()
     services: Any = SimpleNamespace(
         manifest=run_of("int4"),
         checker=SimpleNamespace(run_id=run_id),
         transfer=wire,
         pool=ThreadPoolExecutor(1),
-        observer=SimpleNamespace(refused=lambda sender, reason: refused.append((sender, reason))),
+        observer=SimpleNamespace(refused=lambda sender, reason: refused.append((sender, reason)), proven=proofs.append),
     )
     return Auditor(services, Docket(tmp_path / "evidence", run_id), 0.02)
 
