@@ -271,6 +271,302 @@ COORDINATOR = (
         ((rate("swarm_coordinator_rejected_messages_total", "reason"), "{{reason}}"),),
     ),
 )
+CONTROL_NOW = (
+    Chart(
+        "Writers",
+        COUNT,
+        "Replicas that write the ledger: one. A coordinator alone is its own writer.",
+        (("sum(swarm_coordinator_writer)", "writers"),),
+        "number",
+        4,
+    ),
+    Chart(
+        "Replicas",
+        COUNT,
+        "Coordinators that answer Prometheus.",
+        (('sum(up{job="coordinator"})', "replicas"),),
+        "number",
+        4,
+    ),
+    Chart(
+        "Ledger",
+        COUNT,
+        "Entries in the ledger.",
+        (("max(swarm_coordinator_ledger_entries)", "entries"),),
+        "number",
+        4,
+    ),
+    Chart(
+        "Waiting",
+        COUNT,
+        "Events that wait for the ledger; at 4096 the coordinator sends callers away.",
+        (("sum(swarm_coordinator_queue_events)", "events"),),
+        "number",
+        4,
+    ),
+    Chart(
+        "Failed commits",
+        COUNT,
+        "Groups of entries that the store didn't take in the last hour.",
+        (("sum(increase(swarm_coordinator_commit_failures_total[1h]))", "groups"),),
+        "number",
+        4,
+    ),
+    Chart(
+        "Version",
+        COUNT,
+        "Version of the program that each replica runs.",
+        (("count by (version) (swarm_coordinator_build_info)", "{{version}}"),),
+        "name",
+        4,
+    ),
+)
+CONTROL_CALLS = (
+    Chart(
+        "Calls by method",
+        PER_SECOND,
+        "gRPC calls per second by method.",
+        ((rate("swarm_coordinator_calls_total", "method"), "{{method}}"),),
+        "stack",
+    ),
+    Chart(
+        "Calls by status",
+        PER_SECOND,
+        "gRPC calls per second by status; everything but OK is a refusal or a failure.",
+        ((rate("swarm_coordinator_calls_total", "code"), "{{code}}"),),
+        "stack",
+    ),
+    Chart(
+        "Calls in progress",
+        COUNT,
+        "Calls that are being answered, by replica; above its ceiling (max_calls) a replica sends callers away.",
+        (("swarm_coordinator_calls_in_progress", "{{instance}}"),),
+    ),
+    Chart(
+        "Latency, median",
+        SECONDS,
+        "Median time to answer a call, by method.",
+        ((quantile(0.5, "swarm_coordinator_request_duration_seconds", by="method"), "{{method}}"),),
+    ),
+    Chart(
+        "Latency, p99",
+        SECONDS,
+        "99th percentile of the time to answer a call, by method.",
+        ((quantile(0.99, "swarm_coordinator_request_duration_seconds", by="method"), "{{method}}"),),
+    ),
+    Chart(
+        "Refusals by reason",
+        PER_SECOND,
+        "Messages that were malformed, wrongly signed, stale, too many or against a rule, by reason.",
+        ((rate("swarm_coordinator_rejected_messages_total", "reason"), "{{reason}}"),),
+    ),
+)
+CONTROL_LEDGER = (
+    Chart(
+        "Reports",
+        PER_SECOND,
+        "Reports per second by outcome; `duplicate` are peers that didn't get their receipt the first time.",
+        ((rate("swarm_coordinator_reports_total", "outcome"), "{{outcome}}"),),
+        "stack",
+    ),
+    Chart(
+        "Commit duration",
+        SECONDS,
+        "Time to make a group of entries durable; receipts wait for it.",
+        (
+            *median_and_tail("swarm_coordinator_commit_duration_seconds"),
+            (quantile(0.99, "swarm_coordinator_commit_duration_seconds"), "p99"),
+        ),
+    ),
+    Chart(
+        "Backlog",
+        COUNT,
+        "Events that wait for the ledger, by replica.",
+        (("swarm_coordinator_queue_events", "{{instance}}"),),
+    ),
+    Chart(
+        "Ledger entries",
+        COUNT,
+        "Entries of the ledger as each replica knows it. A line below the others is a replica that falls behind.",
+        (("swarm_coordinator_ledger_entries", "{{instance}}"),),
+    ),
+    Chart(
+        "Ledger growth",
+        "suffix: entries/s",
+        "Entries that are appended per second.",
+        (("max(deriv(swarm_coordinator_ledger_entries[$__rate_interval]))", "growth"),),
+    ),
+    Chart(
+        "Writer",
+        COUNT,
+        "1 for the replica that writes, 0 for those that follow it.",
+        (("swarm_coordinator_writer", "{{instance}}"),),
+    ),
+    Chart(
+        "Admissions",
+        PER_SECOND,
+        "Announcements by outcome.",
+        ((rate("swarm_coordinator_admissions_total", "outcome"), "{{outcome}}"),),
+        width=12,
+    ),
+    Chart(
+        "Grants",
+        PER_SECOND,
+        "Requests to go on without a quorum, by outcome. Normally none.",
+        ((rate("swarm_coordinator_grants_total", "outcome"), "{{outcome}}"),),
+        width=12,
+    ),
+)
+CONTROL_PROCESS = (
+    Chart(
+        "Processor",
+        "suffix: cores",
+        "Processor time per second, by replica.",
+        (('rate(process_cpu_seconds_total{job="coordinator"}[$__rate_interval])', "{{instance}}"),),
+    ),
+    Chart(
+        "Memory",
+        BYTES,
+        "Resident memory, by replica.",
+        (('process_resident_memory_bytes{job="coordinator"}', "{{instance}}"),),
+    ),
+    Chart(
+        "Open files",
+        COUNT,
+        "File descriptors in use, connections included, and how many there may be.",
+        (
+            ('process_open_fds{job="coordinator"}', "open {{instance}}"),
+            ('process_max_fds{job="coordinator"}', "limit {{instance}}"),
+        ),
+    ),
+)
+TRUST_NOW = (
+    Chart(
+        "Audited share",
+        "percentunit",
+        "Share of the contributions of keys that aren't new that is drawn for an audit; of a new key's first ones all are.",
+        (("max(swarm_coordinator_audit_ratio)", "share"),),
+        "number",
+        6,
+    ),
+    Chart(
+        "Open audits",
+        COUNT,
+        "Contributions whose audit isn't decided.",
+        (("max(swarm_coordinator_audits_open)", "open"),),
+        "number",
+        6,
+    ),
+    Chart(
+        "Suspended by audits",
+        COUNT,
+        "Keys that the ledger suspends.",
+        (('max(swarm_coordinator_suspended_keys{by="audits"})', "keys"),),
+        "number",
+        6,
+    ),
+    Chart(
+        "Suspended by the operator",
+        COUNT,
+        "Keys that the operator suspends.",
+        (('max(swarm_coordinator_suspended_keys{by="operator"})', "keys"),),
+        "number",
+        6,
+    ),
+)
+TRUST_AUDITS = (
+    Chart(
+        "Audits drawn",
+        PER_SECOND,
+        "Contributions per second that are drawn for an audit.",
+        (("sum(rate(swarm_coordinator_audits_drawn_total[$__rate_interval]))", "drawn"),),
+    ),
+    Chart(
+        "Findings",
+        PER_SECOND,
+        "What auditors told the coordinator. `failed` and `withheld` mean that somebody cheats, or can't be reached.",
+        ((rate("swarm_coordinator_audits_total", "outcome"), "{{outcome}}"),),
+        "stack",
+    ),
+    Chart(
+        "Audits by these peers",
+        PER_SECOND,
+        "What the peers that are watched here found when they audited others.",
+        ((rate("swarm_peer_audits_total", "finding"), "{{finding}}"),),
+        "stack",
+    ),
+    Chart(
+        "Open and overdue",
+        COUNT,
+        "Audits that aren't decided, and those whose first auditor was given up waiting for.",
+        (
+            ("max(swarm_coordinator_audits_open)", "open"),
+            ("max(swarm_coordinator_audits_overdue)", "overdue"),
+        ),
+    ),
+    Chart(
+        "Chance of escape",
+        "percentunit",
+        "At the present rate: how likely none of so many false contributions of a key that isn't new is drawn.",
+        tuple((f"(1 - max(swarm_coordinator_audit_ratio)) ^ {count}", f"{count}") for count in (1, 10, 50)),
+    ),
+    Chart(
+        "Suspensions",
+        COUNT,
+        "Keys that are suspended, by whom.",
+        (("max by (by) (swarm_coordinator_suspended_keys)", "{{by}}"),),
+    ),
+)
+TRUST_MERGES = (
+    Chart(
+        "Merge checks",
+        PER_SECOND,
+        "Others' merged parts that these peers merged again. `wrong` is followed by a proof, `unable` had not all that it takes.",
+        ((rate("swarm_peer_merge_checks_total", "outcome"), "{{outcome}}"),),
+        "stack",
+    ),
+    Chart(
+        "Proofs of fraud",
+        COUNT,
+        "Proofs that these peers hold: every peer that has checked one counts it.",
+        (("sum by (kind) (swarm_peer_proofs_total)", "{{kind}}"),),
+    ),
+    Chart(
+        "Messages rejected",
+        PER_SECOND,
+        "Messages that broke a rule, by reason, at the peers and at the coordinator.",
+        (
+            (rate("swarm_peer_rejected_messages_total", "reason"), "peers: {{reason}}"),
+            (rate("swarm_coordinator_rejected_messages_total", "reason"), "coordinator: {{reason}}"),
+        ),
+    ),
+    Chart(
+        "Parts clipped",
+        "percentunit",
+        "Share of the contributors' parts that the merge rule scaled down, by the peer that merged them.",
+        (
+            (
+                rate("swarm_peer_clipped_parts_total", "instance") + " / " + rate("swarm_peer_merged_parts_total", "instance"),
+                "{{instance}}",
+            ),
+        ),
+        width=12,
+    ),
+    Chart(
+        "Weight clipped",
+        "percentunit",
+        "Share of the contributed weight that the merge rule took away, by the peer that merged.",
+        (
+            (
+                rate("swarm_peer_clipped_weight_samples_total", "instance")
+                + " / "
+                + rate("swarm_peer_merged_weight_samples_total", "instance"),
+                "{{instance}}",
+            ),
+        ),
+        width=12,
+    ),
+)
 PEER_NOW = (
     Chart(
         "State",
@@ -546,10 +842,27 @@ def peer() -> Dashboard:
     return dashboard("swarm-peer", "Swarm: a peer", description, rows).with_variable(choice)
 
 
+def coordinator() -> Dashboard:
+    """The coordinator and its replicas."""
+    rows = (("Now", CONTROL_NOW), ("Calls", CONTROL_CALLS), ("Ledger", CONTROL_LEDGER), ("Process", CONTROL_PROCESS))
+    return dashboard("swarm-coordinator", "Swarm: the coordinator", "Calls, ledger, replicas and their processes.", rows)
+
+
+def trust() -> Dashboard:
+    """Who cheats, and whether it would be found out."""
+    rows = (("Now", TRUST_NOW), ("Audits", TRUST_AUDITS), ("Merges and messages", TRUST_MERGES))
+    return dashboard("swarm-trust", "Swarm: trust", "Audits, suspensions, proofs of fraud and what was refused.", rows)
+
+
 def render() -> dict[str, str]:
     """File name to JSON text of every dashboard."""
     encoder = JSONEncoder(sort_keys=True, indent=2)
-    dashboards = {"overview.json": overview(), "peer.json": peer()}
+    dashboards = {
+        "coordinator.json": coordinator(),
+        "overview.json": overview(),
+        "peer.json": peer(),
+        "trust.json": trust(),
+    }
     return {name: encoder.encode(builder.build()) + "\n" for name, builder in dashboards.items()}
 
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
-METRIC = re.compile(r"\bswarm_[a-z0-9_]+")
+METRIC = re.compile(r"\b(?:swarm|process)_[a-z0-9_]+")
 by_name = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 
 
@@ -44,9 +44,9 @@ def test_dashboards_are_fresh() -> None:
     assert check.returncode == 0, check.stdout + check.stderr
 
 
-def test_both_dashboards_exist() -> None:
-    """There is one for the run and one for a peer."""
-    assert [path.stem for path in DASHBOARDS] == ["overview", "peer"]
+def test_the_dashboards_exist() -> None:
+    """There is one for the run, one for a peer, one for the coordinator, and one for who cheats."""
+    assert [path.stem for path in DASHBOARDS] == ["coordinator", "overview", "peer", "trust"]
 
 
 @by_name

@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
-METRIC = re.compile(r"\bswarm_[a-z0-9_]+")
+METRIC = re.compile(r"\b(?:swarm|process)_[a-z0-9_]+")
 SCRAPES = 8
 # Without a GPU, without faults, without strangers and without a quota there is nothing to count.
 MAY_BE_EMPTY = re.compile(
