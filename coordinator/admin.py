@@ -7,7 +7,7 @@ that was noted before isn't carried out again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -35,11 +35,12 @@ log = structlog.get_logger(__name__)
 class AdminService(AdminServiceServicer):
     """The operator's one call; who may make it is the guard's matter."""
 
-    def __init__(self, journal: Journal, store: Store, clock: Clock, guard: Guard) -> None:
+    def __init__(self, journal: Journal, store: Store, clock: Clock, guard: Guard, others: Sequence[Journal] = ()) -> None:
         self._journal = journal
         self._store = store
         self._clock = clock
         self._guard = guard
+        self._others = others
         self._one_at_a_time = asyncio.Lock()
 
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:  # noqa: N802
@@ -88,7 +89,9 @@ class AdminService(AdminServiceServicer):
                 return pb.ExecuteResponse(log=map(_line, notes))
             case "suspend" | "reinstate" | "invite":
                 return pb.ExecuteResponse(peers=[self._peer(command.peer_id)])
-        return pb.ExecuteResponse(runs=[self._run()])
+            case "runs":
+                return pb.ExecuteResponse(runs=map(_run, (self._journal, *self._others)))
+        return pb.ExecuteResponse(runs=[_run(self._journal)])
 
     def _peers(self) -> Iterator[pb.AdminPeer]:
         """Who is suspended, then who is alive, the most recently heard first."""
@@ -109,18 +112,18 @@ class AdminService(AdminServiceServicer):
             suspended=journal.orders.suspended.get(peer_id, ""),
         )
 
-    def _run(self) -> pb.AdminRun:
-        journal = self._journal
-        return pb.AdminRun(
-            run_id=journal.run_id,
-            name=journal.manifest.name,
-            state=journal.orders.state,
-            confirmed_round=journal.credits.progress(journal.run_id).confirmed_round,
-            peers_alive=len(journal.presence),
-            peers_admitted=journal.credits.member_count(journal.run_id),
-            ledger_size=len(journal.tree),
-            audit_rate=journal.orders.audit_rate,
-        )
+
+def _run(journal: Journal) -> pb.AdminRun:
+    return pb.AdminRun(
+        run_id=journal.run_id,
+        name=journal.manifest.name,
+        state=journal.orders.state,
+        confirmed_round=journal.credits.progress(journal.run_id).confirmed_round,
+        peers_alive=len(journal.presence),
+        peers_admitted=journal.credits.member_count(journal.run_id),
+        ledger_size=len(journal.tree),
+        audit_rate=journal.orders.audit_rate,
+    )
 
 
 def _line(note: Note) -> pb.AdminLogLine:

@@ -30,7 +30,7 @@ from coordinator.limits import (
     RateLimiter,
     network_of,
 )
-from coordinator.metrics import Metrics
+from coordinator.metrics import CallMetrics
 from swarm.clock import Clock
 from swarm.errors import Rejected
 from swarm.rpc.client import REASON_KEY
@@ -58,7 +58,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
     def __init__(
         self,
         clock: Clock,
-        metrics: Metrics,
+        metrics: CallMetrics,
         is_admitted: Callable[[str], bool],
         per_address: Rate = PER_ADDRESS,
         per_key: Rate = PER_KEY,

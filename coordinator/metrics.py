@@ -11,15 +11,34 @@ PREFIX = "swarm_coordinator_"
 DURATION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Metrics:
-    """Every metric that the coordinator exposes."""
+class CallMetrics:
+    """What is measured of calls, and of the process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.reports_total = Counter(PREFIX + "reports_total", "Reports by outcome.", ["outcome"], registry=registry)
         self.rejected_messages_total = Counter(
             PREFIX + "rejected_messages_total", "Messages that broke a rule.", ["reason"], registry=registry
         )
+        self.calls_total = Counter(PREFIX + "calls_total", "Calls by gRPC status.", ["method", "code"], registry=registry)
+        self.calls_in_progress = Gauge(PREFIX + "calls_in_progress", "Calls that are being answered.", registry=registry)
+        self.request_duration_seconds = Histogram(
+            PREFIX + "request_duration_seconds",
+            "Time to answer a call.",
+            ["method"],
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        build = Gauge(PREFIX + "build_info", "Always 1; the version is a label.", ["version"], registry=registry)
+        build.labels(__version__).set(1)
+        ProcessCollector(registry=registry)
+
+
+class Metrics:
+    """Every metric that the coordinator exposes of a run; those of calls are shared where it serves several."""
+
+    def __init__(self, registry: CollectorRegistry, calls: CallMetrics | None = None) -> None:
+        self.registry = registry
+        self.calls = calls or CallMetrics(registry)
+        self.reports_total = Counter(PREFIX + "reports_total", "Reports by outcome.", ["outcome"], registry=registry)
         self.admissions_total = Counter(PREFIX + "admissions_total", "Announcements by outcome.", ["outcome"], registry=registry)
         self.announcements_total = Counter(
             PREFIX + "announcements_total",
@@ -58,8 +77,6 @@ class Metrics:
         self.suspended_keys = Gauge(
             PREFIX + "suspended_keys", "Keys suspended by audits, and by the operator.", ["by"], registry=registry
         )
-        self.calls_total = Counter(PREFIX + "calls_total", "Calls by gRPC status.", ["method", "code"], registry=registry)
-        self.calls_in_progress = Gauge(PREFIX + "calls_in_progress", "Calls that are being answered.", registry=registry)
         self.queue_events = Gauge(PREFIX + "queue_events", "Events that wait for the ledger.", registry=registry)
         self.writer = Gauge(PREFIX + "writer", "Whether this replica writes the ledger: 1 or 0.", registry=registry)
         self.ledger_entries = Gauge(PREFIX + "ledger_entries", "Entries in the ledger.", registry=registry)
@@ -68,22 +85,12 @@ class Metrics:
         self.train_loss_nats = Gauge(
             PREFIX + "train_loss_nats", "Mean training loss of the newest confirmed round.", registry=registry
         )
-        self.request_duration_seconds = Histogram(
-            PREFIX + "request_duration_seconds",
-            "Time to answer a call.",
-            ["method"],
-            buckets=DURATION_BUCKETS_S,
-            registry=registry,
-        )
         self.commit_duration_seconds = Histogram(
             PREFIX + "commit_duration_seconds",
             "Time to make a group of entries durable.",
             buckets=DURATION_BUCKETS_S,
             registry=registry,
         )
-        build = Gauge(PREFIX + "build_info", "Always 1; the version is a label.", ["version"], registry=registry)
-        build.labels(__version__).set(1)
-        ProcessCollector(registry=registry)
         self._tokens = 0
 
     def tokens_verified(self, tokens: int, flops_per_token: int) -> None:

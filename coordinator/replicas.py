@@ -29,7 +29,7 @@ from coordinator.service import PeerService
 from coordinator.store.interface import Store
 from swarm.errors import DatabaseCorrupt, Rejected
 from swarm.identity import Identity
-from swarm.rpc.client import MAX_MESSAGE_BYTES, REASON_KEY, TLS_NAME
+from swarm.rpc.client import MAX_MESSAGE_BYTES, REASON_KEY, RUN_KEY, TLS_NAME
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
 
@@ -120,10 +120,12 @@ class ReplicaService(PeerService):
 
     channels: Channels
     _replica: Replica | None = None
+    _run_key: tuple[tuple[str, str], ...] = ()
 
     def join(self, seat: Seat, address: str) -> Replica:
         """Take part among the replicas, under an address at which they reach this one."""
         self._replica = Replica(self._journal, self._store, seat, address)
+        self._run_key = ((RUN_KEY, self._journal.run_id.hex()),)
         return self._replica
 
     async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:  # noqa: N802
@@ -168,7 +170,9 @@ class ReplicaService(PeerService):
         call = getattr(self.channels.stub(replica.leader), method)
         try:
             answer: M = await call(
-                request, timeout=CALL_TIMEOUT_S, metadata=((PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context)))
+                request,
+                timeout=CALL_TIMEOUT_S,
+                metadata=(*self._run_key, (PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context))),
             )
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from error

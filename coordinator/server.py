@@ -1,4 +1,4 @@
-"""Puts the coordinator together and serves it: `async with Coordinator.serve(signed_manifest, settings) as coordinator`.
+"""Puts the coordinator together and serves it: `async with Coordinator.serve([signed_manifest], settings) as coordinator`.
 
 Nothing outlives the context: tasks, threads, sockets and the database's connections are closed in the reverse order.
 """
@@ -9,10 +9,11 @@ import asyncio
 import datetime
 import fcntl
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
@@ -21,12 +22,13 @@ from grpc_health.v1._async import HealthServicer
 from prometheus_client import CollectorRegistry
 
 from coordinator.admin import AdminService
-from coordinator.gauges import watch
+from coordinator.gauges import watch, watch_calls
 from coordinator.guard import ADDRESS_BURST_S, KEY_BURST_S, Guard
 from coordinator.journal import Journal
 from coordinator.limits import MAX_MESSAGE_BYTES, Ceilings, Rate
-from coordinator.metrics import Metrics
+from coordinator.metrics import CallMetrics, Metrics
 from coordinator.replicas import ReplicaService, channels, is_passed_on, replica_secret
+from coordinator.runs import ByRun, by_run
 from coordinator.service import PeerService
 from coordinator.signatures import SignatureChecker
 from coordinator.snapshot import SNAPSHOT_FILE, Source, keep_fresh
@@ -40,6 +42,7 @@ from swarm.errors import AlreadyRunning, DatabaseCorrupt, PortBusy, Rejected, Us
 from swarm.identity import Identity, public_key_of
 from swarm.ledger import open_manifest
 from swarm.messages import JoinLink, base32, payload_hash
+from swarm.rpc.v1 import coordinator_pb2
 from swarm.rpc.v1.coordinator_pb2_grpc import add_AdminServiceServicer_to_server, add_PeerServiceServicer_to_server
 from swarm.rpc.v1.signed_pb2 import Signed
 
@@ -51,6 +54,10 @@ WITNESS_HINT = "name the peer ids that `swarm identity show` prints in SWARM_COO
 ADMIN_FOLDER = "admin"
 ADMIN_CALLS = 16
 MEMORY_URL = "memory://"
+RUN_PLACE = "{run}"
+DB_HINT = f"write {RUN_PLACE} into the URL where the run's name belongs, as in postgresql://host/swarm_{RUN_PLACE}"
+PEER_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["PeerService"]
+ADMIN_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["AdminService"]
 SHARED = "postgresql"  # databases that several coordinators may use at a time
 GRACE_S = 5.0
 READY_S = 60.0
@@ -94,8 +101,36 @@ class Address:
 
 
 @dataclass(frozen=True)
+class Books:
+    """What is kept of one run."""
+
+    manifest: Signed
+    settings: CoordinatorSettings
+    folder: Path
+    identity: Identity
+    store: Store
+    journal: Journal
+    metrics: Metrics
+
+    @property
+    def run(self) -> str:
+        """The run's id in hexadecimal, as calls name it."""
+        return self.journal.run_id.hex()
+
+
+@dataclass(frozen=True)
+class RunLinks:
+    """How a run is reached: by peers, and by its operator."""
+
+    name: str
+    run_id: bytes
+    link: JoinLink
+    admin_link: JoinLink | None
+
+
+@dataclass(frozen=True)
 class Coordinator:
-    """A running coordinator: where it is, and its parts for tests that look inside."""
+    """A running coordinator: where it is, and its parts for tests that look inside: `journal` and such are the first run's."""
 
     link: JoinLink
     listen: Address
@@ -105,57 +140,116 @@ class Coordinator:
     journal: Journal
     metrics: Metrics
     guard: Guard
-    admin_link: JoinLink | None = None
+    admin_link: JoinLink | None
+    runs: tuple[RunLinks, ...]
 
     @classmethod
     @asynccontextmanager
     async def serve(
-        cls, manifest: Signed, settings: CoordinatorSettings, clock: Clock | None = None
+        cls, manifests: Sequence[Signed], settings: CoordinatorSettings, clock: Clock | None = None
     ) -> AsyncIterator[Coordinator]:
-        """Serve the run of an owner-signed manifest until the context is left.
+        """Serve the runs of owner-signed manifests until the context is left.
 
-        Raises `ManifestInvalid`, `PortBusy`, `AlreadyRunning`, `KeyFileError` or `DatabaseCorrupt`.
+        Raises `ManifestInvalid`, `PortBusy`, `AlreadyRunning`, `KeyFileError`, `DatabaseCorrupt` or `UsageError`.
         """
         clock = clock or SystemClock()
-        open_manifest(manifest)
         require_tls_1_3()
-        folder = state_folder(settings, payload_hash(manifest))
+        registry = CollectorRegistry()
         async with AsyncExitStack() as stack:
-            stack.enter_context(locked(folder))
-            identity = Identity.load_or_create(folder / KEY_FILE)
+            calls = CallMetrics(registry)
+            kept = [
+                await stack.enter_async_context(
+                    _books(manifest, settings_of_run(settings, manifest, len(manifests)), clock, metrics)
+                )
+                for manifest, metrics in zip(manifests, _metrics(registry, calls, manifests), strict=True)
+            ]
+            first = kept[0]
             now = datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC)
-            certificate = Certificate.load_or_create(folder, now)
-            store = stack.enter_context(_store(settings, folder))
-            metrics = Metrics(CollectorRegistry())
-            snapshot = None if settings.db == MEMORY_URL else folder / SNAPSHOT_FILE
-            journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s, snapshot)
-            shared = settings.db.startswith(SHARED)
-            await asyncio.to_thread(journal.read if shared else journal.load)
-            if snapshot is not None:
-                source = Source(database_url(settings, folder), identity.peer_id, snapshot)
-                await stack.enter_async_context(_background(keep_fresh(source, lambda: len(journal.tree))))
+            certificate = Certificate.load_or_create(first.folder, now)
             checker = await stack.enter_async_context(SignatureChecker())
-            guard = _guard(settings, journal, identity, clock, metrics)
-            watch(metrics, journal, guard)
-            kind = ReplicaService if shared else PeerService
-            witnessed = Witnessed(_peer_ids(settings.witnesses, "a witness's key", WITNESS_HINT))
-            service = kind(journal, store, identity, manifest, clock, metrics, guard, checker, witnessed)
-            await stack.enter_async_context(_background(journal.run()))
-            await stack.enter_async_context(_background(_ticks(journal, metrics, clock)))
+            guard = _guard(settings, kept, clock, calls)
+            watch_calls(calls, guard)
+            services = {books.run: _service(books, clock, guard, checker) for books in kept}
+            for books in kept:
+                await stack.enter_async_context(_background(books.journal.run()))
+                await stack.enter_async_context(_background(_ticks(books.journal, books.metrics, clock)))
+            service = by_run(PEER_SERVICE, services)
             listen = await stack.enter_async_context(_grpc(service, guard, certificate, settings))
-            if isinstance(service, ReplicaService):
-                await stack.enter_async_context(_among_replicas(service, settings, listen, certificate))
-            link = _link(settings, listen, journal.run_id, certificate)
-            admin_link = await stack.enter_async_context(_admin(settings, journal, store, clock, metrics, folder))
-            page = await stack.enter_async_context(_web(settings, journal, identity, metrics, link))
-            log.info("coordinator_started", listen=str(listen), entries=len(journal.tree), run=journal.run_id.hex())
-            yield cls(link, listen, page, identity, folder, journal, metrics, guard, admin_link)
+            for books in kept:
+                replica = services[books.run]
+                if isinstance(replica, ReplicaService):
+                    await stack.enter_async_context(_among_replicas(replica, books.settings, listen, certificate))
+            links = {books.run: _link(settings, listen, books.journal.run_id, certificate) for books in kept}
+            admin_links = await stack.enter_async_context(_admin(settings, kept, clock, calls))
+            page = await stack.enter_async_context(_web(settings, kept, registry, links))
+            runs = tuple(
+                RunLinks(books.journal.manifest.name, books.journal.run_id, links[books.run], admin_links.get(books.run))
+                for books in kept
+            )
+            for books in kept:
+                log.info("coordinator_started", listen=str(listen), entries=len(books.journal.tree), run=books.run)
+            link, admin_link = runs[0].link, runs[0].admin_link
+            folder, journal = first.folder, first.journal
+            yield cls(link, listen, page, first.identity, folder, journal, first.metrics, guard, admin_link, runs)
         log.info("coordinator_stopped")
+
+
+def settings_of_run(settings: CoordinatorSettings, manifest: Signed, runs: int) -> CoordinatorSettings:
+    """The settings with the folder and the database of one of several runs. Raises `UsageError` where they would share one."""
+    if runs == 1:
+        return settings
+    name = run_name(payload_hash(manifest))
+    if settings.db not in ("", MEMORY_URL) and RUN_PLACE not in settings.db:
+        raise UsageError("several runs in one database", DB_HINT)
+    folder = None if settings.state_dir is None else settings.state_dir / name
+    return settings.model_copy(update={"db": settings.db.replace(RUN_PLACE, name), "state_dir": folder})
+
+
+def run_name(run_id: bytes) -> str:
+    """What a run's folder is called."""
+    return base32(run_id)[:16]
+
+
+def _metrics(registry: CollectorRegistry, calls: CallMetrics, manifests: Sequence[Signed]) -> list[Metrics]:
+    """The metrics of each run: in `registry` as they are, or, where there are several runs, with the run's name as a label."""
+    if len(manifests) == 1:
+        return [Metrics(registry, calls)]
+    made = {run_name(payload_hash(manifest)): Metrics(CollectorRegistry(), calls) for manifest in manifests}
+    if len(made) != len(manifests):
+        raise UsageError("a run is named twice", "name each run once: swarm coordinator --run one.yaml --run other.yaml")
+    registry.register(ByRun({name: metrics.registry for name, metrics in made.items()}))
+    return list(made.values())
+
+
+@asynccontextmanager
+async def _books(manifest: Signed, settings: CoordinatorSettings, clock: Clock, metrics: Metrics) -> AsyncIterator[Books]:
+    """Open what is kept of a run, and keep its snapshot fresh."""
+    open_manifest(manifest)
+    folder = state_folder(settings, payload_hash(manifest))
+    async with AsyncExitStack() as stack:
+        stack.enter_context(locked(folder))
+        identity = Identity.load_or_create(folder / KEY_FILE)
+        store = stack.enter_context(_store(settings, folder))
+        snapshot = None if settings.db == MEMORY_URL else folder / SNAPSHOT_FILE
+        journal = Journal(store, identity, manifest, clock, metrics, settings.presence_ttl_s, snapshot)
+        await asyncio.to_thread(journal.read if settings.db.startswith(SHARED) else journal.load)
+        if snapshot is not None:
+            source = Source(database_url(settings, folder), identity.peer_id, snapshot)
+            await stack.enter_async_context(_background(keep_fresh(source, lambda: len(journal.tree))))
+        watch(metrics, journal)
+        yield Books(manifest, settings, folder, identity, store, journal, metrics)
+
+
+def _service(books: Books, clock: Clock, guard: Guard, checker: SignatureChecker) -> PeerService:
+    settings = books.settings
+    kind = ReplicaService if settings.db.startswith(SHARED) else PeerService
+    witnessed = Witnessed(_peer_ids(settings.witnesses, "a witness's key", WITNESS_HINT))
+    return kind(books.journal, books.store, books.identity, books.manifest, clock, books.metrics, guard, checker, witnessed)
 
 
 def state_folder(settings: CoordinatorSettings, run_id: bytes) -> Path:
     """Where the run's keys and database are."""
-    return settings.state_dir or data_path() / "coordinator" / base32(run_id)[:16]
+    return settings.state_dir or data_path() / "coordinator" / run_name(run_id)
 
 
 def database_url(settings: CoordinatorSettings, folder: Path) -> str:
@@ -211,16 +305,18 @@ def _reachable(listen: Address) -> Address:
     return Address(_own_address() if listen.host in WILDCARDS else listen.host, listen.port)
 
 
-def _guard(settings: CoordinatorSettings, journal: Journal, identity: Identity, clock: Clock, metrics: Metrics) -> Guard:
-    secret = replica_secret(identity) if settings.db.startswith(SHARED) else ""
+def _guard(settings: CoordinatorSettings, kept: Sequence[Books], clock: Clock, metrics: CallMetrics) -> Guard:
+    """The runs' common limits. Who is admitted to any run may make the calls of peers; whether to this one, its journal says."""
+    secrets = [replica_secret(books.identity) for books in kept] if settings.db.startswith(SHARED) else []
+    journals = [books.journal for books in kept]
     per_address, per_key = settings.calls_per_address_per_s, settings.calls_per_key_per_s
     return Guard(
         clock,
         metrics,
-        lambda peer_id: not journal.is_writer or journal.credits.is_admitted(journal.run_id, peer_id),
+        lambda peer_id: any(not each.is_writer or each.credits.is_admitted(each.run_id, peer_id) for each in journals),
         Rate(per_address, per_address * ADDRESS_BURST_S),
         Rate(per_key, per_key * KEY_BURST_S),
-        lambda context: bool(secret) and is_passed_on(context, secret),
+        lambda context: any(is_passed_on(context, secret) for secret in secrets),
         Ceilings(settings.max_calls, settings.max_calls_per_address, settings.slow_call_s),
         settings.new_keys_per_network_per_hour,
         settings.new_keys_per_account_per_hour,
@@ -255,9 +351,7 @@ async def _ticks(journal: Journal, metrics: Metrics, clock: Clock) -> None:
 
 
 @asynccontextmanager
-async def _grpc(
-    service: PeerService, guard: Guard, certificate: Certificate, settings: CoordinatorSettings
-) -> AsyncIterator[Address]:
+async def _grpc(service: Any, guard: Guard, certificate: Certificate, settings: CoordinatorSettings) -> AsyncIterator[Address]:
     age_ms = int(settings.connection_age_s * 1000)
     ages = (("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", min(age_ms, CLOSING_MS)))
     server = grpc.aio.server(interceptors=(guard,), options=(*SERVER_OPTIONS, *ages))
@@ -285,24 +379,30 @@ async def _started(server: grpc.aio.Server, certificate: Certificate, wanted: Ad
 
 @asynccontextmanager
 async def _admin(
-    settings: CoordinatorSettings, journal: Journal, store: Store, clock: Clock, metrics: Metrics, folder: Path
-) -> AsyncIterator[JoinLink | None]:
-    """The operator's service: an address, a TLS key and a list of admins of its own."""
+    settings: CoordinatorSettings, kept: Sequence[Books], clock: Clock, metrics: CallMetrics
+) -> AsyncIterator[Mapping[str, JoinLink]]:
+    """The operator's service: an address, a TLS key and a list of admins of its own; its link for each run."""
     if not settings.admin_listen:
-        yield None
+        yield {}
         return
     admins = _peer_ids(settings.admin_keys, "an admin's key", ADMIN_HINT)
     if not admins:
         raise UsageError("an admin address without an admin's key", ADMIN_HINT)
-    (folder / ADMIN_FOLDER).mkdir(mode=0o700, exist_ok=True)
-    certificate = Certificate.load_or_create(folder / ADMIN_FOLDER, datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC))
+    folder = kept[0].folder / ADMIN_FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    certificate = Certificate.load_or_create(folder, datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC))
     guard = Guard(clock, metrics, admins.__contains__, ceilings=Ceilings(ADMIN_CALLS, ADMIN_CALLS, settings.slow_call_s))
+    journals = {books.run: books.journal for books in kept}
+    services = {
+        books.run: AdminService(books.journal, books.store, clock, guard, [journals[run] for run in journals if run != books.run])
+        for books in kept
+    }
     server = grpc.aio.server(interceptors=(guard,), options=SERVER_OPTIONS)
-    add_AdminServiceServicer_to_server(AdminService(journal, store, clock, guard), server)
+    add_AdminServiceServicer_to_server(by_run(ADMIN_SERVICE, services), server)
     async with _started(server, certificate, Address.parse(settings.admin_listen)) as listen:
         address = _reachable(listen)
         host = f"[{address.host}]" if ":" in address.host else address.host
-        yield JoinLink(host, address.port, journal.run_id, certificate.fingerprint)
+        yield {books.run: JoinLink(host, address.port, books.journal.run_id, certificate.fingerprint) for books in kept}
 
 
 def _peer_ids(listed: str, what: str, hint: str) -> frozenset[str]:
@@ -353,7 +453,7 @@ def _own_address() -> str:
 
 @asynccontextmanager
 async def _web(
-    settings: CoordinatorSettings, journal: Journal, identity: Identity, metrics: Metrics, link: JoinLink
+    settings: CoordinatorSettings, kept: Sequence[Books], registry: CollectorRegistry, links: Mapping[str, JoinLink]
 ) -> AsyncIterator[Address | None]:
     if not settings.metrics:
         yield None
@@ -366,7 +466,8 @@ async def _web(
     except OSError as error:
         raise _busy(wanted) from error
     with listener:
-        async with web.serve(web.Pages(journal, identity, metrics, str(link)), listener):
+        first = kept[0]
+        async with web.serve(web.Pages(first.journal, first.identity, registry, str(links[first.run])), listener):
             yield Address(wanted.host, listener.getsockname()[1])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -21,7 +21,6 @@ from starlette.routing import Route
 
 from coordinator.explain import explain
 from coordinator.journal import Journal
-from coordinator.metrics import Metrics
 from swarm.credits import FLOPS_PER_CREDIT, Balance
 from swarm.errors import Rejected
 from swarm.identity import Identity, public_key_of
@@ -45,10 +44,10 @@ HEADERS = {
 class Pages:
     """The handlers, over what the journal knows."""
 
-    def __init__(self, journal: Journal, identity: Identity, metrics: Metrics, link: str) -> None:
+    def __init__(self, journal: Journal, identity: Identity, registry: CollectorRegistry, link: str) -> None:
         self._journal = journal
         self._identity = identity
-        self._metrics = metrics
+        self._registry = registry
         self._link = link
         self._templates = Environment(
             loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, auto_reload=False
@@ -105,7 +104,7 @@ class Pages:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus exposition."""
-        return Response(generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST, **HEADERS})
+        return Response(generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST, **HEADERS})
 
     async def healthz(self, request: Request) -> Response:
         """200 while the ledger can be written, else 503."""

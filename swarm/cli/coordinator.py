@@ -38,7 +38,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 @app.callback()
 def serve(
     context: typer.Context,
-    run: Annotated[Path | None, typer.Option("--run", help="run.yaml, which is signed now, or run.signed.")] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option("--run", help="run.yaml, which is signed now, or run.signed; several times.")
+    ] = None,
     owner_key: Annotated[Path | None, typer.Option("--owner-key", help=OWNER_KEY_HELP)] = None,
     db: DbOption = None,
     listen: Annotated[str | None, typer.Option("--listen", help="Address for peers.")] = None,
@@ -56,7 +58,7 @@ def serve(
             name = context.invoked_subcommand
             raise UsageError("these options belong to another command", f"write them behind: swarm coordinator {name} ...")
         return
-    if run is None:
+    if not run:
         raise UsageError("which run?", "name its manifest: swarm coordinator --run run.yaml")
     from swarm.config import CoordinatorSettings, load
 
@@ -70,27 +72,27 @@ def serve(
     }
     settings = load(CoordinatorSettings, flags)
     configure_logging(settings.log_level)
-    asyncio.run(_serve(read_run(run, owner_key), settings, link_file, as_json))
+    asyncio.run(_serve([read_run(path, owner_key) for path in run], settings, link_file, as_json))
 
 
-async def _serve(manifest: Signed, settings: CoordinatorSettings, link_file: Path | None, as_json: bool) -> None:
+async def _serve(manifests: list[Signed], settings: CoordinatorSettings, link_file: Path | None, as_json: bool) -> None:
     from coordinator.server import Coordinator
 
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with Coordinator.serve(manifest, settings) as coordinator:
+    async with Coordinator.serve(manifests, settings) as coordinator:
         if link_file is not None:
-            _write_link(link_file, str(coordinator.link))
+            _write_links(link_file, [str(run.link) for run in coordinator.runs])
         _announce(coordinator, as_json)
         await stopped.wait()
 
 
-def _write_link(path: Path, link: str) -> None:
-    """Write the link so that a reader sees all of it or none. Raises `UsageError`."""
+def _write_links(path: Path, links: list[str]) -> None:
+    """Write the links, a line each, so that a reader sees all of them or none. Raises `UsageError`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(link + "\n")
+        temporary.write_text("".join(f"{link}\n" for link in links))
         temporary.replace(path)
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}", "name another file with --link-file") from error
@@ -99,16 +101,26 @@ def _write_link(path: Path, link: str) -> None:
 def _announce(coordinator: Coordinator, as_json: bool) -> None:
     page = coordinator.metrics_address
     if as_json:
-        listen, metrics = str(coordinator.listen), None if page is None else str(page)
-        admin = None if coordinator.admin_link is None else str(coordinator.admin_link)
-        print_json({"link": str(coordinator.link), "listen": listen, "metrics": metrics, "admin": admin})
+        runs = [
+            {"name": run.name, "run_id": run.run_id.hex(), "link": str(run.link), "admin": _text(run.admin_link)}
+            for run in coordinator.runs
+        ]
+        addresses = {"listen": str(coordinator.listen), "metrics": _text(page)}
+        print_json({"link": str(coordinator.link), **addresses, "admin": _text(coordinator.admin_link), "runs": runs})
         return
     fields: dict[str, object] = {"listening on": coordinator.listen}
     if page is not None:
         fields["page and metrics"] = f"http://{page}/"
-    if coordinator.admin_link is not None:
-        fields["admin link"] = coordinator.admin_link
-    print_fields({**fields, "peers join with": f"swarm join {coordinator.link}"})
+    for run in coordinator.runs:
+        which = "" if len(coordinator.runs) == 1 else f" ({run.name})"
+        if run.admin_link is not None:
+            fields[f"admin link{which}"] = run.admin_link
+        fields[f"peers join with{which}"] = f"swarm join {run.link}"
+    print_fields(fields)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 @app.command()

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 TLS_NAME = "swarm-coordinator"
 REASON_KEY = "reason"
+RUN_KEY = "swarm-run"
 TIMEOUT_S = 15.0
 MAX_MESSAGE_BYTES = 4 << 20
 LATER = frozenset({"overloaded", "rate_limited", "too_many_new_keys", "store_failed", "timeout", "internal"})
@@ -117,6 +118,7 @@ class CoordinatorClient:
         self._timeout_s = timeout_s
         self._run: RunInfo | None = None
         self._closed = False
+        self._metadata = ((RUN_KEY, link.run_id.hex()),)
 
     @classmethod
     async def connect(cls, link: JoinLink, timeout_s: float = TIMEOUT_S, spoken: Range = OURS) -> Self:
@@ -204,7 +206,7 @@ class CoordinatorClient:
                 return
 
     async def _entries_once(self, first: int, limit: int) -> AsyncIterator[list[bytes]]:
-        call = self._stub.ListEntries(ListEntriesRequest(first=first, limit=limit))
+        call = self._stub.ListEntries(ListEntriesRequest(first=first, limit=limit), metadata=self._metadata)
         answers, expected = aiter(call), first
         while (answer := await self._settled(asyncio.wait_for(anext(answers, None), self._timeout_s))) is not None:
             if answer.first != expected or not answer.entries:
@@ -251,7 +253,7 @@ class CoordinatorClient:
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         try:
-            call = method(request, timeout=self._timeout_s)
+            call = method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.aio.UsageError as error:
             raise CoordinatorUnreachable("the connection was given up by another call", RETRY_HINT) from error
         return await self._settled(call)

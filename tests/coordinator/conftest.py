@@ -108,7 +108,7 @@ def serve(tmp_path: Path, world: World) -> Serve:
     @asynccontextmanager
     async def start(clock: Clock | None = None, served: World = world, **changes: object) -> AsyncIterator[Coordinator]:
         values = {"listen": "127.0.0.1:0", "state_dir": tmp_path / "state"} | changes
-        async with Coordinator.serve(served.signed_manifest, CoordinatorSettings(**values), clock) as coordinator:
+        async with Coordinator.serve([served.signed_manifest], CoordinatorSettings(**values), clock) as coordinator:
             yield coordinator
 
     return start

@@ -100,7 +100,7 @@ async def test_failure_in_the_background_ends_the_context(world: World, tmp_path
     monkeypatch.setattr("coordinator.journal.Journal.run", fail)
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path, db="memory://")
     with pytest.raises(RuntimeError, match="the writer died"):
-        async with Coordinator.serve(world.signed_manifest, settings):
+        async with Coordinator.serve([world.signed_manifest], settings):
             await asyncio.wait_for(asyncio.Event().wait(), 10)
 
 

@@ -182,7 +182,7 @@ async def test_refused_announcements(serve: Serve, world: World) -> None:
         with pytest.raises(Rejected, match="wrong_kind"):
             await client.announce(world.commit(ALICE, 0))
         assert len(coordinator.journal.tree) == 1
-        reasons = coordinator.metrics.rejected_messages_total
+        reasons = coordinator.metrics.calls.rejected_messages_total
         assert reasons.labels("bad_signature")._value.get() == 2
 
 

@@ -24,7 +24,7 @@ async def test_a_peer_that_has_become_too_old_is_told_while_it_runs(tmp_path: Pa
     world = World()
     node = cast("Any", SimpleNamespace(addresses=["/ip4/127.0.0.1/tcp/1"], learn=lambda peer, addresses: None))
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path / "coordinator", presence_ttl_s=1)
-    async with Coordinator.serve(world.signed_manifest, settings) as coordinator:
+    async with Coordinator.serve([world.signed_manifest], settings) as coordinator:
         coordination = Coordination(coordinator.link, identity(0), tmp_path)
         answers: list[object] = []
         coordination.on_answer = answers.append
@@ -51,7 +51,7 @@ async def test_a_peer_whose_protocol_is_given_up_is_told_while_it_runs(tmp_path:
     world = World()
     node = cast("Any", SimpleNamespace(addresses=["/ip4/127.0.0.1/tcp/1"], learn=lambda peer, addresses: None))
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path / "coordinator", presence_ttl_s=1)
-    async with Coordinator.serve(world.signed_manifest, settings) as coordinator:
+    async with Coordinator.serve([world.signed_manifest], settings) as coordinator:
         coordination = Coordination(coordinator.link, identity(0), tmp_path)
         try:
             assert (await coordination.describe()).protocol == OURS.newest
@@ -69,7 +69,7 @@ async def test_a_peer_that_is_too_new_is_told_at_its_first_question(tmp_path: Pa
     """It waits for the operator, or takes the version that the run has; its key isn't admitted meanwhile."""
     world = World()
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path / "coordinator")
-    async with Coordinator.serve(world.signed_manifest, settings) as coordinator:
+    async with Coordinator.serve([world.signed_manifest], settings) as coordinator:
         coordination = Coordination(coordinator.link, identity(0), tmp_path, spoken=SECOND)
         try:
             with pytest.raises(ProtocolMismatch, match=r"it speaks .* known is .*") as caught:
@@ -85,7 +85,7 @@ async def test_an_admission_of_before_an_update_is_not_shown_to_others(tmp_path:
     world = World()
     node = cast("Any", SimpleNamespace(addresses=["/ip4/127.0.0.1/tcp/1"], learn=lambda peer, addresses: None))
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path / "coordinator")
-    async with Coordinator.serve(world.signed_manifest, settings) as coordinator:
+    async with Coordinator.serve([world.signed_manifest], settings) as coordinator:
         before = Coordination(coordinator.link, identity(0), tmp_path)
         await before.announce(node, Standing(1, "training", "cpu", True))
         await before.close()
