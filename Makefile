@@ -63,9 +63,10 @@ generated: $(INSTALLED) ## Check that generated files are fresh
 	$(BIN)/python -m deploy.dashboards --check
 	$(BIN)/python docs/generate.py --check
 
-linters: $(INSTALLED) ## Check images and the compose file
+linters: $(INSTALLED) ## Check images, the compose file and the Helm chart
 	$(BIN)/hadolint deploy/docker/*.Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
+	$(BIN)/python -m deploy.charts
 
 wire: $(INSTALLED) ## Check that the wire still understands that of the last release
 	$(BIN)/buf lint
