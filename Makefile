@@ -65,7 +65,7 @@ generated: $(INSTALLED) ## Check that generated files are fresh
 
 linters: $(INSTALLED) ## Check images, the compose file and the Helm chart
 	$(BIN)/hadolint deploy/docker/*.Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose/*.yaml
 	$(BIN)/python -m deploy.charts
 
 wire: $(INSTALLED) ## Check that the wire still understands that of the last release

@@ -152,9 +152,8 @@ def test_the_schema_is_closed_everywhere() -> None:
     """Every object either lists its names or is a map of texts, amounts or Kubernetes' own."""
 
     def open_objects(schema: dict[str, Any], place: str) -> list[str]:
-        inside = {**schema.get("properties", {}), **schema.get("$defs", {})} | {
-            "[]": part for part in [schema.get("items")] if part
-        }
+        items = {"[]": schema["items"]} if "items" in schema else {}
+        inside = {**schema.get("properties", {}), **schema.get("$defs", {}), **items}
         found = [each for name, part in inside.items() for each in open_objects(part, f"{place}.{name}")]
         return [*found, place] if "properties" in schema and schema.get("additionalProperties") is not False else found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from swarm import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sys.executable).parent
 IMAGES = sorted((ROOT / "deploy" / "docker").glob("*.Dockerfile"))
 COMPOSE = ROOT / "deploy" / "compose" / "compose.yaml"
+POSTGRESQL = ROOT / "deploy" / "compose" / "postgresql.yaml"
 YAML_FILES = sorted(
     path for pattern in ("*.yaml", "*.yml") for path in (ROOT / "deploy").rglob(pattern) if path.parent.name != "templates"
 )
@@ -21,9 +25,10 @@ each_image = pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 
 
 def services() -> dict[str, dict[str, Any]]:
-    """The services of the compose file, anchors resolved."""
+    """The services of both compose files, anchors resolved."""
     found: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
-    return found
+    added: dict[str, dict[str, Any]] = yaml.safe_load(POSTGRESQL.read_text())["services"]
+    return {**found, "postgresql": added["postgresql"]}
 
 
 @each_image
@@ -59,15 +64,45 @@ def test_build_context_holds_only_sources() -> None:
 
 
 def test_compose_fits_its_schema() -> None:
-    """The compose file is one."""
-    command = [str(TOOLS / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
+    """The compose files are such."""
+    command = [str(TOOLS / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE), str(POSTGRESQL)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_compose_has_the_whole_swarm() -> None:
-    """Coordinator, three peers, Prometheus and Grafana."""
-    assert set(services()) == {"coordinator", "peer-1", "peer-2", "peer-3", "prometheus", "grafana"}
+    """Coordinator, Prometheus and Grafana; PostgreSQL with a file of its own, and three peers with a profile."""
+    peers = {"peer-1", "peer-2", "peer-3"}
+    assert set(services()) == {"coordinator", "prometheus", "grafana", "postgresql"} | peers
+    assert {name for name, service in services().items() if service.get("profiles")} == peers
+
+
+def test_only_the_coordinator_reaches_the_database() -> None:
+    """They have a network of their own, from which nothing leads outside; the password stands in no file of ours."""
+    document = yaml.safe_load(POSTGRESQL.read_text())
+    members = {name for name, service in document["services"].items() if "database" in service["networks"]}
+    assert members == {"coordinator", "postgresql"}
+    assert document["networks"]["database"]["internal"] is True
+    assert document["services"]["postgresql"]["networks"] == ["database"]
+    assert "ports" not in document["services"]["postgresql"]
+    settings = document["services"]["coordinator"]["environment"]
+    assert re.fullmatch(r"postgresql://swarm:\$\{POSTGRES_PASSWORD:\?[^}]+\}@postgresql/swarm", settings["SWARM_COORDINATOR_DB"])
+    assert {name for name, service in services().items() if "database" in service.get("networks", [])} == {"postgresql"}
+
+
+def test_versions_are_the_packages() -> None:
+    """What compose builds is named after what it is made of."""
+    ours = {service["image"] for service in services().values() if service["image"].startswith("swarm-")}
+    assert {image.partition(":")[2] for image in ours} == {__version__}
+
+
+def test_prometheus_looks_for_the_composed_peers() -> None:
+    """By their names and their metrics port; those that don't run are no targets."""
+    jobs = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    ((found,),) = [job["dns_sd_configs"] for job in jobs if job["job_name"] == "peer"]
+    peers = {name: service for name, service in services().items() if name.startswith("peer-")}
+    assert set(found["names"]) == set(peers)
+    assert {tuple(service["expose"]) for service in peers.values()} == {(str(found["port"]),)}
 
 
 @pytest.mark.parametrize("name", services())
@@ -89,9 +124,9 @@ def test_published_ports_are_local(name: str) -> None:
 
 def test_every_named_volume_is_declared() -> None:
     """Compose refuses an undeclared volume only when it starts; this says so before."""
-    document = yaml.safe_load(COMPOSE.read_text())
+    declared = [name for path in (COMPOSE, POSTGRESQL) for name in yaml.safe_load(path.read_text())["volumes"]]
     used = {volume.split(":")[0] for service in services().values() for volume in service.get("volumes", [])}
-    assert {name for name in used if not name.startswith(".")} == set(document["volumes"])
+    assert {name for name in used if not name.startswith(".")} == set(declared)
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: str(path.relative_to(ROOT / "deploy")))
