@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import helm_python
+import httpx
 import pytest
 import yaml
 
 from deploy import charts
 from swarm import __version__
 from swarm.config import CoordinatorSettings, PeerSettings
+from tests.world import World
 
 ALONE: dict[str, Any] = {"coordinator": {"run": {"existingConfigMap": "run"}}}
 each_case = pytest.mark.parametrize("case", charts.CASES, ids=lambda case: case.stem)
@@ -321,3 +325,30 @@ def test_keys_are_put_in_place_once(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "keys")
     os.remove(kept)
     assert (start(), list((tmp_path / "data" / "state").iterdir())) == (0, [])
+
+
+def test_a_pods_coordinator_starts_and_answers_its_probes(tmp_path: Path) -> None:
+    """The rendered arguments and settings, with this machine's folders and free ports: every probe's page says 200."""
+    signed = World().signed_manifest
+    (tmp_path / "run.signed").write_bytes(signed.SerializeToString())
+    (pod,) = pods(changed(case("sqlite"), "coordinator.admin", {"enabled": False}))
+    container = pod["containers"][0]
+    here = {"/run-files": str(tmp_path), "0.0.0.0:4300": "127.0.0.1:0", "0.0.0.0:9400": "127.0.0.1:0"}
+
+    def on_this_machine(text: str) -> str:
+        return functools.reduce(lambda known, pair: known.replace(*pair), here.items(), text)
+
+    given = {name: value for name, value in environment(pod).items() if isinstance(value, str)}
+    given |= {"SWARM_COORDINATOR_STATE_DIR": str(tmp_path / "state"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "swarm.cli.main", *map(on_this_machine, container["args"]), "--json"]
+    with subprocess.Popen(command, env={**os.environ, **given}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
+            answers = [httpx.get(f"http://{told['metrics']}{path}", timeout=20).status_code for path in probes]
+        finally:
+            process.terminate()
+    assert answers == [200, 200, 200]
+    assert told["link"].startswith("swarm://run.example.org:4300/")
+    assert process.returncode == 0

@@ -48,6 +48,12 @@ def test_every_alert_is_tested_and_has_a_runbook(rule: dict[str, dict[str, str]]
     assert f"alertname: {name}" in (FOLDER / "alerts_test.yml").read_text()
 
 
+def test_every_runbook_belongs_to_an_alert() -> None:
+    """The operator's page has a section for each alert, and none for an alert that is gone."""
+    sections = (ROOT / "docs" / "operations.md").read_text().partition("\n## Alerts\n")[2]
+    assert sorted(re.findall(r"^### (.*)$", sections, re.MULTILINE)) == sorted(str(rule["alert"]) for rule in ALERTS)
+
+
 def test_recording_rules_are_named_by_level_metric_and_operation() -> None:
     """Recording rules follow Prometheus' convention level:metric:operations."""
     assert all(re.fullmatch(r"swarm:[a-z0-9_]+:[a-z0-9_]+", rule["record"]) for rule in RULES if "record" in rule)
