@@ -90,6 +90,7 @@ def test_the_defaults_need_a_run_and_nothing_else() -> None:
     ("path", "value"),
     [
         ("coordinater", {}),
+        ("fullnameOverride", "Swarm.1"),
         ("coordinator.replica", 2),
         ("coordinator.replicas", 0),
         ("coordinator.replicas", "3"),
@@ -106,6 +107,7 @@ def test_the_defaults_need_a_run_and_nothing_else() -> None:
         ("coordinator.image.tag", "latest"),
         ("coordinator.image.digest", "sha256:1"),
         ("coordinator.resources.limits.gpus", "1"),
+        ("coordinator.resources.limits.memory", "1 GB"),
         ("coordinator.terminationGracePeriodSeconds", 1),
         ("peers.link", "https://example.org"),
         ("peers.terminationGracePeriodSeconds", 30),
