@@ -66,6 +66,7 @@ async def test_one_writes_and_all_answer(replica: Start, world: World) -> None:
     """Whatever replica a peer talks to, there is one ledger: reads from every replica agree, receipts hold everywhere."""
     async with replica("first") as first, replica("second") as second, connected(first) as one, connected(second) as two:
         assert [first.journal.is_writer, second.journal.is_writer] == [True, False]
+        assert [each.metrics.registry.get_sample_value("swarm_coordinator_writer") for each in (first, second)] == [1, 0]
         assert first.link.fingerprint == second.link.fingerprint
         await announce_all(two, first, world)
         receipts = [receipt for number in range(3) for receipt in await report_round([two, one], world, number)]
