@@ -36,7 +36,7 @@ from peer.recipes import demo_manifest
 from peer.sketch import BLOCKS, Sketcher, sketch_seed
 from peer.trainer import Trainer, Vector
 from swarm import manifest
-from swarm.audits import FAILED, Case, draw_case
+from swarm.audits import FAILED, Case, draw_case, escape_chance
 
 AUDITS, QUICK_AUDITS = 10_000, 200
 HISTORIES, QUICK_HISTORIES = 4000, 100
@@ -237,6 +237,10 @@ class Audits:
                 )
                 kind = "full_faking" if name == "everything made up" else "skip10"
                 worst[kind] = max(worst.get(kind, 0.0), statistics.median(lasted))
+        rate = manifest.Audit().rate
+        for kind, faked in (("full_faking", 1.0), ("skip10", SKIPPED)):
+            chance = escape_chance(rate, faked, int(worst[kind]))
+            out.row("computed chance to escape until the median of the worst row", kind=kind, rounds=worst[kind], chance=chance)
         how = f"the worst row: {histories} histories each, drawn as the ledger draws, judged against work computed again"
         out.figure("full_faking_rounds_p50", worst["full_faking"], how, "<= 14")
         out.figure("skip10_rounds_p50", worst["skip10"], how, "<= 150")

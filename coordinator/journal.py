@@ -239,10 +239,10 @@ class Journal:
             )
 
     def _open_run(self) -> None:
-        body = LedgerEntry(run_opened=RunOpened(run_id=self.run_id, manifest=self._signed_manifest))
+        body = self._stamped(LedgerEntry(run_opened=RunOpened(run_id=self.run_id, manifest=self._signed_manifest)))
         row = self._row(body, None)
         self._store.append([row])
-        self.credits.apply(Opening(self.run_id, self.manifest, self._signed_manifest.signer))
+        self.credits.apply(Opening(self.run_id, self.manifest, self._signed_manifest.signer), body.appended_at_us)
         self._adopt([row])
 
     async def _write(self, group: list[_Pending]) -> None:
@@ -273,8 +273,8 @@ class Journal:
     def _decide(self, pending: _Pending) -> None:
         decision = decide(self.state, pending.event, self.now())
         for append in decision.append:
-            body = self._body(append, pending.event)
-            self.credits.apply(_opened(append, self.run_id, body))
+            body = self._stamped(self._body(append, pending.event))
+            self.credits.apply(_opened(append, self.run_id, body), body.appended_at_us)
             if isinstance(append, Confirmation):
                 self._metrics.audits_drawn_total.inc(self.credits.drawn_audits(self.run_id, append.round))
             pending.rows.append(self._row(body, _key(append)))
@@ -356,8 +356,11 @@ class Journal:
         """The time by both clocks."""
         return Now(self._clock.wall_s(), self._clock.monotonic_s())
 
-    def _row(self, body: LedgerEntry, key: bytes | None) -> Row:
+    def _stamped(self, body: LedgerEntry) -> LedgerEntry:
         body.appended_at_us = int(self._clock.wall_s() * 1e6)
+        return body
+
+    def _row(self, body: LedgerEntry, key: bytes | None) -> Row:
         entry = body.SerializeToString(deterministic=True)
         self._size += 1
         return Row(self._size - 1, leaf_hash(entry), entry, key)

@@ -101,3 +101,12 @@ def _draw(about: hashlib.blake2b, name: str) -> bytes:
     drawn = about.copy()
     drawn.update(name.encode())
     return drawn.digest()
+
+
+def escape_chance(rate: float, faked: float, rounds: int) -> float:
+    """The chance that who fakes a share `faked` of each contribution isn't found out in so many rounds.
+
+    For a key that isn't new, among honest auditors: an audit looks at one piece of the work that nobody chooses, so it meets what
+    is faked with that share's chance, and the second auditor looks at the same piece. `bench.audit` measures it.
+    """
+    return float((1 - rate * faked) ** rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarm.audits import CONVICTED, FAILED, MOST_WRONG, WITHHELD, draw_case
+from swarm.audits import CONVICTED, FAILED, MOST_WRONG, PASSED, WITHHELD, Case, draw_case
 from swarm.credit_records import RoundRecord, RunRecord, Standings
 from swarm.entries import Confirmation, Finding
 from swarm.errors import Rejected
@@ -40,10 +40,11 @@ def _judge_conviction(run: RunRecord, finding: Finding) -> None:
 def draw_audits(run: RunRecord, confirmation: Confirmation, current: RoundRecord) -> None:
     """Open a case for each of the round's commits that is drawn: all of a new key's."""
     terms = run.terms
+    commits = current.proposals[confirmation.proposal_hash].nomination.commits
+    run.audits.contributions += sum(item.weight > 0 for item in commits.values())
     if not terms.audit_rate and not terms.audit_first:
         return
     usual = confirmation.audit_rate or terms.audit_rate
-    commits = current.proposals[confirmation.proposal_hash].nomination.commits
     working = {peer: run.members[peer] for peer, item in commits.items() if item.weight and peer not in run.suspended}
     for peer_id, member in working.items():
         rate = 1.0 if member.contributions < terms.audit_first else usual
@@ -53,6 +54,7 @@ def draw_audits(run: RunRecord, confirmation: Confirmation, current: RoundRecord
         case = draw_case(confirmation.beacon, number, peer_id, commits[peer_id].commit_hash, rate, others)
         if case is not None:
             current.cases[peer_id] = case
+            run.audits.drawn += 1
 
 
 def take_finding(run: RunRecord, finding: Finding) -> None:
@@ -68,6 +70,7 @@ def take_finding(run: RunRecord, finding: Finding) -> None:
     case.findings[finding.auditor] = finding.finding
     if case.outcome:
         del cases[finding.peer_id]
+        _note_outcome(run, case)
     for auditor in case.wrong:
         member = run.members[auditor]
         member.wrong_audits += 1
@@ -80,12 +83,24 @@ def take_finding(run: RunRecord, finding: Finding) -> None:
         _suspend(run, finding.peer_id, finding.reason)
 
 
+def _note_outcome(run: RunRecord, case: Case) -> None:
+    """Count the case, and remember who was right."""
+    outcome = case.outcome
+    setattr(run.audits, outcome, getattr(run.audits, outcome) + 1)
+    if outcome == PASSED:
+        run.members[case.duty.peer_id].tally.vouched += 1
+    for auditor, finding in case.findings.items():
+        tally = run.members[auditor].tally
+        tally.audits += finding == outcome and outcome in (PASSED, FAILED)
+        tally.caught += finding == outcome == FAILED
+
+
 def _suspend(run: RunRecord, peer_id: str, reason: str) -> None:
     """Take all of a key's credit that isn't final, and take nothing more from it."""
     run.suspended[peer_id] = reason
     run.accusers.pop(peer_id, None)
     for number, current in run.rounds.items():
-        current.cases.pop(peer_id, None)
+        run.audits.moot += current.cases.pop(peer_id, None) is not None
         _void(run, number, peer_id)
     run.standings = Standings(run.tallies.values())
 

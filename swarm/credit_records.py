@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from swarm.audits import Case
 from swarm.entries import Claim, Confirmation, Nomination, Permission
+from swarm.history import History
 from swarm.manifest import DiLoCo, Manifest
 
 FLOPS_PER_CREDIT = 10**15
@@ -86,6 +87,17 @@ class RoundSet:
     def __contains__(self, number: int) -> bool:
         return bisect_right(self._bounds, number) % 2 == 1
 
+    def newest(self, limit: int, before: int | None = None) -> list[int]:
+        """The largest numbers, those below `before` where there is one; the largest first."""
+        found: list[int] = []
+        for place in range(len(self._bounds) - 2, -1, -2):
+            start, end = self._bounds[place : place + 2]
+            end = end if before is None else min(end, before)
+            found += range(end - 1, max(start, end - limit + len(found)) - 1, -1)
+            if len(found) >= limit:
+                break
+        return found
+
     def add(self, number: int) -> None:
         """Put `number` into the set."""
         place = bisect_right(self._bounds, number)
@@ -100,13 +112,17 @@ class RoundSet:
 
 @dataclass(slots=True)
 class Tally:
-    """One account's tokens by state."""
+    """One account's tokens by state, and what else it is remembered for: see `swarm.badges.Deeds`."""
 
     account: str
     pending: int = 0
     verified: int = 0
     final: int = 0
     rounds: int = 0
+    first: int | None = None
+    audits: int = 0
+    caught: int = 0
+    vouched: int = 0
 
 
 def rank(tally: Tally) -> tuple[int, str]:
@@ -140,6 +156,33 @@ class Standings:
 
 
 @dataclass(slots=True)
+class AuditTotals:
+    """What became of a run's audits. Every contribution that is drawn opens a case; those of no other kind are still open.
+
+    A case lapses when its round's credit becomes final, and is moot once its author is suspended for something else.
+    """
+
+    contributions: int = 0
+    drawn: int = 0
+    passed: int = 0
+    failed: int = 0
+    withheld: int = 0
+    undecided: int = 0
+    lapsed: int = 0
+    moot: int = 0
+
+    @property
+    def done(self) -> int:
+        """Audits that came to something."""
+        return self.passed + self.failed + self.withheld
+
+    @property
+    def open(self) -> int:
+        """Audits that go on."""
+        return self.drawn - self.done - self.undecided - self.lapsed - self.moot
+
+
+@dataclass(slots=True)
 class Member:
     """An admitted key; with a certificate, what it earns goes to an account until it expires or is revoked.
 
@@ -168,7 +211,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class RoundRecord:
-    """A round that isn't settled."""
+    """A round that isn't settled; once it is confirmed, `place` is its place among the confirmed ones."""
 
     proposals: dict[bytes, Candidate] = field(default_factory=dict)
     ballots: set[tuple[tuple[int, int], str]] = field(default_factory=set)
@@ -180,6 +223,7 @@ class RoundRecord:
     weight: int = 0
     void: set[str] = field(default_factory=set)
     cases: dict[str, Case] = field(default_factory=dict)
+    place: int = 0
 
     @property
     def next_roster(self) -> frozenset[str] | None:
@@ -212,3 +256,12 @@ class RunRecord:
     tokens: int = 0
     suspended: dict[str, str] = field(default_factory=dict)
     accusers: dict[str, set[str]] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    audits: AuditTotals = field(default_factory=AuditTotals)
+    certified: dict[str, list[str]] = field(default_factory=dict)
+
+    def keys(self, account: str) -> list[str]:
+        """The keys that earn for an account."""
+        own = self.members.get(account)
+        mine = [account] if own is not None and own.tally.account == account else []
+        return [*mine, *self.certified.get(account, ())]

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
+from operator import attrgetter
 from typing import Any
 
 from pydantic import ValidationError
 
 from swarm.audits import Case, Duty
-from swarm.credit_records import Candidate, Member, RoundRecord, RoundSet, RunRecord, Standings, Tally, Terms
+from swarm.credit_records import AuditTotals, Candidate, Member, RoundRecord, RoundSet, RunRecord, Standings, Tally, Terms
 from swarm.credits import CreditState
 from swarm.entries import Claim, Commitment, Confirmation, Nomination, Permission
 from swarm.errors import LedgerInvalid
+from swarm.history import History, Point
 from swarm.manifest import Manifest
 
-VERSION = 3
+VERSION = 4
+TALLY = attrgetter(*Tally.__dataclass_fields__)
 
 Json = Any  # what json.loads gives; a snapshot that doesn't have the expected shape is refused as a whole
 
@@ -48,7 +52,7 @@ def _dump_run(run: RunRecord) -> Json:
         "manifest": run.manifest.canonical_bytes.decode(),
         "owner": run.owner,
         "tickets": [[ticket.hex(), uses] for ticket, uses in run.tickets.items()],
-        "tallies": [[tally.account, tally.pending, tally.verified, tally.final, tally.rounds] for tally in run.tallies.values()],
+        "tallies": [TALLY(tally) for tally in run.tallies.values()],
         "members": [[peer_id, places[id(member.tally)], *_dump_member(member)] for peer_id, member in run.members.items()],
         "rounds": [[number, _dump_round(record, places)] for number, record in run.rounds.items()],
         "confirmed": run.confirmed.bounds,
@@ -58,21 +62,29 @@ def _dump_run(run: RunRecord) -> Json:
         "tokens": run.tokens,
         "suspended": run.suspended,
         "accusers": {peer_id: sorted(accusers) for peer_id, accusers in run.accusers.items()},
+        "history": [run.history.stride, [astuple(point) for point in run.history.points]],
+        "audits": astuple(run.audits),
     }
 
 
 def _load_run(run_id: bytes, values: Json) -> RunRecord:
     manifest = Manifest.model_validate_json(values["manifest"])
     tallies = [Tally(*each) for each in values["tallies"]]
+    stride, points = values["history"]
+    members = {
+        peer_id: Member(tallies[place], limit, RoundSet(bounds), *others)
+        for peer_id, place, limit, bounds, *others in values["members"]
+    }
+    certified: dict[str, list[str]] = {}
+    for peer_id, member in members.items():
+        if member.tally.account != peer_id:
+            certified.setdefault(member.tally.account, []).append(peer_id)
     return RunRecord(
         manifest=manifest,
         terms=Terms.of(manifest),
         owner=values["owner"],
         tickets={bytes.fromhex(ticket): uses for ticket, uses in values["tickets"]},
-        members={
-            peer_id: Member(tallies[place], limit, RoundSet(bounds), *others)
-            for peer_id, place, limit, bounds, *others in values["members"]
-        },
+        members=members,
         tallies={tally.account: tally for tally in tallies},
         standings=Standings(tallies),
         rounds={number: _load_round(run_id, number, record, tallies) for number, record in values["rounds"]},
@@ -86,6 +98,9 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
         tokens=values["tokens"],
         suspended=dict(values["suspended"]),
         accusers={peer_id: set(accusers) for peer_id, accusers in values["accusers"].items()},
+        history=History([Point(*each) for each in points], stride),
+        audits=AuditTotals(*values["audits"]),
+        certified=certified,
     )
 
 
@@ -117,6 +132,7 @@ def _dump_round(record: RoundRecord, places: Mapping[int, int]) -> Json:
         "cases": [_dump_case(case) for case in record.cases.values()],
         "weighted_loss": record.weighted_loss,
         "weight": record.weight,
+        "place": record.place,
     }
 
 
@@ -134,6 +150,7 @@ def _load_round(run_id: bytes, number: int, values: Json, tallies: list[Tally]) 
         cases={case.duty.peer_id: case for case in map(_load_case, values["cases"])},
         weighted_loss=values["weighted_loss"],
         weight=values["weight"],
+        place=values["place"],
     )
 
 

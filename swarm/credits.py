@@ -25,10 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from swarm.audits import Duty
+from swarm.badges import Deeds
 from swarm.credit_audits import check_suspended, draw_audits, judge_finding, take_finding
 from swarm.credit_records import (
     FLOPS_PER_CREDIT,
     KEPT,
+    AuditTotals,
     Balance,
     Candidate,
     Member,
@@ -52,9 +54,9 @@ from swarm.entries import (
     Revocation,
     check_signature,
     open_body,
-    open_entry,
 )
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
+from swarm.history import History
 from swarm.ledger import parse_entry
 from swarm.manifest import Manifest
 from swarm.merkle import MerkleTree, leaf_hash
@@ -188,6 +190,37 @@ class CreditState:
         """The keys that audits have suspended, and what they found."""
         return self._run(run_id).suspended
 
+    def audit_totals(self, run_id: bytes) -> AuditTotals:
+        """What became of the run's audits."""
+        return self._run(run_id).audits
+
+    def history(self, run_id: bytes) -> History:
+        """The course of the run over its confirmed rounds."""
+        return self._run(run_id).history
+
+    def keys(self, run_id: bytes, account: str) -> list[str]:
+        """The keys that earn for an account."""
+        return self._run(run_id).keys(account)
+
+    def newest_reports(self, run_id: bytes, peer_id: str, limit: int, before: int | None = None) -> list[int]:
+        """The last rounds that a key has reported, below `before` where there is one; the newest first."""
+        member = self._run(run_id).members.get(peer_id)
+        return [] if member is None else member.reported.newest(limit, before)
+
+    def deeds(self, run_id: bytes, account: str) -> Deeds:
+        """What badges go by."""
+        run = self._run(run_id)
+        tally = run.tallies.get(account)
+        if tally is None:
+            return Deeds()
+        earned = (tally.verified + tally.final) * run.terms.flops_per_token
+        suspended = bool(run.suspended) and any(key in run.suspended for key in run.keys(account))
+        return Deeds(earned, tally.rounds, tally.first, tally.audits, tally.caught, tally.vouched, suspended)
+
+    def account_count(self, run_id: bytes) -> int:
+        """Number of accounts."""
+        return len(self._run(run_id).tallies)
+
     def progress(self, run_id: bytes) -> Progress:
         """The newest confirmed round; its loss is the mean over the verified commits, by weight."""
         run = self._run(run_id)
@@ -204,11 +237,11 @@ class CreditState:
         tally = run.tallies.get(peer_id) if member is None else member.tally
         return Balance(peer_id, peer_id) if tally is None else _balance(run, peer_id, tally)
 
-    def leaderboard(self, run_id: bytes, limit: int) -> list[Balance]:
-        """The accounts that earned most, best first."""
-        run = self._run(run_id)
-        best = run.standings.first(limit) if limit <= KEPT else heapq.nsmallest(limit, run.tallies.values(), key=rank)
-        return [_balance(run, tally.account, tally) for tally in best]
+    def leaderboard(self, run_id: bytes, limit: int, first: int = 0) -> list[Balance]:
+        """The accounts that earned most, best first; from place `first` on. Cheap as far as `KEPT` places."""
+        run, end = self._run(run_id), first + limit
+        best = run.standings.first(end) if end <= KEPT else heapq.nsmallest(end, run.tallies.values(), key=rank)
+        return [_balance(run, tally.account, tally) for tally in best[first:]]
 
     def balances(self, run_id: bytes) -> dict[str, Balance]:
         """Every account's balance."""
@@ -242,8 +275,8 @@ class CreditState:
         self._judge_nomination(nomination)
         self._judge_listed(self._judge_claimant(claim), nomination, claim)
 
-    def apply(self, opened: Opened) -> None:
-        """Take in the next entry. Raises `Rejected` and changes nothing if it breaks a rule."""
+    def apply(self, opened: Opened, at_us: int = 0) -> None:
+        """Take in the next entry, appended at `at_us`. Raises `Rejected` and changes nothing if it breaks a rule."""
         self.judge(opened)
         match opened:
             case Claim():
@@ -253,7 +286,7 @@ class CreditState:
                 current.ballots.add((opened.ballot, opened.leader))
                 current.proposals[opened.proposal_hash] = Candidate(opened)
             case Confirmation():
-                _confirm(self._runs[opened.run_id], opened)
+                _confirm(self._runs[opened.run_id], opened, at_us)
             case Admission():
                 _admit(self._runs[opened.run_id], opened)
             case Permission():
@@ -395,8 +428,9 @@ def apply_entry(state: CreditState, index: int, entry: bytes, check_signatures: 
     if index != state.size:
         raise LedgerInvalid(f"entry {index}: out of order, expected entry {state.size}")
     try:
-        opened = open_entry(entry, state.coordinator, check_signatures)
-        state.apply(opened)
+        parsed = parse_entry(entry)
+        opened = open_body(parsed, state.coordinator, check_signatures)
+        state.apply(opened, parsed.appended_at_us)
     except (Rejected, ManifestInvalid) as error:
         raise _fault(index, error) from error
     return opened
@@ -496,14 +530,18 @@ def _admit(run: RunRecord, admission: Admission) -> None:
         ticket = admission.invited.ticket
         run.tickets[ticket] = run.tickets.get(ticket, 0) + 1
     tally = run.tallies.setdefault(admission.account, Tally(admission.account))
+    before = run.members.get(admission.peer_id)
+    if admission.account != admission.peer_id and (before is None or before.tally is not tally):
+        run.certified.setdefault(admission.account, []).append(admission.peer_id)
     member = run.members.setdefault(admission.peer_id, Member(tally, admission.weight_limit))
     member.tally, member.weight_limit, member.expires_at = tally, admission.weight_limit, admission.expires_at
     run.standings.offer(tally)
 
 
-def _confirm(run: RunRecord, confirmation: Confirmation) -> None:
+def _confirm(run: RunRecord, confirmation: Confirmation, at_us: int) -> None:
     current = run.rounds[confirmation.round]
     current.confirmed = confirmation
+    current.place = run.history.confirmed(at_us, len(current.proposals[confirmation.proposal_hash].nomination.commits))
     run.confirmed.add(confirmation.round)
     for tally, claim in current.claims:
         tally.pending -= claim.tokens
@@ -522,9 +560,12 @@ def _verify(run: RunRecord, current: RoundRecord, tally: Tally, claim: Claim) ->
     run.tokens += claim.tokens
     current.weighted_loss += claim.weight * claim.loss
     current.weight += claim.weight
+    run.history.contributed(current.place, claim.weight, claim.tokens, claim.loss)
     if claim.peer_id in current.void:
         return
     tally.rounds += claim.weight > 0
+    if claim.weight and (tally.first is None or current.place < tally.first):
+        tally.first = current.place
     if current.final:
         tally.final += claim.tokens
     else:
@@ -536,6 +577,7 @@ def _verify(run: RunRecord, current: RoundRecord, tally: Tally, claim: Claim) ->
 def _finalise(run: RunRecord, number: int) -> None:
     current = run.rounds[number]
     current.final = True
+    run.audits.lapsed += len(current.cases)
     current.cases = {}
     for tally, tokens, _ in current.held:
         tally.verified -= tokens

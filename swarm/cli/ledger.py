@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from swarm.badges import Badge, badges_of
 from swarm.cli.output import format_credits, print_fields, print_json, print_table
 from swarm.config import LINK_HELP, find_link
 from swarm.credits import Balance, CreditState, verify_ledger
@@ -112,13 +113,21 @@ def _print_result(copy: LedgerCopy, state: CreditState, receipts: int, as_json: 
     }
     if as_json:
         progress = state.progress(copy.run_id)
-        more = {"confirmed_round": progress.confirmed_round, "tokens": progress.tokens}
+        more: dict[str, object] = {"confirmed_round": progress.confirmed_round, "tokens": progress.tokens}
+        honoured = {account: [f"{badge.name}:{badge.level}" for badge in _badges(copy, state, account)] for account in balances}
+        more["badges"] = {account: names for account, names in honoured.items() if names}
         print_json({**fields, **more, "balances": [item._asdict() for item in balances.values()]})
         return
     print_fields(fields)
-    rows = [_row(item) for item in state.leaderboard(copy.run_id, SHOWN_BALANCES)]
-    print_table(("account", "credits", "pending", "tokens"), rows, numbers=("credits", "pending", "tokens"))
+    best = state.leaderboard(copy.run_id, SHOWN_BALANCES)
+    rows = [_row(item, _badges(copy, state, item.account)) for item in best]
+    print_table(("account", "credits", "pending", "tokens", "badges"), rows, numbers=("credits", "pending", "tokens"))
 
 
-def _row(item: Balance) -> tuple[str, str, str, int]:
-    return item.account, format_credits(item.earned_flops), format_credits(item.pending_flops), item.tokens
+def _badges(copy: LedgerCopy, state: CreditState, account: str) -> list[Badge]:
+    return badges_of(state.deeds(copy.run_id, account))
+
+
+def _row(item: Balance, badges: list[Badge]) -> tuple[str, str, str, int, str]:
+    titles = ", ".join(f"{badge.title} {badge.level:,}" for badge in badges)
+    return item.account, format_credits(item.earned_flops), format_credits(item.pending_flops), item.tokens, titles

@@ -58,6 +58,10 @@ def test_what_certified_machines_earn_adds_up() -> None:
     assert [rounds(state, key) for key in (ACCOUNT, LAPTOP, DESKTOP, STRANGER)] == [4, 4, 4, 2]
     assert state.leaderboard(WORLD.run_id, 1)[0].account == ACCOUNT.peer_id
     assert rounds(load(dump(state)), ACCOUNT) == 4
+    for each in (state, load(dump(state))):
+        assert each.keys(WORLD.run_id, ACCOUNT.peer_id) == [LAPTOP.peer_id, DESKTOP.peer_id]
+        assert each.keys(WORLD.run_id, STRANGER.peer_id) == [STRANGER.peer_id]
+        assert each.keys(WORLD.run_id, LAPTOP.peer_id) == []
 
 
 def test_a_machine_is_certified_later() -> None:
@@ -65,6 +69,8 @@ def test_a_machine_is_certified_later() -> None:
     before = [WORLD.admitted(peer) for peer in PEERS]
     state = state_of(*before, *whole_round(0), admitted(LAPTOP), *whole_round(1))
     assert (rounds(state, ACCOUNT), state.balances(WORLD.run_id)[LAPTOP.peer_id].rounds) == (1, 1)
+    assert state.keys(WORLD.run_id, ACCOUNT.peer_id) == [LAPTOP.peer_id]
+    assert state.keys(WORLD.run_id, LAPTOP.peer_id) == []
     assert state.account(WORLD.run_id, LAPTOP.peer_id) == (ACCOUNT.peer_id, NOW + 30 * DAY_S)
 
 

@@ -7,7 +7,19 @@ from itertools import combinations
 
 import pytest
 
-from swarm.audits import FAILED, MOST_AUDITORS, MOST_WRONG, PASSED, UNABLE, WITHHELD, Case, Duty, beacon_of, draw_case
+from swarm.audits import (
+    FAILED,
+    MOST_AUDITORS,
+    MOST_WRONG,
+    PASSED,
+    UNABLE,
+    WITHHELD,
+    Case,
+    Duty,
+    beacon_of,
+    draw_case,
+    escape_chance,
+)
 from swarm.credit_snapshot import dump, load
 from swarm.credits import CreditState, apply_entry, fold
 from swarm.errors import LedgerInvalid
@@ -336,3 +348,39 @@ def test_audits_are_explained() -> None:
     assert explained(guilty, 1)[0] == "failed_audit"
     proposal, reports = WORLD.round(PEERS, 2)
     assert explained([*guilty, entry(proposed=proposal), *(entry(reported=each) for each in reports[1:])], 2)[0] == "suspended"
+
+
+def test_what_becomes_of_audits_is_counted() -> None:
+    """Every case is in one count; contributions are counted whether they are drawn or not."""
+    rounds = [*a_round(0), *a_round(1), *a_round(2)]
+    totals = after(*rounds).audit_totals(WORLD.run_id)
+    assert (totals.contributions, totals.drawn, totals.open, totals.done) == (18, 12, 12, 0)
+    state = after(*verdicts(rounds, FAILED, FAILED))
+    totals = state.audit_totals(WORLD.run_id)
+    assert (totals.failed, totals.moot, totals.open, totals.done) == (1, 1, 10, 1)
+    later = [each for number in range(3, 7) for each in a_round(number, PEERS[1:])]
+    totals = after(*verdicts(rounds, FAILED, FAILED), *later).audit_totals(WORLD.run_id)
+    assert (totals.lapsed, totals.open) == (10, 0)
+    assert load(dump(state)).audit_totals(WORLD.run_id) == state.audit_totals(WORLD.run_id)
+
+
+def test_who_was_right_is_remembered() -> None:
+    """Findings that were what the case came to count for their auditors; a passed case for its author."""
+    rounds = a_round(0)
+    state = after(*verdicts(rounds, FAILED, FAILED))
+    caught = [state.deeds(WORLD.run_id, peer.peer_id).caught for peer in PEERS]
+    assert sorted(caught) == [0, 0, 0, 0, 1, 1]
+    assert [state.deeds(WORLD.run_id, peer.peer_id).audits for peer in PEERS] == caught
+    assert state.deeds(WORLD.run_id, CHEAT.peer_id).is_suspended
+    state = after(*verdicts(rounds, FAILED, PASSED, PASSED))
+    assert state.deeds(WORLD.run_id, CHEAT.peer_id).vouched == 1
+    assert sum(state.deeds(WORLD.run_id, peer.peer_id).audits for peer in PEERS) == 2
+
+
+def test_the_chance_to_escape() -> None:
+    """At five per cent half of those who fake everything are found within 14 rounds, of those who fake a tenth within 150."""
+    assert escape_chance(0.05, 1.0, 13) > 0.5 > escape_chance(0.05, 1.0, 14)
+    assert escape_chance(0.05, 0.1, 138) > 0.5 > escape_chance(0.05, 0.1, 139)
+    assert (escape_chance(1.0, 1.0, 1), escape_chance(0.0, 1.0, 1000)) == (0.0, 1.0)
+    drawn = sum(draw_case(bytes([number % 256, number >> 8]), 0, "me", b"", 0.05, ["you"]) is None for number in range(4000))
+    assert abs(drawn / 4000 - escape_chance(0.05, 1.0, 1)) < 0.02

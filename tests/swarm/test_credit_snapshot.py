@@ -49,6 +49,8 @@ def told(state: CreditState) -> object:
         state.progress(run_id),
         state.leaderboard(run_id, 10),
         state.manifest(run_id),
+        (state.history(run_id).stride, state.history(run_id).points, state.audit_totals(run_id)),
+        [(state.deeds(run_id, peer.peer_id), state.keys(run_id, peer.peer_id)) for peer in PEERS],
         [(state.rosters(run_id, number), state.grant(run_id, number), state.is_confirmed(run_id, number)) for number in range(6)],
     )
 

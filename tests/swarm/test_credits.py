@@ -13,6 +13,7 @@ from swarm import credit_records
 from swarm import credits as module
 from swarm.credit_records import Standings, Tally, rank
 from swarm.credits import Balance, CreditState, RoundSet, apply_entry, fold, verify_ledger
+from swarm.entries import open_entry
 from swarm.errors import LedgerInvalid
 from swarm.identity import Identity
 from swarm.messages import seal
@@ -233,6 +234,16 @@ def broken_reports() -> dict[str, Callable[[], list[bytes]]]:
     }
 
 
+@given(st.sets(st.integers(0, 60)), st.integers(1, 20), st.none() | st.integers(0, 70))
+def test_the_newest_of_a_set_of_rounds(numbers: set[int], limit: int, before: int | None) -> None:
+    """Page after page, the largest first, without looking at all of them."""
+    rounds = RoundSet()
+    for number in numbers:
+        rounds.add(number)
+    below = [number for number in sorted(numbers, reverse=True) if before is None or number < before]
+    assert rounds.newest(limit, before) == below[:limit]
+
+
 @pytest.mark.parametrize("reason", broken_reports())
 def test_report_rules(reason: str) -> None:
     """Each broken rule is named, and the state stays as it was."""
@@ -242,7 +253,7 @@ def test_report_rules(reason: str) -> None:
 def test_weight_must_be_the_proposed_one() -> None:
     """A commit can't count for more than the proposal says."""
     proposal, _ = WORLD.round(PEERS, 0)
-    message = module.open_entry(entry(proposed=proposal), COORDINATOR.peer_id)
+    message = open_entry(entry(proposed=proposal), COORDINATOR.peer_id)
     assert isinstance(message, module.Nomination)
     commits = {peer: item._replace(weight=item.weight + 1) for peer, item in message.commits.items()}
     state = state_of()

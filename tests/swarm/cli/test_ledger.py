@@ -61,6 +61,7 @@ def test_against_a_coordinator(home: Path, capsys: pytest.CaptureFixture[str], m
         assert json.loads(capsys.readouterr().out)["entries"] == 14
         assert run(["ledger", "verify", "--file", "copy", "--receipts", str(folder / "receipts"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == online
+        assert online["badges"] == {peer.peer_id: ["pioneer:10"] for peer in PEERS}
         assert run(["leaderboard", "--json"]) == 0
         board = json.loads(capsys.readouterr().out)
         assert sorted(board, key=lambda item: item["account"]) == sorted(online["balances"], key=lambda item: item["account"])
