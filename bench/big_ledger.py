@@ -43,7 +43,7 @@ def _round(run_id: bytes, number: int, coordinator: Identity, peers: list[str], 
     majority = len(reports) // 2 + 1
     for place, report in enumerate(reports):
         claim = open_report(report, check_signatures=False)
-        yield LedgerEntry(reported=report), report_key(claim)
+        yield LedgerEntry(reported=report), report_key(run_id, number, claim.peer_id)
         if place + 1 == majority:
             body = RoundConfirmed(run_id=run_id, round=number, proposal_hash=claim.proposal_hash, state_root=claim.state_root)
             yield LedgerEntry(confirmed=unsigned(coordinator.peer_id, body)), None

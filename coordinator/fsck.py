@@ -97,7 +97,7 @@ def _asked(chunk: list[Row], coordinator: str) -> tuple[int, list[bytes], str]:
 def _check_key(row: Row, opened: Opened) -> None:
     match opened:
         case Claim():
-            expected: bytes | None = report_key(opened)
+            expected: bytes | None = report_key(opened.run_id, opened.round, opened.peer_id)
         case Permission():
             expected = grant_key(opened.run_id, opened.round)
         case _:

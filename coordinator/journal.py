@@ -337,9 +337,10 @@ class Journal:
 
     async def _found_report(self, event: Reported) -> Found:
         """The entry of a report that came before. Raises `Rejected` if that was another one."""
-        found = await self._found(report_key(event.claim), [])
+        claim = event.claim
+        found = await self._found(report_key(claim.run_id, claim.round, claim.peer_id), [])
         if LedgerEntry.FromString(found.entry).reported.payload != event.report.payload:
-            raise Rejected("already_reported", f"round {event.claim.round}", event.claim.peer_id)
+            raise Rejected("already_reported", f"round {claim.round}", claim.peer_id)
         return found
 
     async def _found(self, key: bytes, rows: list[Row]) -> Found:
@@ -427,9 +428,9 @@ class Journal:
             self._metrics.tokens_verified(progress.tokens, self.manifest.credit.flops_per_token)
 
 
-def report_key(claim: Claim) -> bytes:
+def report_key(run_id: bytes, number: int, peer_id: str) -> bytes:
     """Under which a report is found again."""
-    return _name("reported", claim.run_id.hex(), str(claim.round), claim.peer_id)
+    return _name("reported", run_id.hex(), str(number), peer_id)
 
 
 def grant_key(run_id: bytes, number: int) -> bytes:
@@ -440,7 +441,7 @@ def grant_key(run_id: bytes, number: int) -> bytes:
 def _key(append: Append) -> bytes | None:
     match append:
         case Claim():
-            return report_key(append)
+            return report_key(append.run_id, append.round, append.peer_id)
         case Permission():
             return grant_key(append.run_id, append.round)
     return None

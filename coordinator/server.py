@@ -467,7 +467,7 @@ async def _web(
         raise _busy(wanted) from error
     with listener:
         first = kept[0]
-        async with web.serve(web.Pages(first.journal, first.identity, registry, str(links[first.run])), listener):
+        async with web.serve(web.Site(first.journal, first.store, first.identity, registry, str(links[first.run])), listener):
             yield Address(wanted.host, listener.getsockname()[1])
 
 

@@ -68,7 +68,7 @@ KINDS = (
     ),
     Kind(
         "lifter",
-        "Heavy lifter",
+        "Lifter",
         "Its verified and final credits come to at least {level:,}.",
         (1, 100, 10_000, 1_000_000),
         lambda deeds, level: deeds.earned_flops >= level * FLOPS_PER_CREDIT,

@@ -63,6 +63,7 @@ from swarm.merkle import MerkleTree, leaf_hash
 
 __all__ = [
     "FLOPS_PER_CREDIT",
+    "KEPT",
     "Balance",
     "CreditState",
     "Progress",

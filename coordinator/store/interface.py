@@ -56,6 +56,9 @@ class Store(Protocol):
     def find(self, key: bytes) -> Found | None:
         """The entry that was appended under `key`."""
 
+    def positions(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Where the entries are that were appended under some of these keys."""
+
     def value(self, name: str) -> bytes | None:
         """The value that was set under `name`."""
 

@@ -44,6 +44,10 @@ class MemoryStore:
         index = self._keys.get(key)
         return None if index is None else Found(index, self._rows[index].entry)
 
+    def positions(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Where the entries are that were appended under some of these keys."""
+        return {key: self._keys[key] for key in keys if key in self._keys}
+
     def value(self, name: str) -> bytes | None:
         """The value that was set under `name`."""
         return self._values.get(name)

@@ -112,6 +112,12 @@ class SqlStore:
             found = connection.execute(query).one_or_none()
         return None if found is None else Found(found.position, bytes(found.entry))
 
+    def positions(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Where the entries are that were appended under some of these keys."""
+        query = sa.select(entries.c.key, entries.c.position).where(entries.c.key.in_(keys))
+        with _reading(), self._engine.connect() as connection:
+            return {bytes(row.key): row.position for row in connection.execute(query)}
+
     def value(self, name: str) -> bytes | None:
         """The value that was set under `name`."""
         with _reading(), self._engine.connect() as connection:

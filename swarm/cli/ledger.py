@@ -12,7 +12,8 @@ from swarm.badges import Badge, badges_of
 from swarm.cli.output import format_credits, print_fields, print_json, print_table
 from swarm.config import LINK_HELP, find_link
 from swarm.credits import Balance, CreditState, verify_ledger
-from swarm.errors import LedgerInvalid
+from swarm.entry_proof import MAX_JSON_BYTES, ProvenEntry
+from swarm.errors import LedgerInvalid, UsageError
 from swarm.ledger import LedgerReader
 from swarm.ledger_copy import LedgerCopy
 from swarm.messages import JoinLink
@@ -73,6 +74,30 @@ def export(
     copy = asyncio.run(download(find_link(link), cosigned))
     copy.write(to)
     fields: dict[str, object] = {"entries": len(copy.entries), "path": str(to)}
+    print_json(fields) if as_json else print_fields(fields)
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="An entry with its proof, as the coordinator's page serves it at /api/ledger/N.")],
+    coordinator: Annotated[str, typer.Option("--coordinator", help="The coordinator's peer id, from somebody whom you trust.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check offline that one entry is in the ledger that the coordinator has signed, and what is signed inside it."""
+    try:
+        with file.open("rb") as opened:
+            proven = ProvenEntry.parse(opened.read(MAX_JSON_BYTES + 1))
+    except OSError as error:
+        raise UsageError(f"can't read {file}: {error.strerror}", "check the path") from error
+    checkpoint, entry = proven.verify(coordinator)
+    fields: dict[str, object] = {
+        "verified": True,
+        "entry": proven.index,
+        "what": type(entry).__name__.lower(),
+        "run": proven.run_id.hex(),
+        "entries": checkpoint.size,
+        "root": checkpoint.root.hex(),
+    }
     print_json(fields) if as_json else print_fields(fields)
 
 

@@ -30,7 +30,8 @@ FIRST_REPORT = 5
 def row(index: int, raw: bytes) -> Row:
     """A row as the journal makes it."""
     opened = open_entry(raw, KEY.peer_id, check_signatures=False)
-    return Row(index, leaf_hash(raw), raw, report_key(opened) if isinstance(opened, Claim) else None)
+    key = report_key(opened.run_id, opened.round, opened.peer_id) if isinstance(opened, Claim) else None
+    return Row(index, leaf_hash(raw), raw, key)
 
 
 ROWS = [row(index, raw) for index, raw in enumerate(ENTRIES)]

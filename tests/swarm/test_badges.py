@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +81,14 @@ def test_anyone_who_has_the_ledger_has_the_badges() -> None:
         assert badges_of(deeds) == [
             Badge("pioneer", "Pioneer", 10, "It earned in one of the first 10 rounds that were confirmed."),
             Badge("regular", "Regular", 10, "It earned for at least 10 contributions, each in one round."),
-            Badge("lifter", "Heavy lifter", 1, "Its verified and final credits come to at least 1."),
+            Badge("lifter", "Lifter", 1, "Its verified and final credits come to at least 1."),
         ]
     assert mine.deeds(world.run_id, "nobody") == Deeds()
+
+
+def test_the_rules_in_the_documents_are_those_of_the_code() -> None:
+    """docs/protocol.md has a line for each kind, with its rule and its levels."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
+    for kind in KINDS:
+        levels = ", ".join(f"{level:,}" for level in kind.levels)
+        assert f"| {kind.title} | {kind.rule.replace('{level:,}', 'N')} | {levels} |\n" in text

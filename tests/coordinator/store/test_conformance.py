@@ -45,6 +45,8 @@ def test_find_by_key(store: Store) -> None:
     store.append([row(0), row(1, b"one"), row(2, b"two")])
     assert store.find(b"one") == Found(1, row(1).entry)
     assert store.find(b"three") is None
+    assert store.positions([b"two", b"three", b"one"]) == {b"one": 1, b"two": 2}
+    assert store.positions([]) == {}
 
 
 @pytest.mark.parametrize("positions", [[1], [0, 2], [1, 0], [0, 0]])
