@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import unquote
@@ -33,13 +33,17 @@ from coordinator.limits import (
 from coordinator.metrics import CallMetrics
 from swarm.clock import Clock
 from swarm.errors import Rejected
+from swarm.identity import verify
 from swarm.rpc.client import REASON_KEY
+from swarm.tracing import NO_SPAN, TRACEPARENT, Span, Tracer
 
 ADDRESS_BURST_S = 2.0  # at once, as much as in so many seconds
 KEY_BURST_S = 10.0
 PER_ADDRESS = Rate(per_s=2000, burst=4000)  # before any signature is checked; many peers may share an address
 NEW_KEYS_PER_HOUR = 256  # of one network, and of one account
 PER_KEY = Rate(per_s=50, burst=500)  # after a day without coordinator a peer hands in many reports at once
+
+FOLLOWED = Rate(per_s=5, burst=50)  # traces of one peer: what it has signed can be read in the ledger and sent again by others
 
 DEFAULT_CEILINGS = Ceilings()
 OURS = "replicas"
@@ -78,6 +82,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         self._calls = CallsInProgress(ceilings)
         self._slow_call_s = ceilings.slow_call_s
         self._wrapped: dict[str, Any] = {}
+        self.tracer: Tracer | None = None
+        self.traced: frozenset[str] = frozenset()
+        self._traces = RateLimiter(FOLLOWED)
 
     async def intercept_service(
         self,
@@ -127,22 +134,23 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         async def call(request: Any, context: Context) -> Any:
             started_s = time.perf_counter()
             _received()
-            try:
-                with self._counted(context):
-                    signed_part(rule_for(method), request, self._is_admitted)
-                    async with asyncio.timeout(CALL_DEADLINE_S):
-                        answer = await behaviour(request, context)
-                self._ended(name, "OK")
-                return answer
-            except grpc.aio.AbortError:
-                raise
-            except asyncio.CancelledError:
-                self._ended(name, "CANCELLED")
-                raise
-            except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
-                await self._refuse(name, error, context)
-            finally:
-                seconds.observe(time.perf_counter() - started_s)
+            with self._traced(method, request, context) as span:
+                try:
+                    with self._counted(context):
+                        signed_part(rule_for(method), request, self._is_admitted)
+                        async with asyncio.timeout(CALL_DEADLINE_S):
+                            answer = await behaviour(request, context)
+                    self._ended(name, "OK")
+                    return answer
+                except grpc.aio.AbortError:
+                    raise
+                except asyncio.CancelledError:
+                    self._ended(name, "CANCELLED")
+                    raise
+                except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
+                    await self._refuse(name, error, context, span)
+                finally:
+                    seconds.observe(time.perf_counter() - started_s)
 
         return call
 
@@ -152,27 +160,48 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             started_s = time.perf_counter()
             _received()
-            try:
-                with self._counted(context):
-                    signed_part(rule_for(method), request, self._is_admitted)
-                    async for answer in behaviour(request, context):
-                        slow = self._cut_off_when_slow()
-                        yield answer
-                        slow.cancel()
-                        if time.perf_counter() - started_s > STREAM_DEADLINE_S:
-                            raise TimeoutError
-                self._ended(name, "OK")
-            except grpc.aio.AbortError:
-                raise
-            except asyncio.CancelledError:
-                self._ended(name, "CANCELLED")
-                raise
-            except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
-                await self._refuse(name, error, context)
-            finally:
-                seconds.observe(time.perf_counter() - started_s)
+            with self._traced(method, request, context, attach=False) as span:
+                try:
+                    with self._counted(context):
+                        signed_part(rule_for(method), request, self._is_admitted)
+                        async for answer in behaviour(request, context):
+                            slow = self._cut_off_when_slow()
+                            yield answer
+                            slow.cancel()
+                            if time.perf_counter() - started_s > STREAM_DEADLINE_S:
+                                raise TimeoutError
+                    self._ended(name, "OK")
+                except grpc.aio.AbortError:
+                    raise
+                except asyncio.CancelledError:
+                    self._ended(name, "CANCELLED")
+                    raise
+                except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
+                    await self._refuse(name, error, context, span)
+                finally:
+                    seconds.observe(time.perf_counter() - started_s)
 
         return call
+
+    def _traced(self, method: str, request: Any, context: Context, *, attach: bool = True) -> AbstractContextManager[Span]:
+        """The call's span, where calls are traced: part of the caller's trace only where the operator has named the caller."""
+        if self.tracer is None:
+            return nullcontext(NO_SPAN)
+        parent = metadata_of(context, TRACEPARENT)
+        return self.tracer.serve(method, parent, lambda: self._is_followed(method, request, context), attach)
+
+    def _is_followed(self, method: str, request: Any, context: Context) -> bool:
+        if self._is_ours(context):
+            return True
+        try:
+            signed = signed_part(rule_for(method), request, self.traced.__contains__)
+            if signed is None or signed.signer not in self.traced:
+                return False
+            verify(signed.signer, signed.kind, signed.payload, signed.signature)
+            self._traces.take(signed.signer, self._clock.monotonic_s())
+        except Rejected:
+            return False
+        return True
 
     def _cut_off_when_slow(self) -> asyncio.TimerHandle:
         """End this call in a while, unless the handle is cancelled."""
@@ -204,8 +233,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         finally:
             self._calls.leave(address)
 
-    async def _refuse(self, method: str, error: Exception, context: Context) -> None:
+    async def _refuse(self, method: str, error: Exception, context: Context, span: Span) -> None:
         answer = answer_to(error)
+        span.set({"rpc.grpc.status_code": answer.status.value[0], "swarm.reason": answer.reason})
+        if answer.private:
+            span.fail()
         self._metrics.rejected_messages_total.labels(answer.reason).inc()
         self._ended(method, answer.status.name)
         if answer.private:

@@ -39,6 +39,7 @@ from coordinator.state import (
     decide,
 )
 from coordinator.store.interface import Found, Note, Row, Store
+from swarm import tracing
 from swarm.audits import beacon_of
 from swarm.clock import Clock
 from swarm.credits import CreditState, apply_entry
@@ -78,6 +79,7 @@ class _Pending:
     event: Event
     done: asyncio.Future[Outcome]
     decision: Decision | None = None
+    group: int = 0
     rows: list[Row] = field(default_factory=list)
 
 
@@ -202,7 +204,10 @@ class Journal:
             self._queue.put_nowait(pending)
         except asyncio.QueueFull as error:
             raise Rejected("overloaded", "too many requests wait for the ledger") from error
-        return await pending.done
+        with tracing.span("group_commit") as span:
+            outcome = await pending.done
+            span.set({"swarm.group_events": pending.group, "swarm.entries": len(pending.rows)})
+        return outcome
 
     async def run(self) -> None:
         """Write group after group until cancelled."""
@@ -248,6 +253,7 @@ class Journal:
     async def _write(self, group: list[_Pending]) -> None:
         await self._recover()
         for pending in group:
+            pending.group = len(group)
             self._decide(pending)
         rows = [row for pending in group for row in pending.rows]
         await self._commit(rows)

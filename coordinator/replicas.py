@@ -32,6 +32,7 @@ from swarm.identity import Identity
 from swarm.rpc.client import MAX_MESSAGE_BYTES, REASON_KEY, RUN_KEY, TLS_NAME
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
+from swarm.tracing import carried
 
 LEADER = "leader"
 PASSED_ON_KEY = "swarm-replica"
@@ -169,11 +170,8 @@ class ReplicaService(PeerService):
             raise Rejected("overloaded", "no replica writes at the moment")
         call = getattr(self.channels.stub(replica.leader), method)
         try:
-            answer: M = await call(
-                request,
-                timeout=CALL_TIMEOUT_S,
-                metadata=(*self._run_key, (PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context))),
-            )
+            told = (*self._run_key, (PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context)), *carried())
+            answer: M = await call(request, timeout=CALL_TIMEOUT_S, metadata=told)
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from error
         return answer

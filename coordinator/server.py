@@ -45,11 +45,13 @@ from swarm.messages import JoinLink, base32, payload_hash
 from swarm.rpc.v1 import coordinator_pb2
 from swarm.rpc.v1.coordinator_pb2_grpc import add_AdminServiceServicer_to_server, add_PeerServiceServicer_to_server
 from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.tracing import Tracer, exporting
 
 KEY_FILE = "coordinator.key"
 DATABASE_FILE = "coordinator.db"
 LOCK_FILE = "lock"
 ADMIN_HINT = "name the peer ids that `swarm admin key` prints in SWARM_COORDINATOR_ADMIN_KEYS"
+TRACED_HINT = "name the peer ids that `swarm identity show` prints in SWARM_COORDINATOR_TRACES_OF"
 WITNESS_HINT = "name the peer ids that `swarm identity show` prints in SWARM_COORDINATOR_WITNESSES"
 ADMIN_FOLDER = "admin"
 ADMIN_CALLS = 16
@@ -156,6 +158,7 @@ class Coordinator:
         require_tls_1_3()
         registry = CollectorRegistry()
         async with AsyncExitStack() as stack:
+            tracer = stack.enter_context(exporting(settings.traces, "swarm-coordinator"))
             calls = CallMetrics(registry)
             kept = [
                 await stack.enter_async_context(
@@ -168,6 +171,7 @@ class Coordinator:
             certificate = Certificate.load_or_create(first.folder, now)
             checker = await stack.enter_async_context(SignatureChecker())
             guard = _guard(settings, kept, clock, calls)
+            guard.tracer, guard.traced = tracer, _peer_ids(settings.traces_of, "a peer's key", TRACED_HINT)
             watch_calls(calls, guard)
             services = {books.run: _service(books, clock, guard, checker) for books in kept}
             for books in kept:
@@ -180,7 +184,7 @@ class Coordinator:
                 if isinstance(replica, ReplicaService):
                     await stack.enter_async_context(_among_replicas(replica, books.settings, listen, certificate))
             links = {books.run: _link(settings, listen, books.journal.run_id, certificate) for books in kept}
-            admin_links = await stack.enter_async_context(_admin(settings, kept, clock, calls))
+            admin_links = await stack.enter_async_context(_admin(settings, kept, clock, calls, tracer))
             page = await stack.enter_async_context(_web(settings, kept, registry, links))
             runs = tuple(
                 RunLinks(books.journal.manifest.name, books.journal.run_id, links[books.run], admin_links.get(books.run))
@@ -379,7 +383,7 @@ async def _started(server: grpc.aio.Server, certificate: Certificate, wanted: Ad
 
 @asynccontextmanager
 async def _admin(
-    settings: CoordinatorSettings, kept: Sequence[Books], clock: Clock, metrics: CallMetrics
+    settings: CoordinatorSettings, kept: Sequence[Books], clock: Clock, metrics: CallMetrics, tracer: Tracer | None
 ) -> AsyncIterator[Mapping[str, JoinLink]]:
     """The operator's service: an address, a TLS key and a list of admins of its own; its link for each run."""
     if not settings.admin_listen:
@@ -392,6 +396,7 @@ async def _admin(
     folder.mkdir(mode=0o700, exist_ok=True)
     certificate = Certificate.load_or_create(folder, datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC))
     guard = Guard(clock, metrics, admins.__contains__, ceilings=Ceilings(ADMIN_CALLS, ADMIN_CALLS, settings.slow_call_s))
+    guard.tracer = tracer
     journals = {books.run: books.journal for books in kept}
     services = {
         books.run: AdminService(books.journal, books.store, clock, guard, [journals[run] for run in journals if run != books.run])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 from coordinator.errors import StoreFailed
 from coordinator.guard import Guard
@@ -23,7 +23,7 @@ from coordinator.signatures import SignatureChecker
 from coordinator.state import Announced, Audited, Decision, GrantAsked, Reported, RevocationAsked, decide
 from coordinator.store.interface import Store
 from coordinator.witnesses import Witnessed
-from swarm import __version__
+from swarm import __version__, tracing
 from swarm.accounts import open_held
 from swarm.clock import Clock
 from swarm.credits import Balance
@@ -43,6 +43,8 @@ READ_AHEAD_ENTRIES = 512
 DEFAULT_LEADERBOARD = 20
 RECENT_PROPOSALS = 64
 MAX_SUSPENDED = 256
+CHECK = "check_signatures"
+M = TypeVar("M", pb.Announcement, pb.GrantRequest)
 
 
 class PeerService(PeerServiceServicer):
@@ -86,7 +88,7 @@ class PeerService(PeerServiceServicer):
     async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:  # noqa: N802
         """Admission or its renewal, and who is alive."""
         signed = request.announcement
-        announcement = open_signed(signed, pb.Announcement, run_id=self._journal.run_id)
+        announcement = self._open(signed, pb.Announcement)
         self._guard.take(signed.signer)
         certified = open_held(announcement.held, signed.signer) if announcement.HasField("held") else None
         invited = open_ticket(announcement.ticket, self._journal.run_id) if announcement.HasField("ticket") else None
@@ -118,7 +120,7 @@ class PeerService(PeerServiceServicer):
     async def RequestGrant(self, request: pb.RequestGrantRequest, context: Any) -> pb.RequestGrantResponse:  # noqa: N802
         """Permit a minority to go on, or say why not and when to ask again."""
         signed = request.request
-        asked = open_signed(signed, pb.GrantRequest, run_id=self._journal.run_id)
+        asked = self._open(signed, pb.GrantRequest)
         self._guard.take(signed.signer)
         self._journal.presence.heard(signed.signer, self._clock.monotonic_s())
         outcome = await self._journal.submit(GrantAsked(signed.signer, asked))
@@ -132,7 +134,8 @@ class PeerService(PeerServiceServicer):
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:  # noqa: N802
         """An account takes back its word for a key."""
         signed = request.revocation
-        revocation = open_revocation(signed)
+        with tracing.span(CHECK):
+            revocation = open_revocation(signed)
         if revocation.run_id != self._journal.run_id:
             raise Rejected("wrong_run", "revocation", signed.signer)
         self._guard.take(signed.signer)
@@ -151,7 +154,8 @@ class PeerService(PeerServiceServicer):
     async def SubmitAudit(self, request: pb.SubmitAuditRequest, context: Any) -> pb.SubmitAuditResponse:  # noqa: N802
         """Append what an auditor found."""
         signed = request.verdict
-        finding = open_verdict(signed)
+        with tracing.span(CHECK):
+            finding = open_verdict(signed)
         if finding.run_id != self._journal.run_id:
             raise Rejected("wrong_run", "verdict", signed.signer)
         self._guard.take(signed.signer)
@@ -218,6 +222,10 @@ class PeerService(PeerServiceServicer):
     async def AddCosignature(self, request: pb.AddCosignatureRequest, context: Any) -> pb.AddCosignatureResponse:  # noqa: N802
         """Keep a witness's cosignature."""
         return pb.AddCosignatureResponse(cosignatures=self._witnessed.add(request.line))
+
+    def _open(self, signed: Signed, expected: type[M]) -> M:
+        with tracing.span(CHECK):
+            return open_signed(signed, expected, run_id=self._journal.run_id)
 
     def _check_run(self, run_id: bytes) -> None:
         if run_id and run_id != self._journal.run_id:

@@ -21,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import structlog
 
+from swarm import tracing
 from swarm.errors import Rejected
 from swarm.identity import SIGNATURE_BYTES, is_valid, pre_authentication_encoding, public_key_of
 from swarm.rpc.v1.signed_pb2 import Signed
@@ -90,7 +91,8 @@ class SignatureChecker:
     async def check(self, signed: Iterable[Signed]) -> None:
         """Return if all signatures are valid. Raises `Rejected` for the first that isn't."""
         proofs = [Proof.of(each) for each in signed]
-        valid = await self._checked(proofs)
+        with tracing.span("check_signatures", {"swarm.signatures": len(proofs)}):
+            valid = await self._checked(proofs)
         for proof, ok in zip(proofs, valid, strict=True):
             if not ok:
                 raise Rejected("bad_signature", proof.kind, proof.signer)

@@ -71,7 +71,7 @@ from peer.trainer import Trainer
 from peer.usage import FILE_NAME as USAGE_NAME
 from peer.usage import Usage, month_of
 from peer.vitals import Vitals
-from swarm import __version__
+from swarm import __version__, tracing
 from swarm.accounts import CERTIFICATE_SUFFIX, hold
 from swarm.clock import SystemClock
 from swarm.config import GovernorSettings
@@ -135,6 +135,7 @@ class DaemonOptions:
     check_traffic: float = 0.02
     plant: bool = False
     ticket: Signed | None = None
+    traces: bool = False
     rules: GovernorSettings = field(default_factory=GovernorSettings)
     control_socket: int | None = None
 
@@ -368,6 +369,7 @@ class Daemon:
     async def serve(self) -> Held | None:
         """Run until finished, stopped or paused; what the program that waits out a pause needs. Raises `SwarmError`."""
         async with self._stack:
+            self._stack.enter_context(tracing.started(self.options.traces, "swarm-peer"))
             try:
                 await self._interruptible(self._start())
                 if self._wish in ("train", "pause") and self.engine is not None:

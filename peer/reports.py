@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from peer.rounds.engine import RoundReport
+from swarm import tracing
 from swarm.clock import Clock, SystemClock
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmError
 from swarm.identity import Identity
@@ -129,6 +130,7 @@ class Reporter:
         self._posting = asyncio.Lock()
         self._saving = threading.Lock()
         self._unsaved: dict[int, tuple[Signed, Signed]] = {}
+        self._traces: dict[int, str] = {}
         self._checked: CoordinatorClient | None = None
         self._checked_s = 0.0
         self._highest_index = -1
@@ -147,6 +149,7 @@ class Reporter:
             issued_at=int(self.clock.wall_s()),
         )
         self._unsaved[report.round_index] = (seal(identity, message), report.proposal.signed)
+        self._note_trace(report.round_index)
         await asyncio.to_thread(self._save)
         self._wake.set()
 
@@ -165,6 +168,13 @@ class Reporter:
         """Post what waits now; whether nothing is left."""
         async with self._posting:
             return await self._post_all()
+
+    def _note_trace(self, round_index: int) -> None:
+        """Remember to which span the round's report will belong, where there is one."""
+        if name := tracing.traceparent():
+            self._traces[round_index] = name
+            while len(self._traces) > MAX_UNSAVED:
+                del self._traces[min(self._traces)]
 
     def _save(self) -> None:
         """Write queued reports to disk; while that is full they wait in memory, the oldest of very many being lost."""
@@ -222,6 +232,14 @@ class Reporter:
         self._checked, self._checked_s = client, self.clock.monotonic_s()
 
     async def _post(self, client: CoordinatorClient, path: Path) -> bool:
+        round_index = int(path.stem)
+        with tracing.span("report", {"swarm.round": round_index}, parent=self._traces.get(round_index, "")) as span:
+            posted = await self._post_traced(client, path, span)
+        if posted:
+            self._traces.pop(round_index, None)
+        return posted
+
+    async def _post_traced(self, client: CoordinatorClient, path: Path, span: tracing.Span) -> bool:
         try:
             request = parse(SubmitReportRequest, read(path))
             receipt = await client.submit_report(request.report, request.proposal)
@@ -229,6 +247,7 @@ class Reporter:
             return False
         except (Rejected, LedgerInvalid) as error:
             reason = error.reason if isinstance(error, Rejected) else error.message
+            span.set({"swarm.reason": reason})
             log.warning("report_refused", report=path.stem, reason=reason)
             self.outbox.refuse(path, reason)
             self.on_outcome("superseded" if reason in OF_ANOTHER_HISTORY else "refused")

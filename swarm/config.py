@@ -83,6 +83,7 @@ class PeerSettings(Settings):
     check_traffic: float = Field(0.02, ge=0, le=100, description="share of a round's traffic for checking others' merges")
     threads: int = Field(0, ge=0, le=1024, description="processor threads for training; 0 = all")
     metrics: str = Field("", description="address for Prometheus; empty = none")
+    traces: bool = Field(False, description="send traces to where the OTEL_EXPORTER_OTLP_* variables say; needs the extra `otel`")
     log_level: str = Field("info", description="debug, info, warning or error")
 
 
@@ -109,6 +110,8 @@ class CoordinatorSettings(Settings):
     max_calls_per_address: int = Field(256, ge=1, description="of these, calls of one address")
     slow_call_s: float = Field(30.0, gt=0, description="a peer that takes longer to send a request or take an answer is cut off")
     connection_age_s: float = Field(600.0, ge=1, description="a connection is replaced by a new one after this long")
+    traces: bool = Field(False, description="send traces to where the OTEL_EXPORTER_OTLP_* variables say; needs the extra `otel`")
+    traces_of: str = Field("", description="peer ids whose traces are gone on with here, separated by commas")
     presence_ttl_s: float = Field(45.0, ge=1, le=3600, description="a peer that is silent this long is gone")
     log_level: str = Field("info", description="debug, info, warning or error")
 

@@ -36,6 +36,7 @@ from peer.rounds.wire import ResultFacts, full_quota, quota_samples
 from peer.sketch import Sketcher
 from peer.state import Layout, Snapshot
 from peer.tasks import cancel
+from swarm import tracing
 from swarm.errors import Rejected
 from swarm.manifest import DiLoCo, Sync
 from swarm.messages import open_signed, parse, seal
@@ -371,6 +372,10 @@ class Engine:
         log.info("entered", round=entered.round_index, roster=len(entered.roster), downloading=self.state is None)
 
     async def _play_round(self, place: Place) -> None:
+        with tracing.span("round", {"swarm.round": place.round_index, "swarm.roster": len(place.roster)}):
+            await self._play_traced(place)
+
+    async def _play_traced(self, place: Place) -> None:
         services = self.services
         started = services.clock.monotonic_s()
         self.inbox.advance(place.round_index)
@@ -463,12 +468,13 @@ class Engine:
         self.services.faults.reached("training", run.round_index)
         state, attack = self.state, self.services.attack
         quota = quota if attack is None else attack.quota(quota)
-        if self.training.is_ahead(run.round_index):
-            contribution = await self.training.join_early(state.theta, quota, state.tokens)
-        else:
-            contribution = await self.training.train(
-                state.theta, run.round_index, run.setup.me, quota, state.tokens, self._sketcher(run)
-            )
+        with tracing.span("training", {"swarm.round": run.round_index}):
+            if self.training.is_ahead(run.round_index):
+                contribution = await self.training.join_early(state.theta, quota, state.tokens)
+            else:
+                contribution = await self.training.train(
+                    state.theta, run.round_index, run.setup.me, quota, state.tokens, self._sketcher(run)
+                )
         self.services.observer.phase("train", contribution.seconds)
         self.services.observer.state("exchanging")
         if self.planter is not None:
@@ -520,13 +526,17 @@ class Engine:
     async def _finish_round(self, run: RoundRun, place: Place, proposal: ProposalFacts, started: float) -> None:
         services = self.services
         completed_s = services.clock.monotonic_s()
+        numbers = {"swarm.round": run.round_index, "swarm.commits": len(proposal.commits)}
+        with tracing.span("exchange", numbers, started_s_ago=completed_s - (run.committed_s or completed_s)):
+            pass
         merged = run.exchange.merged(proposal)
         services.faults.reached("merge", run.round_index)
         tokens = sum(item.weight for item in proposal.commits) * services.manifest.data.sequence_length
         mine = proposal.included(run.setup.me)
         self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
         before = self.state
-        snapshot = await self._apply(run, proposal, merged, tokens)
+        with tracing.span("merge", {"swarm.round": run.round_index}):
+            snapshot = await self._apply(run, proposal, merged, tokens)
         self.desk.keep(run, before, services.clock.monotonic_s() - started)
         run.exchange.forget_merged()
         del merged

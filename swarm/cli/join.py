@@ -200,6 +200,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         monthly_quota=settings.monthly_quota,
         check_traffic=settings.check_traffic,
         plant=settings.plant,
+        traces=settings.traces,
         ticket=from_text(settings.ticket) if settings.ticket else None,
         rules=rules,
         control_socket=held.control_socket if held is not None else None,

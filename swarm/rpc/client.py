@@ -56,6 +56,7 @@ from swarm.rpc.v1.coordinator_pb2 import (
 )
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
+from swarm.tracing import carried
 
 if TYPE_CHECKING:
     from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceAsyncStub
@@ -206,7 +207,7 @@ class CoordinatorClient:
                 return
 
     async def _entries_once(self, first: int, limit: int) -> AsyncIterator[list[bytes]]:
-        call = self._stub.ListEntries(ListEntriesRequest(first=first, limit=limit), metadata=self._metadata)
+        call = self._stub.ListEntries(ListEntriesRequest(first=first, limit=limit), metadata=(*self._metadata, *carried()))
         answers, expected = aiter(call), first
         while (answer := await self._settled(asyncio.wait_for(anext(answers, None), self._timeout_s))) is not None:
             if answer.first != expected or not answer.entries:
@@ -253,7 +254,7 @@ class CoordinatorClient:
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: object) -> T:
         try:
-            call = method(request, timeout=self._timeout_s, metadata=self._metadata)
+            call = method(request, timeout=self._timeout_s, metadata=(*self._metadata, *carried()))
         except grpc.aio.UsageError as error:
             raise CoordinatorUnreachable("the connection was given up by another call", RETRY_HINT) from error
         return await self._settled(call)
