@@ -54,15 +54,15 @@ class Admissions:
             self._tokens[admission.peer_id] = Known(token, admission.expires_at, admission.newcomer, spoken)
         return admission.peer_id
 
-    def meet(self, token: Signed, others: Iterable[str]) -> str:
-        """`admit`, where the holder speaks a protocol that the others and we have in common. Raises `Rejected`."""
-        peer_id = self.admit(token)
+    def fit(self, peer: str, others: Iterable[str]) -> None:
+        """Let pass an admitted peer that speaks a protocol which the others and we have in common. Raises `Rejected`."""
         common = self.spoken
         for known in filter(None, map(self._tokens.get, others)):
             with contextlib.suppress(Rejected):
                 common = common.narrowed(known.spoken)
-        agree(self._tokens[peer_id].spoken, common, peer_id)
-        return peer_id
+        mine = self._tokens.get(peer)
+        if mine is not None:
+            agree(mine.spoken, common, peer)
 
     def is_admitted(self, peer: str) -> bool:
         """Whether a valid token of the peer is known."""

@@ -90,6 +90,14 @@ def endless() -> None:
     Transfer._send_blob = send_for_ever  # type: ignore
 
 
+def speaks(versions: str) -> None:
+    """A peer of another release, whose protocol is `oldest-newest`, such as 2.0-2.1; to be called before all else is loaded."""
+    from swarm import protocol
+
+    oldest, newest = (protocol.Version(*map(int, version.split("."))) for version in versions.split("-"))
+    protocol.OURS = protocol.Range(oldest, newest)
+
+
 def wrong_root() -> None:
     """A peer that signs another state root than it has, and gives that root's name to chunks that it made up."""
     from peer.rounds import engine
@@ -206,6 +214,8 @@ def main() -> None:
     what, _, value = sys.argv.pop(1).partition(":")
     if what == "clock":
         clock(float(value))
+    elif what == "speaks":
+        speaks(value)
     else:
         MISDEEDS[what]()
     from swarm.cli.main import main as run

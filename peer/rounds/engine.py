@@ -235,9 +235,10 @@ class Engine:
 
     def _on_join(self, signed: Signed) -> None:
         request = open_signed(signed, JoinRequest, run_id=self.services.checker.run_id)
-        roster = self.place.roster if self.place is not None else ()
-        if self.services.admissions.meet(request.admission, (member.peer for member in roster)) != signed.signer:
+        if self.services.admissions.admit(request.admission) != signed.signer:
             raise Rejected("wrong_signer", "admission", signed.signer)
+        roster = {member.peer for member in self.place.roster} if self.place is not None else set()
+        self.services.admissions.fit(signed.signer, (roster | self.joiners.keys()) - {signed.signer})
         if signed.signer in self._barred:
             raise Rejected("barred", "proven to have cheated", signed.signer)
         self.services.post.node.learn(signed.signer, request.addresses)
@@ -414,6 +415,7 @@ class Engine:
                 raise Behind
 
     def _replay(self, run: RoundRun, place: Place) -> None:
+        self._drop_misfits(place)
         for peer, admission in self.joiners.items():
             run.put(self._join_of(peer, admission))
         for arrival in self.inbox.events_of(place.round_index):
@@ -421,6 +423,18 @@ class Engine:
                 run.put(arrival.event)
         for result in self.inbox.results(place.round_index).values():
             self._on_result(result)
+
+    def _drop_misfits(self, place: Place) -> None:
+        """Another leader may have let somebody in with whom a peer that has asked us has no protocol in common."""
+        company = {member.peer for member in place.roster}
+        for peer in list(self.joiners):
+            try:
+                self.services.admissions.fit(peer, company - {peer})
+            except Rejected as error:
+                self.services.observer.refused(peer, error.reason)
+                del self.joiners[peer]
+            else:
+                company.add(peer)
 
     def _setup(self, place: Place) -> RoundSetup:
         manifest = self.services.manifest

@@ -171,8 +171,12 @@ def test_who_comes_back_with_another_protocol_is_out() -> None:
 def test_a_joiner_has_to_get_on_with_the_whole_roster() -> None:
     """A leader that speaks both doesn't bring together members who couldn't read each other's messages."""
     leader = admissions(spoken=Range(Version(1, 0), Version(2, 1)))
-    leader.admit(token(BOB, spoken=FIRST))
+    carol, nobody = identity(3), identity(9)
+    for peer, spoken in ((BOB, FIRST), (ALICE, SECOND), (carol, BOTH)):
+        leader.admit(token(peer, spoken=spoken))
     with pytest.raises(Rejected, match="protocol_too_new"):
-        leader.meet(token(ALICE, spoken=SECOND), (BOB.peer_id,))
-    assert leader.meet(token(ALICE, spoken=SECOND), ()) == ALICE.peer_id
-    assert leader.meet(token(identity(3), spoken=BOTH), (BOB.peer_id, identity(9).peer_id)) == identity(3).peer_id
+        leader.fit(ALICE.peer_id, (BOB.peer_id,))
+    leader.fit(ALICE.peer_id, (carol.peer_id,))
+    leader.fit(carol.peer_id, (BOB.peer_id, nobody.peer_id))
+    with pytest.raises(Rejected, match="protocol_too_new"):
+        leader.fit(ALICE.peer_id, (carol.peer_id, BOB.peer_id))

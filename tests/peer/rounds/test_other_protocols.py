@@ -17,12 +17,13 @@ from peer.rounds.post import SYNC, Post
 from peer.rounds.values import RosterMember
 from swarm.clock import SystemClock
 from swarm.errors import Rejected
+from swarm.identity import Identity
 from swarm.messages import seal
 from swarm.protocol import SILENT, Range, Version
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, JoinRequest, Signed
 from tests.peer.network.conftest import Member, StartNode, start_node
 from tests.waiting import eventually
-from tests.world import COORDINATOR, ROOT, World
+from tests.world import COORDINATOR, ROOT, World, identity
 
 __all__ = ["start_node"]
 
@@ -142,3 +143,25 @@ async def test_a_request_to_join_is_refused_by_its_reason(start_node: StartNode)
     assert engine.joiners == {}
     engine._on_join(asked(BOTH))
     assert list(engine.joiners) == [entry.services.identity.peer_id]
+
+
+async def test_two_who_ask_at_the_same_time_have_to_get_on(start_node: StartNode) -> None:
+    """Of two joiners without a common protocol the first gets the place; the other none, also where another leader chose it."""
+    engine, _ = await meeting(start_node, Range(Version(1, 0), Version(2, 1)), SECOND)
+    admissions, guests = engine.services.admissions, [identity(number) for number in range(2)]
+
+    def ask(guest: Identity, spoken: Range) -> None:
+        admission = seal(
+            COORDINATOR, AdmissionToken(run_id=RUN, peer_id=guest.peer_id, expires_at=1 << 40, protocol=spoken.message)
+        )
+        engine._on_join(seal(guest, JoinRequest(run_id=RUN, round=3, admission=admission)))
+
+    ask(guests[0], FIRST)
+    with pytest.raises(Rejected, match="protocol_too_new"):
+        ask(guests[1], SECOND)
+    assert list(engine.joiners) == [guests[0].peer_id]
+    elsewhere = Place(4, (RosterMember(guests[1].peer_id, 1),), ROOT)
+    assert admissions.is_admitted(guests[1].peer_id)
+    engine._drop_misfits(elsewhere)
+    assert engine.joiners == {}
+    assert engine.services.observer.refusals == ["protocol_too_old"]  # type: ignore[attr-defined]
