@@ -154,7 +154,7 @@ async def test_nothing_is_traced_unless_asked_for(serve: Serve, world: World, co
     """The variables alone change nothing, and calls carry no context."""
     async with serve(ManualClock(NOW_S)) as coordinator, connected(coordinator) as client:
         with span("report"):
-            assert carried() is None
+            assert carried() == ()
             await client.announce(world.announcement(ALICE))
             await client._stub.GetRun(GetRunRequest(), timeout=10)
     assert collector.spans == []
