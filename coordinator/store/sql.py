@@ -21,6 +21,7 @@ from swarm.errors import DatabaseCorrupt
 from swarm.merkle import leaf_hash
 
 READ_AHEAD_ROWS = 1000
+CLOSE_S = 5.0
 WRITES = "swarm_writes"
 SEAT = int.from_bytes(b"swarm", "big")
 POSTGRES_DRIVER = "postgresql+psycopg"
@@ -38,6 +39,8 @@ class SqlStore:
         self._insert = str(sa.insert(entries).compile(engine, column_keys=Row._fields))
         self._positional = engine.dialect.positional
         self._size: int | None = None
+        self._idle = threading.Condition()
+        self._in_use = 0
 
     @classmethod
     def open(cls, url: str) -> SqlStore:
@@ -70,7 +73,7 @@ class SqlStore:
         if not rows:
             return
         first, self._size = self._size, None
-        with _writing(), self._writer.begin() as connection:
+        with self._writing() as connection:
             size = _size(connection) if first is None else first
             if any(row.position != expected for expected, row in enumerate(rows, size)):
                 raise StoreFailed("the entries don't follow on: does another coordinator use this database?")
@@ -79,7 +82,7 @@ class SqlStore:
 
     def size(self) -> int:
         """Number of entries. Raises `DatabaseCorrupt`."""
-        with _reading(), self._engine.connect() as connection:
+        with self._reading() as connection:
             return _size(connection)
 
     def rows(self, first: int = 0) -> Generator[Row, None, None]:
@@ -89,7 +92,7 @@ class SqlStore:
         """
         query = sa.select(entries).where(entries.c.position >= first).order_by(entries.c.position)
         query = query.execution_options(yield_per=READ_AHEAD_ROWS)
-        with _reading(), self._engine.connect() as connection, connection.execute(query) as result:
+        with self._reading() as connection, connection.execute(query) as result:
             for expected, found in enumerate(result, first):
                 row = Row(found.position, bytes(found.leaf_hash), bytes(found.entry), found.key)
                 if row.position != expected:
@@ -102,36 +105,36 @@ class SqlStore:
         """Up to `limit` entries from index `first` on."""
         chosen = sa.and_(entries.c.position >= first, entries.c.position < first + limit)
         query = sa.select(entries.c.entry).where(chosen).order_by(entries.c.position)
-        with _reading(), self._engine.connect() as connection:
+        with self._reading() as connection:
             return [bytes(entry) for entry in connection.scalars(query)]
 
     def find(self, key: bytes) -> Found | None:
         """The entry that was appended under `key`."""
         query = sa.select(entries.c.position, entries.c.entry).where(entries.c.key == key)
-        with _reading(), self._engine.connect() as connection:
+        with self._reading() as connection:
             found = connection.execute(query).one_or_none()
         return None if found is None else Found(found.position, bytes(found.entry))
 
     def positions(self, keys: Sequence[bytes]) -> dict[bytes, int]:
         """Where the entries are that were appended under some of these keys."""
         query = sa.select(entries.c.key, entries.c.position).where(entries.c.key.in_(keys))
-        with _reading(), self._engine.connect() as connection:
+        with self._reading() as connection:
             return {bytes(row.key): row.position for row in connection.execute(query)}
 
     def value(self, name: str) -> bytes | None:
         """The value that was set under `name`."""
-        with _reading(), self._engine.connect() as connection:
+        with self._reading() as connection:
             found = connection.scalar(sa.select(values.c.value).where(values.c.name == name))
         return None if found is None else bytes(found)
 
     def set_value(self, name: str, value: bytes) -> None:
         """Commit a named value, in place of an older one. Raises `StoreFailed`."""
-        with _writing(), self._writer.begin() as connection:
+        with self._writing() as connection:
             _set_value(connection, name, value)
 
     def note(self, note: Note, changed: tuple[str, bytes] | None = None) -> None:
         """Commit a note together with the named value that the command changed. Raises `StoreFailed`."""
-        with _writing(), self._writer.begin() as connection:
+        with self._writing() as connection:
             connection.execute(sa.insert(notes).values(note._asdict()))
             if changed is not None:
                 _set_value(connection, *changed)
@@ -139,14 +142,38 @@ class SqlStore:
     def notes(self, limit: int) -> list[Note]:
         """The newest notes, newest first."""
         query = sa.select(notes).order_by(notes.c.at_us.desc()).limit(limit)
-        with _reading(), self._engine.connect() as connection:
+        with self._reading() as connection:
             return [
                 Note(bytes(row.command_hash), row.at_us, bytes(row.command), row.outcome) for row in connection.execute(query)
             ]
 
     def close(self) -> None:
-        """Close the pool's connections."""
+        """Close the pool's connections, once the calls in other threads that use them are over."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._in_use, CLOSE_S)
         self._engine.dispose()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self._used(), _readable(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self._used(), _writable(), self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        """A thread whose caller was cancelled goes on to its end: what it gives back after `close` would stay open."""
+        with self._idle:
+            self._in_use += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._in_use -= 1
+                self._idle.notify_all()
 
 
 class PostgresSeat:
@@ -236,7 +263,7 @@ def _size(connection: sa.Connection) -> int:
 
 
 @contextmanager
-def _writing() -> Iterator[None]:
+def _writable() -> Iterator[None]:
     try:
         yield
     except IntegrityError as error:
@@ -246,7 +273,7 @@ def _writing() -> Iterator[None]:
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def _readable() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,17 @@ def test_broken_pages(tmp_path: Path) -> None:
     with pytest.raises(DatabaseCorrupt):
         list(store.rows())
     store.close()
+
+
+def test_closing_waits_for_a_call_that_is_on_its_way(tmp_path: Path) -> None:
+    """A thread outlives the task that waited for it: its connection has to be back before the pool is closed."""
+    store = filled(tmp_path / "ledger.db")
+    rows = store.rows()
+    next(rows)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    rows.close()
+    closing.join(10)
+    assert not closing.is_alive()
