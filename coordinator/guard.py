@@ -46,6 +46,7 @@ PER_KEY = Rate(per_s=50, burst=500)  # after a day without coordinator a peer ha
 FOLLOWED = Rate(per_s=5, burst=50)  # traces of one peer: what it has signed can be read in the ledger and sent again by others
 
 DEFAULT_CEILINGS = Ceilings()
+CUT_OFF = grpc.StatusCode.CANCELLED  # by its caller, or by us where its caller is too slow
 OURS = "replicas"
 CALLER_KEY = "swarm-caller"
 
@@ -132,7 +133,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         name, seconds = self._measured(method)
 
         async def call(request: Any, context: Context) -> Any:
-            started_s = time.perf_counter()
+            started_s, code = time.perf_counter(), CUT_OFF
             _received()
             with self._traced(method, request, context) as span:
                 try:
@@ -140,17 +141,16 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
                         signed_part(rule_for(method), request, self._is_admitted)
                         async with asyncio.timeout(CALL_DEADLINE_S):
                             answer = await behaviour(request, context)
-                    self._ended(name, "OK")
+                    code = grpc.StatusCode.OK
                     return answer
                 except grpc.aio.AbortError:
                     raise
-                except asyncio.CancelledError:
-                    self._ended(name, "CANCELLED")
-                    raise
                 except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
+                    code = answer_to(error).status
                     await self._refuse(name, error, context, span)
                 finally:
                     seconds.observe(time.perf_counter() - started_s)
+                    self._metrics.calls_total.labels(name, code.name).inc()
 
         return call
 
@@ -158,7 +158,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         name, seconds = self._measured(method)
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            started_s = time.perf_counter()
+            started_s, code = time.perf_counter(), CUT_OFF
             _received()
             with self._traced(method, request, context, attach=False) as span:
                 try:
@@ -170,16 +170,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
                             slow.cancel()
                             if time.perf_counter() - started_s > STREAM_DEADLINE_S:
                                 raise TimeoutError
-                    self._ended(name, "OK")
+                    code = grpc.StatusCode.OK
                 except grpc.aio.AbortError:
                     raise
-                except asyncio.CancelledError:
-                    self._ended(name, "CANCELLED")
-                    raise
                 except Exception as error:  # noqa: BLE001 - the outermost boundary of a call; counted, logged and answered
+                    code = answer_to(error).status
                     await self._refuse(name, error, context, span)
                 finally:
                     seconds.observe(time.perf_counter() - started_s)
+                    self._metrics.calls_total.labels(name, code.name).inc()
 
         return call
 
@@ -216,9 +215,6 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         name = method.rpartition("/")[2]
         return name, self._metrics.request_duration_seconds.labels(name)
 
-    def _ended(self, name: str, code: str) -> None:
-        self._metrics.calls_total.labels(name, code).inc()
-
     @contextmanager
     def _counted(self, context: Context) -> Iterator[None]:
         """Count the call while it is in progress. Raises `Rejected` when there are too many, or too many in a short time."""
@@ -239,7 +235,6 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         if answer.private:
             span.fail()
         self._metrics.rejected_messages_total.labels(answer.reason).inc()
-        self._ended(method, answer.status.name)
         if answer.private:
             log.error("call_failed", method=method, reason=answer.reason, exc_info=error)
         else:

@@ -193,6 +193,8 @@ async def test_slow_readers(serve: Serve, prepared: dict[str, object], monkeypat
         await eventually(lambda: _too_slow(coordinator) == 2, "both are cut off")
         await eventually(lambda: coordinator.guard.calls_in_progress == 0, "their places are free")
         await other.progress()
+        labels = {"method": "ListEntries", "code": "CANCELLED"}
+        assert coordinator.metrics.registry.get_sample_value("swarm_coordinator_calls_total", labels) == 2
 
 
 async def test_slow_senders(serve: Serve, world: World) -> None:
