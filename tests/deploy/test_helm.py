@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def test_versions_are_the_packages() -> None:
     assert (chart["version"], chart["appVersion"]) == (__version__, __version__)
 
 
+def test_the_archive_holds_the_chart_alone(tmp_path: Path) -> None:
+    """What these tests render isn't shipped."""
+    with tarfile.open(helm_python.package(charts.CHART, destination=tmp_path)) as archive:
+        names = archive.getnames()
+    assert {"swarm/Chart.yaml", "swarm/values.yaml", "swarm/values.schema.json", "swarm/templates/peers.yaml"} <= set(names)
+    assert [name for name in names if name.startswith("swarm/ci/")] == []
+
+
 def test_the_defaults_need_a_run_and_nothing_else() -> None:
     """Without a manifest there is no coordinator; with one there is, and no peer."""
     with pytest.raises(helm_python.HelmRenderError, match=r"coordinator\.run"):
@@ -110,7 +119,7 @@ def test_the_defaults_need_a_run_and_nothing_else() -> None:
         ("coordinator.resources.limits.memory", "1 GB"),
         ("coordinator.terminationGracePeriodSeconds", 1),
         ("peers.link", "https://example.org"),
-        ("peers.terminationGracePeriodSeconds", 30),
+        ("peers.terminationGracePeriodSeconds", 10),
         ("peers.priorityClass.value", 1000),
         ("peers.gpu.devices", 0),
         ("peers.gpu.persistence.hostPath", "var/lib/swarm"),
