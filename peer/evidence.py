@@ -18,6 +18,7 @@ import numpy as np
 
 from peer.codec import Codec, Codecs, Vector
 from peer.codec.feedback import EXACT, default_decay, feed
+from peer.frauds import BAD_PART, EQUIVOCATION, FALSE_PASS, WRONG_MERGE
 from peer.leaves import unpack
 from peer.merge import merge_part
 from peer.planting import Place, is_planted
@@ -29,10 +30,6 @@ from swarm.merkle import blob_hash, root_of
 from swarm.messages import KINDS, open_signed, parse, payload_hash, split_hashes
 from swarm.rpc.v1.signed_pb2 import AnnouncedCommit, AuditVerdict, Commit, Evidence, MergedSpan, Proposal
 
-BAD_PART = "bad_part"
-WRONG_MERGE = "wrong_merge"
-EQUIVOCATION = "equivocation"
-FALSE_PASS = "false_pass"  # noqa: S105 - no password
 MAX_EVIDENCE_BYTES = 64 << 20
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from peer.evidence import BAD_PART, EQUIVOCATION, FALSE_PASS, WRONG_MERGE
+from peer.frauds import FRAUDS
 from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
 from swarm import __version__
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from peer.rounds.engine import RoundReport
 
 CHECKED = ("right", "wrong", "unable")
-PROOFS = (BAD_PART, WRONG_MERGE, EQUIVOCATION, FALSE_PASS)
 FOUND = (PASSED, FAILED, WITHHELD, UNABLE)
 EXPECTED = frozenset({"stale", "too_early", "starting"})
 TELL_EVERY_S, MAX_TOLD = 10.0, 1024
@@ -68,7 +67,7 @@ class Status:
             self.metrics.reports.labels(outcome=outcome)
         for outcome in CHECKED:
             self.metrics.merge_checks.labels(outcome=outcome)
-        for kind in PROOFS:
+        for kind in FRAUDS:
             self.metrics.proofs.labels(kind=kind)
         for finding in FOUND:
             self.metrics.audits.labels(finding=finding)

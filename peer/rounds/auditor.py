@@ -17,7 +17,8 @@ import structlog
 
 from peer.codec import Codec, Codecs
 from peer.codec.feedback import EXACT
-from peer.evidence import MAX_EVIDENCE_BYTES, WRONG_MERGE, Verdict, merged_bytes
+from peer.evidence import MAX_EVIDENCE_BYTES, Verdict, merged_bytes
+from peer.frauds import WRONG_MERGE
 from peer.network.node import PeerFailure
 from peer.rounds.docket import Docket
 from peer.rounds.run import RoundRun, Services

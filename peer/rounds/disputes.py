@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from peer.evidence import EQUIVOCATION
+from peer.frauds import EQUIVOCATION
 from peer.network.node import PeerFailure
 from peer.rounds.agreement import Agreement, strongest
 from peer.rounds.auditor import Auditor

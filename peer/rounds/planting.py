@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from peer.evidence import FALSE_PASS
+from peer.frauds import FALSE_PASS
 from peer.planting import NONCE_BYTES, Place, planted
 from peer.rounds.auditor import Auditor
 from peer.rounds.run import Contribution, RoundRun, Services

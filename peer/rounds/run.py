@@ -18,8 +18,8 @@ import torch
 
 from peer.admissions import Admissions
 from peer.codec import Codecs, Vector
-from peer.evidence import BAD_PART, EQUIVOCATION
 from peer.faults import Faults
+from peer.frauds import BAD_PART, EQUIVOCATION
 from peer.leaves import Leaf, pack
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer

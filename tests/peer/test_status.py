@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from peer.rounds.values import BallotNumber, IncludedCommit, ProposalFacts
 from peer.status import REASONS, TELL_EVERY_S, Status
 from swarm.clock import ManualClock
 from swarm.control import history
+from tests.runs import REPOSITORY
 from tests.world import World, identity
 
 PEER = identity(1)
@@ -50,6 +53,13 @@ def test_one_reason_at_a_time(status: Status, registry: CollectorRegistry) -> No
         values = {name: registry.get_sample_value("swarm_peer_state", {"state": name}) for name in REASONS}
         assert [name for name, value in values.items() if value] == [reason]
         assert status.as_dict()["explanation"] == REASONS[reason]
+
+
+def test_who_waits_needs_no_torch() -> None:
+    """A paused peer's program has metrics and status, and none of what training takes of the memory."""
+    look = "import sys, peer.held; print(sorted({'torch', 'transformers', 'hivemind'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "[]"
 
 
 def test_trust_is_counted(status: Status, registry: CollectorRegistry) -> None:
