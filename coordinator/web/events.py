@@ -77,8 +77,8 @@ class Events:
         try:
             if self.listeners == 1:
                 self._refresh()
-            yield f"retry: {RETRY_MS}\n\n".encode() + self._message
             seen, until = self._version, asyncio.get_running_loop().time() + LONGEST_S
+            yield f"retry: {RETRY_MS}\n\n".encode() + self._message
             while not self._is_over and asyncio.get_running_loop().time() < until:
                 if seen == self._version:
                     with suppress(TimeoutError):
@@ -86,8 +86,8 @@ class Events:
                             await self._changed.wait()
                 if self._is_over:
                     return
-                yield self._message if seen != self._version else HEARTBEAT
-                seen = self._version
+                message, seen = self._message if seen != self._version else HEARTBEAT, self._version
+                yield message
         finally:
             self.listeners -= 1
             if not self.listeners:

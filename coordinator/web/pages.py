@@ -13,7 +13,7 @@ from starlette.responses import RedirectResponse, Response
 from coordinator.explain import explain
 from coordinator.journal import Journal, report_key
 from coordinator.store.interface import Store
-from coordinator.web.charts import Chart, charts, table
+from coordinator.web.charts import Chart, Row, charts, table
 from coordinator.web.figures import live
 from coordinator.web.rendering import HEADERS, Renderer
 from swarm.audits import escape_chance
@@ -46,6 +46,13 @@ class Contribution(NamedTuple):
     entry: int | None
 
 
+class Course(NamedTuple):
+    """The run up to now, in pictures and in figures."""
+
+    charts: list[Chart]
+    table: list[Row]
+
+
 class Escape(NamedTuple):
     """How likely it is to get away with faking for so many rounds."""
 
@@ -62,7 +69,7 @@ class Pages:
         self._store = store
         self._renderer = renderer
         self._link = link
-        self._charts: dict[bool, tuple[tuple[int, int], list[Chart]]] = {}
+        self._course: dict[bool, tuple[tuple[int, int], Course]] = {}
 
     async def index(self, request: Request) -> Response:
         """Progress, and the best."""
@@ -73,8 +80,7 @@ class Pages:
             live=live(journal),
             link=self._link,
             by_time=by_time,
-            charts=self._drawn(by_time),
-            table=table(ledger.history(run_id)),
+            course=self._drawn(by_time),
             leaderboard=self._standings(0, FRONT_ROWS),
             share=progress_share(ledger.progress(run_id).tokens, journal),
         )
@@ -154,13 +160,13 @@ class Pages:
         """What badges there are, and by which rule."""
         return self._renderer.page("badges.html", kinds=[(kind, [kind.at(level) for level in kind.levels]) for kind in KINDS])
 
-    def _drawn(self, by_time: bool) -> list[Chart]:
-        """The charts, drawn anew when the history has changed."""
+    def _drawn(self, by_time: bool) -> Course:
+        """The course of the run, drawn anew when the history has changed."""
         history = self._journal.credits.history(self._journal.run_id)
         version = (history.rounds, sum(point.weight for point in history.points))
-        known = self._charts.get(by_time)
+        known = self._course.get(by_time)
         if known is None or known[0] != version:
-            self._charts[by_time] = known = (version, charts(history, by_time))
+            self._course[by_time] = known = (version, Course(charts(history, by_time), table(history)))
         return known[1]
 
     def _standings(self, first: int, limit: int) -> list[Standing]:

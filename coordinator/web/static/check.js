@@ -115,7 +115,7 @@ const WORDS = {
   invalid: "Not valid: don't believe this entry.",
 };
 
-verdict.hidden = list.hidden = false;
+list.hidden = false;
 verdict.textContent = "Checking…";
 let states;
 try {
