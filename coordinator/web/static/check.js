@@ -71,6 +71,7 @@ async function checkAll() {
   if (states.includes("no")) return states;
   states.push(await history(checkpoint));
   check("open", "whether others are shown the same ledger. Witnesses tell: swarm ledger verify --witness.");
+  check("open", "whether this page itself is honest: its script comes from the coordinator, too. swarm ledger check doesn't.");
   check("open", "the signatures inside the entry, and whether it may stand here. swarm ledger verify checks all of them.");
   return states;
 }
