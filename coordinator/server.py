@@ -471,8 +471,18 @@ async def _web(
     except OSError as error:
         raise _busy(wanted) from error
     with listener:
-        first = kept[0]
-        async with web.serve(web.Site(first.journal, first.store, first.identity, registry, str(links[first.run])), listener):
+        several = len(kept) > 1
+        sites = [
+            web.Site(
+                books.journal,
+                books.store,
+                books.identity,
+                str(links[books.run]),
+                f"/run/{run_name(books.journal.run_id)}" if several else "",
+            )
+            for books in kept
+        ]
+        async with web.serve(sites, registry, listener):
             yield Address(wanted.host, listener.getsockname()[1])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 
 from coordinator.journal import Journal
 from coordinator.store.interface import Store
@@ -21,7 +21,7 @@ from coordinator.web.events import Events
 from coordinator.web.explorer import Explorer
 from coordinator.web.figures import live
 from coordinator.web.pages import Pages
-from coordinator.web.rendering import HEADERS, Renderer, load_static, static_response
+from coordinator.web.rendering import HEADERS, Renderer, Static, load_static, static_response
 from swarm.identity import Identity
 
 if TYPE_CHECKING:
@@ -34,61 +34,84 @@ GRACE_S = 2
 
 @dataclass(frozen=True)
 class Site:
-    """What the pages are about."""
+    """A run's pages, below the path `base`."""
 
     journal: Journal
     store: Store
     identity: Identity
-    registry: CollectorRegistry
     link: str
+    base: str = ""
 
-    def application(self, events: Events) -> Starlette:
-        """The ASGI application."""
+    @property
+    def events(self) -> Events:
+        """What tells readers new figures."""
+        return Events(lambda: live(self.journal))
+
+    def renderer(self) -> Renderer:
+        """Fills in templates about the run."""
         journal = self.journal
-        renderer = Renderer(manifest=journal.manifest, coordinator=self.identity.peer_id, run_id=journal.run_id.hex())
-        pages = Pages(journal, self.store, renderer, self.link)
-        explorer = Explorer(journal, self.store, self.identity, renderer)
-        static = load_static()
+        return Renderer(self.base, manifest=journal.manifest, coordinator=self.identity.peer_id, run_id=journal.run_id.hex())
 
-        async def asset(request: Request) -> Response:
-            file = static.get(request.path_params["name"])
-            return PlainTextResponse("no such file\n", 404, HEADERS) if file is None else static_response(file, request)
+    def routes(self, events: Events) -> list[Route]:
+        """Where each page is, below the base."""
+        renderer = self.renderer()
+        pages = Pages(self.journal, self.store, renderer, self.link)
+        explorer = Explorer(self.journal, self.store, self.identity, renderer)
 
         async def listen(_: Request) -> Response:
             return events.response()
 
-        async def unknown(_: Request, __: Exception) -> Response:
-            return renderer.sorry(404, "Not found", "There is no such page.")
+        return [
+            Route("/", pages.index),
+            Route("/leaderboard", pages.leaderboard),
+            Route("/account", pages.find),
+            Route("/account/{peer_id}", pages.account),
+            Route("/audits", pages.audits),
+            Route("/badges", pages.badges),
+            Route("/ledger", explorer.entries),
+            Route("/ledger/{index:int}", explorer.entry),
+            Route("/api/ledger/{index:int}", explorer.proof),
+            Route("/api/consistency", explorer.consistency),
+            Route("/checkpoint", explorer.checkpoint),
+            Route("/events", listen),
+            Route("/static/{name}", _asset(load_static())),
+        ]
 
-        return Starlette(
-            routes=[
-                Route("/", pages.index),
-                Route("/leaderboard", pages.leaderboard),
-                Route("/account", pages.find),
-                Route("/account/{peer_id}", pages.account),
-                Route("/audits", pages.audits),
-                Route("/badges", pages.badges),
-                Route("/ledger", explorer.entries),
-                Route("/ledger/{index:int}", explorer.entry),
-                Route("/api/ledger/{index:int}", explorer.proof),
-                Route("/api/consistency", explorer.consistency),
-                Route("/checkpoint", explorer.checkpoint),
-                Route("/events", listen),
-                Route("/static/{name}", asset),
-                Route("/metrics", self._metrics),
-                Route("/healthz", self._healthz),
-            ],
-            exception_handlers={404: unknown},
-        )
 
-    async def _metrics(self, _: Request) -> Response:
-        """Prometheus exposition."""
-        return Response(generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST, **HEADERS})
+def application(sites: Sequence[Site], registry: CollectorRegistry, events: Sequence[Events]) -> Starlette:
+    """The ASGI application: one run's pages at the root, or a list of the runs there and each below its own path."""
+    journals = [site.journal for site in sites]
+    first = sites[0].renderer()
 
-    async def _healthz(self, _: Request) -> Response:
-        """200 while the ledger can be written, else 503."""
-        healthy = self.journal.is_healthy
+    async def runs(_: Request) -> Response:
+        rows = [(site.base, site.journal.manifest, live(site.journal)) for site in sites]
+        return Renderer().page("runs.html", rows=rows)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST, **HEADERS})
+
+    async def healthz(_: Request) -> Response:
+        healthy = all(journal.is_healthy for journal in journals)
         return PlainTextResponse("ok\n" if healthy else "the ledger can't be written\n", 200 if healthy else 503, HEADERS)
+
+    async def unknown(_: Request, __: Exception) -> Response:
+        return first.sorry(404, "Not found", "There is no such page.")
+
+    routes: list[BaseRoute] = [Route("/metrics", metrics), Route("/healthz", healthz)]
+    if len(sites) == 1:
+        routes += sites[0].routes(events[0])
+    else:
+        routes += [Route("/", runs), Route("/static/{name}", _asset(load_static()))]
+        routes += [Mount(site.base, routes=site.routes(told)) for site, told in zip(sites, events, strict=True)]
+    return Starlette(routes=routes, exception_handlers={404: unknown})
+
+
+def _asset(static: Mapping[str, Static]) -> Callable[[Request], Awaitable[Response]]:
+    async def asset(request: Request) -> Response:
+        file = static.get(request.path_params["name"])
+        return PlainTextResponse("no such file\n", 404, HEADERS) if file is None else static_response(file, request)
+
+    return asset
 
 
 class _Server(uvicorn.Server):
@@ -100,11 +123,11 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(site: Site, listener: socket.socket) -> AsyncIterator[None]:
+async def serve(sites: Sequence[Site], registry: CollectorRegistry, listener: socket.socket) -> AsyncIterator[None]:
     """Serve the pages on a bound socket until the context is left."""
-    events = Events(lambda: live(site.journal))
+    events = [site.events for site in sites]
     config = uvicorn.Config(
-        site.application(events),
+        application(sites, registry, events),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -113,12 +136,15 @@ async def serve(site: Site, listener: socket.socket) -> AsyncIterator[None]:
         timeout_graceful_shutdown=GRACE_S,
     )
     server = _Server(config)
-    async with events.looking():
+    async with AsyncExitStack() as stack:
+        for each in events:
+            await stack.enter_async_context(each.looking())
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield
         finally:
-            events.close()
+            for each in events:
+                each.close()
             server.should_exit = True
             with suppress(asyncio.CancelledError):
                 await task

@@ -105,7 +105,7 @@ class Pages:
         peer_id = request.query_params.get("id", "").strip()
         if not is_peer_id(peer_id):
             return self._renderer.sorry(404, "Not a peer id", "A peer id begins with 12D3KooW; swarm identity show prints yours.")
-        return RedirectResponse(f"/account/{peer_id}", 303, HEADERS)
+        return RedirectResponse(f"{self._renderer.base}/account/{peer_id}", 303, HEADERS)
 
     async def account(self, request: Request) -> Response:
         """One account: what it has, what it did, and why it isn't earning."""

@@ -73,7 +73,8 @@ def static_response(file: Static, request: Request) -> Response:
 class Renderer:
     """Fills templates in."""
 
-    def __init__(self, **everywhere: object) -> None:
+    def __init__(self, base: str = "", **everywhere: object) -> None:
+        self.base = base
         self._templates = Environment(
             loader=FileSystemLoader(FOLDER / "templates"),
             autoescape=True,
@@ -85,7 +86,7 @@ class Renderer:
         self._templates.filters.update(
             credits=credits_text, utc=utc, short=short_key, quantity=quantity, percent=percent, grouped="{:,}".format
         )
-        self._templates.globals.update(everywhere)
+        self._templates.globals.update(everywhere, base=base)
 
     def page(self, template: str, status: int = 200, **values: object) -> HTMLResponse:
         """An HTML answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coordinator.server import Coordinator, RunLinks
+from coordinator.server import Coordinator, RunLinks, run_name
 from swarm.clock import ManualClock
 from swarm.config import CoordinatorSettings
 from swarm.errors import NotAdmitted, UnknownRun, UsageError
@@ -137,6 +138,25 @@ async def test_metrics_say_of_which_run_they_are(tmp_path: Path) -> None:
     assert sorted(entries.values()) == [1, 5]
     assert all("run" not in sample.labels for sample in families["swarm_coordinator_calls"].samples)
     assert len(families["swarm_coordinator_build_info"].samples) == 1
+
+
+async def test_each_run_has_its_pages(tmp_path: Path) -> None:
+    """The first page lists the runs; each has all pages below its own path, and none links to another's."""
+    async with both(tmp_path) as coordinator, of_run(coordinator.runs[1]) as client:
+        await play(client, OTHER)
+        address = f"http://{coordinator.metrics_address}"
+        async with httpx.AsyncClient(base_url=address, follow_redirects=True) as web:
+            listed = (await web.get("/")).text
+            paths = [f"/run/{run_name(run.run_id)}" for run in coordinator.runs]
+            assert all(f'<a href="{path}/">' in listed for path in paths)
+            for page in ("/", "/leaderboard", "/ledger", "/ledger/0", "/audits", "/badges", f"/account/{ALICE.peer_id}"):
+                answer = await web.get(paths[1] + page)
+                assert answer.status_code == 200, page
+                links = re.findall(r'(?:href|src|action)="(/[^"]*)"', answer.text)
+                assert [link for link in links if not link.startswith(paths[1])] == []
+            assert (await web.get(f"{paths[1]}/account", params={"id": ALICE.peer_id})).url.path.startswith(paths[1])
+            assert (await web.get(f"{paths[1]}/api/ledger/4")).status_code == 200
+            assert (await web.get(f"{paths[0]}/api/ledger/4")).status_code == 404
 
 
 async def test_several_runs_in_one_database_are_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ function check(state, text, detail = "") {
 }
 
 async function answerOf(path) {
-  const answer = await fetch(path);
+  const answer = await fetch(new URL(path, import.meta.url));
   if (!answer.ok) throw new Error(`the coordinator answers ${answer.status}`);
   return answer.json();
 }
@@ -52,7 +52,7 @@ const remembered = {
 };
 
 async function checkAll() {
-  const said = await answerOf(`/api/ledger/${index}`);
+  const said = await answerOf(`../api/ledger/${index}`);
   const same = said.format === FORMAT && said.index === Number(index) && said.coordinator === coordinator && said.run_id === run;
   if (!same) throw new Error("the answer is about another entry, run or coordinator than this page");
   const entry = bytesOf(said.entry), leaf = await leafHash(entry);
@@ -95,7 +95,7 @@ async function history(checkpoint) {
   }
   if (before.coordinator !== coordinator) return check("no", `on ${before.at} this run had another coordinator's key, ${before.coordinator}.`);
   const [old, now] = [before, checkpoint].sort((one, other) => one.size - other.size);
-  const { proof } = await answerOf(`/api/consistency?old=${old.size}&size=${now.size}`);
+  const { proof } = await answerOf(`../api/consistency?old=${old.size}&size=${now.size}`);
   if (!(await extendsTree(old.size, old.root, now.size, now.root, proof.map(bytesOf)))) {
     return check("no", `the ledger isn't the one that this browser saw on ${before.at}: entries were changed or removed.`);
   }

@@ -48,7 +48,7 @@ async function refresh() {
 }
 
 function listen() {
-  const source = new EventSource("/events");
+  const source = new EventSource(new URL("../events", import.meta.url));
   source.addEventListener("open", () => tell("live", "live"));
   source.addEventListener("figures", (event) => show(JSON.parse(event.data)));
   source.addEventListener("error", () => {
