@@ -6,7 +6,7 @@ RUN python -m venv /opt/swarm
 ENV PATH=/opt/swarm/bin:$PATH
 WORKDIR /source
 COPY . ./
-RUN pip install -c constraints.txt '.[coordinator]'
+RUN pip install -c constraints.txt '.[coordinator,otel]'
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/swarm /opt/swarm

@@ -15,7 +15,7 @@ WORKDIR /source
 COPY constraints.txt ./
 RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} "$TORCH"
 COPY . ./
-RUN pip install -c constraints.txt '.[peer]'
+RUN pip install -c constraints.txt '.[peer,otel]'
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/swarm /opt/swarm

@@ -53,7 +53,7 @@ def test_coordinator_image_has_no_torch() -> None:
     installs = [
         line for line in (ROOT / "deploy/docker/coordinator.Dockerfile").read_text().splitlines() if "pip install" in line
     ]
-    assert installs == ["RUN pip install -c constraints.txt '.[coordinator]'"]
+    assert installs == ["RUN pip install -c constraints.txt '.[coordinator,otel]'"]
 
 
 def test_build_context_holds_only_sources() -> None:

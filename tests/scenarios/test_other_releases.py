@@ -25,7 +25,7 @@ async def test_peers_of_several_releases(tmp_path: Path) -> None:
     """
     run = make_run(tmp_path / "run", peers=1)
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path / "coordinator")
-    async with Coordinator.serve(sign_manifest(run.manifest), settings) as coordinator, LocalSwarm(tmp_path / "swarm") as swarm:
+    async with Coordinator.serve([sign_manifest(run.manifest)], settings) as coordinator, LocalSwarm(tmp_path / "swarm") as swarm:
         coordinator.journal.spoken = Range(Version(1, 0), Version(2, 1))
         swarm.link = str(coordinator.link)
 

@@ -90,7 +90,7 @@ async def test_against_a_coordinator(tmp_path: Any) -> None:
     clock = ManualClock(NOW_S)
     one = ticket(1)
     async with (
-        Coordinator.serve(WORLD.signed_manifest, settings, clock) as coordinator,
+        Coordinator.serve([WORLD.signed_manifest], settings, clock) as coordinator,
         await CoordinatorClient.connect(coordinator.link) as client,
     ):
         with pytest.raises(NotAdmitted, match="by invitation"):

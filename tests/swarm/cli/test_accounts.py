@@ -33,7 +33,7 @@ def test_against_a_coordinator(home: Path, capsys: pytest.CaptureFixture[str]) -
         return await client.announce(WORLD.announcement(LAPTOP, clock.wall_s(), **more))
 
     async def work() -> None:
-        async with Coordinator.serve(WORLD.signed_manifest, settings, clock) as coordinator:
+        async with Coordinator.serve([WORLD.signed_manifest], settings, clock) as coordinator:
             link = str(coordinator.link)
             async with await CoordinatorClient.connect(coordinator.link) as client:
                 await announce(client, None)

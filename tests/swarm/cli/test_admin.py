@@ -28,7 +28,7 @@ async def test_the_operators_day(home: Path, capsys: pytest.CaptureFixture[str])
     assert await admin("key", "--json") == 0
     key = json.loads(capsys.readouterr().out)["admin"]
     settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=home / "state", admin_listen="127.0.0.1:0", admin_keys=key)
-    async with Coordinator.serve(world.signed_manifest, settings) as coordinator:
+    async with Coordinator.serve([world.signed_manifest], settings) as coordinator:
         link = ("--link", str(coordinator.admin_link))
         async with await CoordinatorClient.connect(coordinator.link) as client:
             await client.announce(world.announcement(ALICE, coordinator.journal.now().wall_s, round=4))

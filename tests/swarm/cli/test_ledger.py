@@ -31,7 +31,7 @@ def with_coordinator(folder: Path, check: Check) -> None:
     @asynccontextmanager
     async def filled() -> object:
         settings = CoordinatorSettings(listen="127.0.0.1:0", state_dir=folder / "state", db="memory://")
-        async with Coordinator.serve(WORLD.signed_manifest, settings, ManualClock(NOW_S)) as coordinator:
+        async with Coordinator.serve([WORLD.signed_manifest], settings, ManualClock(NOW_S)) as coordinator:
             (folder / "receipts").mkdir()
             async with await CoordinatorClient.connect(coordinator.link) as client:
                 for peer in PEERS:

@@ -39,7 +39,7 @@ def settings(folder: Path) -> CoordinatorSettings:
 async def coordinator(folder: Path, rounds: int, root: bytes = ROOT) -> AsyncIterator[Coordinator]:
     """A coordinator whose ledger has so many rounds; in the same folder it has the same key and another ledger."""
     clock = ManualClock(NOW_S)
-    async with Coordinator.serve(WORLD.signed_manifest, settings(folder), clock) as running:
+    async with Coordinator.serve([WORLD.signed_manifest], settings(folder), clock) as running:
         async with await CoordinatorClient.connect(running.link) as client:
             await add_rounds(client, 0, rounds, root)
         yield running
@@ -127,7 +127,7 @@ async def test_a_witness_that_isnt_a_key(tmp_path: Path) -> None:
     """The coordinator says so at its start."""
     wrong = CoordinatorSettings(listen="127.0.0.1:0", state_dir=tmp_path, db="memory://", witnesses="somebody")
     with pytest.raises(UsageError, match="not a witness's key: 'somebody'"):
-        async with Coordinator.serve(WORLD.signed_manifest, wrong, ManualClock(NOW_S)):
+        async with Coordinator.serve([WORLD.signed_manifest], wrong, ManualClock(NOW_S)):
             pass
 
 
