@@ -46,7 +46,7 @@ from swarm.credits import CreditState, apply_entry
 from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Opened, Opening, Permission, Revocation
 from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
 from swarm.identity import Identity
-from swarm.ledger import open_manifest
+from swarm.ledger import Checkpoint, open_manifest, origin_of, sign_checkpoint
 from swarm.merkle import MerkleTree, leaf_hash
 from swarm.messages import payload_hash, seal
 from swarm.protocol import OURS, Range
@@ -146,6 +146,11 @@ class Journal:
     def suspended_by_audits(self) -> int:
         """How many keys the ledger suspends."""
         return len(self.credits.suspended(self.run_id)) if self.run_id in self.credits.run_ids else 0
+
+    def signed_checkpoint(self) -> tuple[str, int]:
+        """The coordinator's word for all entries so far, and how many they are."""
+        checkpoint = Checkpoint(origin_of(self.run_id), len(self.tree), self.tree.root())
+        return sign_checkpoint(self._identity, checkpoint), checkpoint.size
 
     def load(self) -> None:
         """Read the store back, from the snapshot on where there is one; open the run if it is new. Raises `DatabaseCorrupt`."""

@@ -121,12 +121,10 @@ class ReplicaService(PeerService):
 
     channels: Channels
     _replica: Replica | None = None
-    _run_key: tuple[tuple[str, str], ...] = ()
 
     def join(self, seat: Seat, address: str) -> Replica:
         """Take part among the replicas, under an address at which they reach this one."""
         self._replica = Replica(self._journal, self._store, seat, address)
-        self._run_key = ((RUN_KEY, self._journal.run_id.hex()),)
         return self._replica
 
     async def Announce(self, request: pb.AnnounceRequest, context: Any) -> pb.AnnounceResponse:  # noqa: N802
@@ -170,7 +168,8 @@ class ReplicaService(PeerService):
             raise Rejected("overloaded", "no replica writes at the moment")
         call = getattr(self.channels.stub(replica.leader), method)
         try:
-            told = (*self._run_key, (PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context)), *carried())
+            run = self._journal.run_id.hex()
+            told = ((RUN_KEY, run), (PASSED_ON_KEY, secret), (CALLER_KEY, address_of(context)), *carried())
             answer: M = await call(request, timeout=CALL_TIMEOUT_S, metadata=told)
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from error

@@ -397,9 +397,8 @@ async def _admin(
     certificate = Certificate.load_or_create(folder, datetime.datetime.fromtimestamp(clock.wall_s(), datetime.UTC))
     guard = Guard(clock, metrics, admins.__contains__, ceilings=Ceilings(ADMIN_CALLS, ADMIN_CALLS, settings.slow_call_s))
     guard.tracer = tracer
-    journals = {books.run: books.journal for books in kept}
     services = {
-        books.run: AdminService(books.journal, books.store, clock, guard, [journals[run] for run in journals if run != books.run])
+        books.run: AdminService(books.journal, books.store, clock, guard, [other.journal for other in kept if other is not books])
         for books in kept
     }
     server = grpc.aio.server(interceptors=(guard,), options=SERVER_OPTIONS)

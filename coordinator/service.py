@@ -30,7 +30,6 @@ from swarm.credits import Balance
 from swarm.entries import Claim, Nomination, open_proposal, open_revocation, open_verdict, take_report_apart
 from swarm.errors import Rejected
 from swarm.identity import Identity
-from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.merkle import HASH_BYTES
 from swarm.messages import open_signed, payload_hash
 from swarm.protocol import agree, spoken_by
@@ -211,13 +210,8 @@ class PeerService(PeerServiceServicer):
 
     def _note_asked_for(self, request: pb.GetCheckpointRequest) -> tuple[str, int]:
         if request.to_cosign:
-            return self._witnessed.to_cosign(self._signed_checkpoint, request.old_size, self._clock.monotonic_s())
-        return (self._witnessed.cosigned() if request.cosigned else None) or self._signed_checkpoint()
-
-    def _signed_checkpoint(self) -> tuple[str, int]:
-        tree = self._journal.tree
-        checkpoint = Checkpoint(origin_of(self._journal.run_id), len(tree), tree.root())
-        return sign_checkpoint(self._identity, checkpoint), checkpoint.size
+            return self._witnessed.to_cosign(self._journal.signed_checkpoint, request.old_size, self._clock.monotonic_s())
+        return (self._witnessed.cosigned() if request.cosigned else None) or self._journal.signed_checkpoint()
 
     async def AddCosignature(self, request: pb.AddCosignatureRequest, context: Any) -> pb.AddCosignatureResponse:  # noqa: N802
         """Keep a witness's cosignature."""

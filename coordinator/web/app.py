@@ -42,7 +42,6 @@ class Site:
     link: str
     base: str = ""
 
-    @property
     def events(self) -> Events:
         """What tells readers new figures."""
         return Events(lambda: live(self.journal))
@@ -52,7 +51,7 @@ class Site:
         journal = self.journal
         return Renderer(self.base, manifest=journal.manifest, coordinator=self.identity.peer_id, run_id=journal.run_id.hex())
 
-    def routes(self, events: Events) -> list[Route]:
+    def routes(self, events: Events, static: Route) -> list[Route]:
         """Where each page is, below the base."""
         renderer = self.renderer()
         pages = Pages(self.journal, self.store, renderer, self.link)
@@ -74,24 +73,24 @@ class Site:
             Route("/api/consistency", explorer.consistency),
             Route("/checkpoint", explorer.checkpoint),
             Route("/events", listen),
-            Route("/static/{name}", _asset(load_static())),
+            static,
         ]
 
 
 def application(sites: Sequence[Site], registry: CollectorRegistry, events: Sequence[Events]) -> Starlette:
     """The ASGI application: one run's pages at the root, or a list of the runs there and each below its own path."""
-    journals = [site.journal for site in sites]
-    first = sites[0].renderer()
+    first, listing = sites[0].renderer(), Renderer()
+    static = Route("/static/{name}", _asset(load_static()))
 
     async def runs(_: Request) -> Response:
         rows = [(site.base, site.journal.manifest, live(site.journal)) for site in sites]
-        return Renderer().page("runs.html", rows=rows)
+        return listing.page("runs.html", rows=rows)
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST, **HEADERS})
 
     async def healthz(_: Request) -> Response:
-        healthy = all(journal.is_healthy for journal in journals)
+        healthy = all(site.journal.is_healthy for site in sites)
         return PlainTextResponse("ok\n" if healthy else "the ledger can't be written\n", 200 if healthy else 503, HEADERS)
 
     async def unknown(_: Request, __: Exception) -> Response:
@@ -99,10 +98,10 @@ def application(sites: Sequence[Site], registry: CollectorRegistry, events: Sequ
 
     routes: list[BaseRoute] = [Route("/metrics", metrics), Route("/healthz", healthz)]
     if len(sites) == 1:
-        routes += sites[0].routes(events[0])
+        routes += sites[0].routes(events[0], static)
     else:
-        routes += [Route("/", runs), Route("/static/{name}", _asset(load_static()))]
-        routes += [Mount(site.base, routes=site.routes(told)) for site, told in zip(sites, events, strict=True)]
+        routes += [Route("/", runs), static]
+        routes += [Mount(site.base, routes=site.routes(told, static)) for site, told in zip(sites, events, strict=True)]
     return Starlette(routes=routes, exception_handlers={404: unknown})
 
 
@@ -125,7 +124,7 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def serve(sites: Sequence[Site], registry: CollectorRegistry, listener: socket.socket) -> AsyncIterator[None]:
     """Serve the pages on a bound socket until the context is left."""
-    events = [site.events for site in sites]
+    events = [site.events() for site in sites]
     config = uvicorn.Config(
         application(sites, registry, events),
         log_config=None,

@@ -17,7 +17,6 @@ from coordinator.web.rendering import HEADERS, Renderer
 from swarm.entry_proof import ProvenEntry
 from swarm.errors import SwarmError
 from swarm.identity import Identity
-from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.merkle import leaf_hash
 
 ENTRY_ROWS = 25
@@ -108,8 +107,7 @@ class Explorer:
         return ProvenEntry(run_id, self._identity.peer_id, index, found[0], proof, self._note()) if found else None
 
     def _note(self) -> str:
-        tree = self._journal.tree
-        return sign_checkpoint(self._identity, Checkpoint(origin_of(self._journal.run_id), len(tree), tree.root()))
+        return self._journal.signed_checkpoint()[0]
 
     def _unreadable(self) -> Response:
         return self._renderer.sorry(503, "The ledger can't be read", "The database doesn't answer. Try again in a moment.")

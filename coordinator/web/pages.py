@@ -114,7 +114,7 @@ class Pages:
             return self._renderer.sorry(404, "Not a peer id", "A peer id begins with 12D3KooW; swarm identity show prints yours.")
         ledger, run_id = journal.credits, journal.run_id
         balance = ledger.balance(run_id, peer_id)
-        account = balance.account
+        account, deeds = balance.account, ledger.deeds(run_id, balance.account)
         keys = ledger.keys(run_id, account)
         asked_about = [peer_id] if ledger.is_admitted(run_id, peer_id) or not keys else keys[:EXPLAINED_KEYS]
         before = whole(request.query_params.get("before"), 0, MOST_ROUND)
@@ -132,8 +132,8 @@ class Pages:
             keys=keys[:KEY_ROWS],
             key_count=len(keys),
             suspended=ledger.suspended(run_id),
-            badges=badges_of(ledger.deeds(run_id, account)),
-            deeds=ledger.deeds(run_id, account),
+            badges=badges_of(deeds),
+            deeds=deeds,
             contributions=contributions,
             older=contributions[-1].round if len(contributions) == REPORT_ROWS else None,
             before=before,
@@ -142,15 +142,14 @@ class Pages:
     async def audits(self, _: Request) -> Response:
         """How work is checked, what was found, and how long a faker lasts."""
         journal = self._journal
-        manifest, totals = journal.manifest, journal.credits.audit_totals(journal.run_id)
-        rate = (journal.orders.audit_rate or manifest.audit.rate) if manifest.is_audited else 0.0
+        totals = journal.credits.audit_totals(journal.run_id)
         suspended = journal.credits.suspended(journal.run_id)
         return self._renderer.page(
             "audits.html",
             totals=totals,
-            rate=rate,
+            rate=journal.audit_rate,
             share=totals.done / totals.contributions if totals.contributions else 0.0,
-            escapes=escapes(rate, manifest.is_replayed),
+            escapes=escapes(journal.audit_rate, journal.manifest.is_replayed),
             suspended=list(suspended.items())[: -SUSPENDED_ROWS - 1 : -1],
             suspended_count=len(suspended),
             ordered=list(journal.orders.suspended.items())[: -SUSPENDED_ROWS - 1 : -1],
