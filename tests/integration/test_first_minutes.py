@@ -131,7 +131,7 @@ def test_from_own_texts_to_a_manifest(tmp_path: Path) -> None:
 
 def _operators_commands() -> tuple[list[str], str, str]:
     """What makes a run, what serves it, and what starts the operator's own first peer."""
-    (*make, serve), _, (first_peer,) = blocks("docs/operations.md", "Make a run")
+    (*make, serve), _, (first_peer,), *_ = blocks("docs/operations.md", "Make a run")
     assert serve.startswith("swarm coordinator ")
     assert first_peer.startswith("swarm join ")
     return make, serve, first_peer
