@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -18,7 +18,7 @@ import grpc
 import structlog
 from prometheus_client import Histogram
 
-from coordinator.auth import HEALTH, rule_for, signed_part
+from coordinator.auth import rule_for, signed_part
 from coordinator.errors import answer_to
 from coordinator.limits import (
     CALL_DEADLINE_S,
@@ -57,8 +57,8 @@ log = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs only
-    """Wraps every handler."""
+class Guard:
+    """Wraps every handler of a service that is added to what `before` returns."""
 
     def __init__(
         self,
@@ -87,21 +87,19 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
         self.traced: frozenset[str] = frozenset()
         self._traces = RateLimiter(FOLLOWED)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """The wrapped handler of one call; a method's handler is wrapped once."""
-        method = handler_call_details.method
-        _receiving.set(self._cut_off_when_slow())
-        wrapped = self._wrapped.get(method)
+    def before(self, server: grpc.aio.Server) -> _Guarded:
+        """Where to add services that this guard shall stand before."""
+        return _Guarded(self, server)
+
+    def handler(self, details: grpc.HandlerCallDetails, handlers: grpc.GenericRpcHandler) -> Any:
+        """The wrapped handler of a call that begins now, in the task of the call. A method's handler is wrapped once."""
+        wrapped = self._wrapped.get(details.method)
         if wrapped is None:
-            handler = await continuation(handler_call_details)
-            if handler is None or method.startswith(HEALTH):
-                _received()
-                return handler
-            wrapped = self._wrapped[method] = self._wrap(method, handler)
+            handler = handlers.service(details)
+            if handler is None:
+                return None
+            wrapped = self._wrapped[details.method] = self._wrap(details.method, handler)
+        _receiving.set(self._cut_off_when_slow())
         return wrapped
 
     def _wrap(self, method: str, handler: Any) -> Any:
@@ -241,6 +239,33 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in 
             sender = error.sender if isinstance(error, Rejected) else ""
             log.info("call_refused", method=method, reason=answer.reason, sender=sender)
         await context.abort(answer.status, answer.message, ((REASON_KEY, answer.reason),))
+
+
+class _Guarded:
+    """Takes services as a server does, and adds them to it behind the guard.
+
+    An interceptor would do the same at a higher price: gRPC builds the chain of interceptors for every call.
+    """
+
+    def __init__(self, guard: Guard, server: grpc.aio.Server) -> None:
+        self._guard = guard
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """What generated code calls."""
+        self._server.add_generic_rpc_handlers([_GuardedHandlers(self._guard, each) for each in handlers])
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Nothing: a server would look these up first, and so pass the guard by."""
+
+
+class _GuardedHandlers(grpc.GenericRpcHandler):
+    def __init__(self, guard: Guard, handlers: grpc.GenericRpcHandler) -> None:
+        self._guard = guard
+        self._handlers = handlers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._guard.handler(handler_call_details, self._handlers)
 
 
 def _received() -> None:

@@ -56,6 +56,7 @@ from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 
 QUEUE_EVENTS = 4096
 GROUP_EVENTS = 256
+GATHER_S = 0.03  # for a group to grow, while many come
 FOLLOW_ROWS = 500
 ORDERS = "orders"
 GENESIS = "genesis"
@@ -216,8 +217,12 @@ class Journal:
 
     async def run(self) -> None:
         """Write group after group until cancelled."""
+        group: list[_Pending] = []
         while True:
+            busy = len(group) > 1
             group = [await self._queue.get()]
+            if busy:  # a commit costs as much as many entries: what PostgreSQL calls commit_delay
+                await asyncio.sleep(GATHER_S)
             while len(group) < GROUP_EVENTS and not self._queue.empty():
                 group.append(self._queue.get_nowait())
             try:

@@ -358,9 +358,9 @@ async def _ticks(journal: Journal, metrics: Metrics, clock: Clock) -> None:
 async def _grpc(service: Any, guard: Guard, certificate: Certificate, settings: CoordinatorSettings) -> AsyncIterator[Address]:
     age_ms = int(settings.connection_age_s * 1000)
     ages = (("grpc.max_connection_age_ms", age_ms), ("grpc.max_connection_age_grace_ms", min(age_ms, CLOSING_MS)))
-    server = grpc.aio.server(interceptors=(guard,), options=(*SERVER_OPTIONS, *ages))
+    server = grpc.aio.server(options=(*SERVER_OPTIONS, *ages))
     health = HealthServicer()
-    add_PeerServiceServicer_to_server(service, server)
+    add_PeerServiceServicer_to_server(service, guard.before(server))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     async with _started(server, certificate, Address.parse(settings.listen)) as address:
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -401,8 +401,8 @@ async def _admin(
         books.run: AdminService(books.journal, books.store, clock, guard, [other.journal for other in kept if other is not books])
         for books in kept
     }
-    server = grpc.aio.server(interceptors=(guard,), options=SERVER_OPTIONS)
-    add_AdminServiceServicer_to_server(by_run(ADMIN_SERVICE, services), server)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_AdminServiceServicer_to_server(by_run(ADMIN_SERVICE, services), guard.before(server))
     async with _started(server, certificate, Address.parse(settings.admin_listen)) as listen:
         address = _reachable(listen)
         host = f"[{address.host}]" if ":" in address.host else address.host

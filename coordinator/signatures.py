@@ -30,6 +30,7 @@ HEADER = struct.Struct(">II")
 PROOF = struct.Struct(">32s64sI")
 BATCH_PROOFS = 384
 START_AFTER = 96  # proofs that wait or were checked in place within a second
+GATHER_S = 0.02  # for a batch to grow, while many come
 LARGE_BYTES = 1 << 16
 STOP_S = 2.0
 
@@ -65,7 +66,7 @@ class SignatureChecker:
     """Use as `async with SignatureChecker(processes)`; 0 processes check everything in place."""
 
     def __init__(self, processes: int = -1, start_after: int = START_AFTER) -> None:
-        self._wanted = (os.cpu_count() or 1) if processes < 0 else processes
+        self._wanted = max(1, (os.cpu_count() or 1) - 1) if processes < 0 else processes  # one core is the event loop's
         self._start_after = start_after
         self._waiting: deque[_Batch] = deque()
         self._wake = asyncio.Event()
@@ -131,10 +132,13 @@ class SignatureChecker:
             self._fail_waiting()
 
     async def _feed(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        batches: list[_Batch] = []
         while True:
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
+                if len(batches) > 1:  # many at once: every message to the process costs as much as several checks
+                    await asyncio.sleep(GATHER_S)
             batches = self._take()
             try:
                 writer.write(_packed([proof for batch in batches for proof in batch.proofs]))

@@ -5,7 +5,7 @@ network identity. The peer id of an Ed25519 key *contains* the public key (libp2
 any signature can be checked from the peer id alone. Signatures are over DSSE's pre-authentication encoding
 (https://github.com/secure-systems-lab/dsse/blob/master/protocol.md), which separates every kind of message from every other.
 
-All are checked by libsodium, which refuses keys and signatures with points of small order: other libraries let them pass, and
+Libsodium signs and checks: it refuses keys and signatures with points of small order, which other libraries let pass, so that
 anybody could sign anything with such a key. It is also the quicker one.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import base58
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from nacl.bindings import crypto_sign_open
+from nacl.bindings import crypto_sign, crypto_sign_open
 from nacl.exceptions import BadSignatureError
 
 from swarm.errors import KeyFileError, Rejected
@@ -102,12 +102,17 @@ class Identity:
 
     def sign(self, payload_type: str, payload: bytes) -> bytes:
         """Sign `PAE(payload_type, payload)`; 64 bytes."""
-        return self.private_key.sign(pre_authentication_encoding(payload_type, payload))
+        return crypto_sign(pre_authentication_encoding(payload_type, payload), self._secret)[:SIGNATURE_BYTES]
+
+    @cached_property
+    def _secret(self) -> bytes:
+        """Seed and public key, 64 bytes: as libsodium and libp2p have it."""
+        return self.seed + public_key_of(self.peer_id)
 
     def save(self, path: Path) -> None:
         """Write a new key file, mode 0600. Raises `KeyFileError` if the path exists."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        content = KEY_FILE_PREFIX + self.seed + public_key_of(self.peer_id)
+        content = KEY_FILE_PREFIX + self._secret
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as error:

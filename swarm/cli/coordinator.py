@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+GARBAGE_OBJECTS = 20_000
 DB_HELP = "Database URL; SQLite in the state folder by default."
 DbOption = Annotated[str | None, typer.Option("--db", help=DB_HELP)]
 StateOption = Annotated[Path | None, typer.Option("--state-dir", help="Folder for keys and database.")]
@@ -85,7 +87,14 @@ async def _serve(manifests: list[Signed], settings: CoordinatorSettings, link_fi
         if link_file is not None:
             _write_links(link_file, [str(run.link) for run in coordinator.runs])
         _announce(coordinator, as_json)
+        _collect_garbage_seldom()
         await stopped.wait()
+
+
+def _collect_garbage_seldom() -> None:
+    """What the ledger holds stays as long as the process, so no collection looks through it; and calls leave few cycles."""
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS)
 
 
 def _write_links(path: Path, links: list[str]) -> None:
