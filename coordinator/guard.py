@@ -87,11 +87,11 @@ class Guard:
         self.traced: frozenset[str] = frozenset()
         self._traces = RateLimiter(FOLLOWED)
 
-    def before(self, server: grpc.aio.Server) -> _Guarded:
+    def before(self, server: grpc.aio.Server) -> Any:
         """Where to add services that this guard shall stand before."""
         return _Guarded(self, server)
 
-    def handler(self, details: grpc.HandlerCallDetails, handlers: grpc.GenericRpcHandler) -> Any:
+    def handler(self, details: grpc.HandlerCallDetails, handlers: grpc.GenericRpcHandler[Any, Any]) -> Any:
         """The wrapped handler of a call that begins now, in the task of the call. A method's handler is wrapped once."""
         wrapped = self._wrapped.get(details.method)
         if wrapped is None:
@@ -251,7 +251,7 @@ class _Guarded:
         self._guard = guard
         self._server = server
 
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """What generated code calls."""
         self._server.add_generic_rpc_handlers([_GuardedHandlers(self._guard, each) for each in handlers])
 
@@ -259,8 +259,8 @@ class _Guarded:
         """Nothing: a server would look these up first, and so pass the guard by."""
 
 
-class _GuardedHandlers(grpc.GenericRpcHandler):
-    def __init__(self, guard: Guard, handlers: grpc.GenericRpcHandler) -> None:
+class _GuardedHandlers(grpc.GenericRpcHandler):  # type: ignore[type-arg] # generic in the stubs only
+    def __init__(self, guard: Guard, handlers: grpc.GenericRpcHandler[Any, Any]) -> None:
         self._guard = guard
         self._handlers = handlers
 
