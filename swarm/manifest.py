@@ -9,10 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from swarm.errors import ManifestInvalid
 
@@ -28,9 +37,20 @@ LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 
 
 class Frozen(BaseModel):
-    """An immutable value that knows all its fields."""
+    """An immutable value that knows all its fields.
+
+    `LATER` names fields that manifests signed by earlier versions don't have: left out of what is written while they have
+    their default, so that such a manifest keeps its canonical bytes and with them its run id.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        unused = {name for name in self.LATER if getattr(self, name) == type(self).model_fields[name].get_default()}
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 class Tree(Frozen):
