@@ -52,10 +52,10 @@ types: $(INSTALLED) ## Check types, strictly
 imports: $(INSTALLED) ## Check who imports whom
 	$(BIN)/lint-imports
 
-# psycopg is loaded by SQLAlchemy, by the name in the database's URL.
+# psycopg is loaded by SQLAlchemy, by the name in the database's URL, and gguf by transformers.
 deps: $(INSTALLED) ## Check that what is imported is declared, and the other way round
 	$(BIN)/deptry . --exclude '\.venv|\.ci|tests|bench|docs|deploy' --optional-dependencies-dev-groups dev,bench \
-		--per-rule-ignores 'DEP002=psycopg' \
+		--per-rule-ignores 'DEP002=psycopg|gguf' \
 		--package-module-name-map 'protobuf=google,grpcio=grpc,nvidia-ml-py=pynvml,pyyaml=yaml,grpcio-health-checking=grpc_health,pynacl=nacl'
 
 generated: $(INSTALLED) ## Check that generated files are fresh

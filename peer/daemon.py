@@ -573,10 +573,9 @@ class Daemon:
     async def _prepare(self, parts: Parts) -> None:
         """Have the run's files and a loaded model."""
         manifest, materials = parts.run.manifest, parts.materials
-        trees = [manifest.tokenizer, *manifest.data.train, *manifest.data.validation]
-        materials.check_space(trees, RESERVE_BYTES)
+        materials.check_space(manifest.files, RESERVE_BYTES)
         await parts.finder.meet()
-        for tree in trees:
+        for tree in manifest.files:
             await self._obtain(parts, tree)
         training = await asyncio.to_thread(self._make_trainer, manifest, materials)
         self._stack.callback(training.close)
@@ -609,7 +608,7 @@ class Daemon:
         data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
         reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
         validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
-        trainer = Trainer(manifest, self.options.device, reader, validation)
+        trainer = Trainer(manifest, self.options.device, reader, validation, files=materials.directory)
         attack = self.parts.services.attack
         if attack is not None:
             trainer.relabel = lambda labels: attack.labels(labels, vocabulary)
@@ -738,7 +737,7 @@ class Daemon:
     async def _initial(self) -> OuterState:
         """The state that the manifest begins with."""
         manifest = self.parts.run.manifest
-        theta = await asyncio.to_thread(initial_theta, manifest.model)
+        theta = await asyncio.to_thread(initial_theta, manifest.model, self.parts.materials.directory)
         return initial_state(manifest.strategy, theta)
 
     async def _on_round(self, report: RoundReport) -> None:

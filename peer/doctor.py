@@ -58,6 +58,7 @@ from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest, SyncReply
 
 NEWEST_PYTHON = (3, 14)
 RESERVE_BYTES = 256 << 20
+FROZEN_PER_STORED = 2  # fp32 in memory, mostly two bytes in the file
 BYTES_PER_PARAMETER = 4 * 8
 PROBE_BYTES, PROBES = 1 << 20, 4
 CONNECT_S, CALL_S = 10.0, 20.0
@@ -406,7 +407,10 @@ def version(manifest: Manifest) -> Finding:
 
 def memory(manifest: Manifest, free_bytes: int) -> Finding:
     """Weights, gradients, snapshots and optimizer state fit."""
-    needed = manifest.model.parameters * BYTES_PER_PARAMETER
+    model = manifest.model
+    needed = model.parameters * BYTES_PER_PARAMETER
+    if model.base is not None and model.adapter is not None:
+        needed += FROZEN_PER_STORED * model.base.size_bytes
     text = f"{needed / 1e9:.1f} GB needed, {free_bytes / 1e9:.1f} GB free of {psutil.virtual_memory().total / 1e9:.0f} GB"
     if free_bytes < needed:
         return failed("memory", OutOfMemory(text, "close other programs, or join a run with a smaller model"))
@@ -415,8 +419,7 @@ def memory(manifest: Manifest, free_bytes: int) -> Finding:
 
 def disk(manifest: Manifest, directory: Path) -> Finding:
     """The run's files and two checkpoints fit."""
-    trees = [manifest.tokenizer, *manifest.data.train, *manifest.data.validation]
-    needed = sum(tree.size_bytes for tree in trees) + manifest.model.parameters * 4 * 3 * 2 + RESERVE_BYTES
+    needed = sum(tree.size_bytes for tree in manifest.files) + manifest.model.parameters * 4 * 3 * 2 + RESERVE_BYTES
     place = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     text = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {place}"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from peer.corpus import load_tokenizer
+from peer.data import tree_path
 from peer.model import FlatParameters, build_model
 from swarm.errors import UsageError
 from swarm.manifest import Manifest
@@ -40,18 +41,21 @@ class Provenance:
     validation_loss: float | None = None
 
 
-def export_model(run: Manifest, theta: Vector, tokenizer_file: Path, directory: Path, provenance: Provenance) -> Path:
+def export_model(
+    run: Manifest, theta: Vector, files: Path, directory: Path, provenance: Provenance, *, merged: bool = False
+) -> Path:
     """Write config, safetensors, tokenizer, generation settings and a model card into `directory`.
 
-    The directory appears whole or not at all.
-    `theta` is [parameters]. Raises `UsageError` if the directory exists and has something in it.
+    The directory appears whole or not at all. `theta` is [parameters]; `files` is where the run's files lie. Of an adapter the
+    adapter alone is written, in peft's format, or with `merged` the whole model with the adapter in it. Raises `UsageError` if
+    the directory exists and has something in it.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} exists and isn't empty", "name a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write(run, theta, tokenizer_file, temporary, provenance)
+        _write(run, theta, files, temporary, provenance, merged)
         temporary.chmod(0o755)
         temporary.replace(directory)
     except BaseException:
@@ -60,23 +64,31 @@ def export_model(run: Manifest, theta: Vector, tokenizer_file: Path, directory: 
     return directory
 
 
-def _write(run: Manifest, theta: Vector, tokenizer_file: Path, directory: Path, provenance: Provenance) -> None:
-    network: Any = build_model(run.model)
+def _write(run: Manifest, theta: Vector, files: Path, directory: Path, provenance: Provenance, merged: bool) -> None:
+    adapts = run.model.adapter is not None
+    network: Any = build_model(run.model, files if adapts else None)
     FlatParameters(network).write(network, theta)
-    tokenizer = load_tokenizer(tokenizer_file)
+    if adapts and merged:
+        network = network.merge_and_unload()
+    tokenizer = load_tokenizer(tree_path(files, run.tokenizer))
     end = tokenizer.eos_token_id
     tokenizer.model_max_length = run.data.sequence_length
     network.generation_config = GenerationConfig(
         eos_token_id=end, pad_token_id=end, bos_token_id=getattr(network.config, "bos_token_id", None)
     )
-    network.save_pretrained(directory)
+    without_a_hub = {"save_embedding_layers": False} if adapts and not merged else {}  # peft would ask one whether they changed
+    network.save_pretrained(directory, **without_a_hub)
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(model_card(run, provenance), encoding="utf-8")
 
 
 def model_card(run: Manifest, provenance: Provenance) -> str:
     """The model card in Markdown; whatever strangers wrote is reduced to plain characters."""
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["swarm"], "license": "other"}
+    base, adapter = run.model.base, run.model.adapter
+    library = "transformers" if adapter is None else "peft"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["swarm"], "license": "other"}
+    if base is not None and base.name:
+        front["base_model"] = _plain(base.name)
     front["license_name"] = _plain(run.data.license)
     loss = (
         "" if provenance.validation_loss is None else f"| validation loss, nats per token | {provenance.validation_loss:.4f} |\n"
@@ -86,11 +98,17 @@ def model_card(run: Manifest, provenance: Provenance) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {run.name}\n\n{_plain(run.description, 2000)}\n\n"
         "Trained together by volunteers with `swarm`.\n\n| | |\n| --- | --- |\n"
         f"| run | `{run.run_id}` |\n| rounds | {provenance.round} |\n| tokens | {provenance.tokens} |\n"
-        f"| parameters | {run.model.parameters} |\n| state root | `{provenance.state_root}` |\n"
+        f"| trained parameters | {run.model.parameters} |\n{_origin(run)}| state root | `{provenance.state_root}` |\n"
         f"| ledger root | `{_plain(provenance.ledger_root) or 'not recorded'}` |\n{loss}\n"
         f"## Data\n\n{_plain(run.data.description, 2000) or 'Not described.'}\n\nLicense: {_plain(run.data.license)}\n\n"
         "## Contributors\n\n" + "\n".join(names) + "\n"
     )
+
+
+def _origin(run: Manifest) -> str:
+    base, adapter = run.model.base, run.model.adapter
+    rows = "" if base is None else f"| base | {_plain(base.name) or 'unnamed'}, file root `{base.root}` |\n"
+    return rows if adapter is None else rows + f"| adapter | LoRA, rank {adapter.rank}, alpha {adapter.alpha} |\n"
 
 
 def _plain(text: str, limit: int = MAX_NAME_CHARACTERS) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peer.adapters import adapted, deviation, is_first
 from peer.buffers import buffers
+from peer.data import tree_path
+from peer.pretrained import read_weights
 from swarm import manifest
 from swarm.errors import DataInvalid
 
@@ -51,15 +55,35 @@ class TensorEntry:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
-def build_model(model: manifest.Model) -> nn.Module:
+def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
     """A causal language model in fp32 on the CPU, whose initial weights are the same bits on every processor.
 
-    Raises `DataInvalid` for an architecture that transformers doesn't have, for values that it refuses, and for a number of
-    parameters other than the manifest's.
+    `files` is where the base lies, by its root; None leaves its weights out, for who trains or measures with others. Raises
+    `DataInvalid` for an architecture that transformers doesn't have, for values that it refuses, for a base or an adapter that
+    doesn't fit, and for a number of trained parameters other than the manifest's.
     """
-    found = count_parameters(model.config)
+    check_parameters(model)
+    if model.base is None:
+        return _random_model(model)
+    network: nn.Module = _instantiate(model.config, seed=model.seed)
+    refuse_changing_buffers(network)
+    if files is not None:
+        read_weights(network, tree_path(files, model.base))
+    if model.adapter is not None:
+        network = adapted(network, model.adapter, model.base.name)
+        _initialise_adapter(network, model.seed)
+    return network
+
+
+def check_parameters(model: manifest.Model) -> None:
+    """Raise `DataInvalid` unless the model can be built and has as many trained parameters as the manifest says."""
+    found = count_parameters(model.config, model.adapter)
     if found != model.parameters:
-        raise DataInvalid(f"the model has {found} parameters, the manifest says {model.parameters}")
+        trained = "trains" if model.adapter is not None else "has"
+        raise DataInvalid(f"the model {trained} {found} parameters, the manifest says {model.parameters}")
+
+
+def _random_model(model: manifest.Model) -> nn.Module:
     samples = [value.clone() for _, value in _samples(_instantiate(model.config, seed=model.seed ^ 1))]
     network: nn.Module = _instantiate(model.config, seed=model.seed)
     random_names = {
@@ -70,29 +94,39 @@ def build_model(model: manifest.Model) -> nn.Module:
     return network
 
 
-def initial_theta(model: manifest.Model) -> Vector:
-    """The weights that every peer starts a new run with, [parameters]."""
-    network = build_model(model)
+def initial_theta(model: manifest.Model, files: Path | None = None) -> Vector:
+    """The weights that every peer starts a new run with, [parameters]. Raises `DataInvalid` as `build_model`."""
+    if model.base is not None and files is None:
+        raise DataInvalid("the run begins with a pretrained model, whose file isn't here")
+    network = build_model(model, files)
     return FlatParameters(network).read(network)
 
 
-def count_parameters(config: Mapping[str, Any]) -> int:
-    """Number of parameters, tied ones once; allocates nothing."""
-    return sum(parameter.numel() for parameter in _skeleton(config).parameters())
+def count_parameters(config: Mapping[str, Any], adapter: manifest.Lora | None = None) -> int:
+    """Number of trained parameters, tied ones once: the adapter's where there is one. Allocates nothing."""
+    network = _skeleton(config)
+    if adapter is not None:
+        with torch.device("meta"):
+            network = adapted(network, adapter)
+    return sum(parameter.numel() for _, parameter in _trained(network))
 
 
-def flops_per_token(config: Mapping[str, Any], sequence_length: int) -> int:
+def flops_per_token(config: Mapping[str, Any], sequence_length: int, adapter: manifest.Lora | None = None) -> int:
     """Training FLOPs per token: 6 x active matrix parameters + 12 x layers x heads x head size x sequence length.
 
     PaLM (2204.02311), appendix B, and Chinchilla (2203.15556), appendix F, with the embedding look-up counted as free
-    and the output head counted even where it is tied. Of a mixture of experts only those that a token visits count.
+    and the output head counted even where it is tied. Of a mixture of experts only those that a token visits count. With an
+    adapter the frozen parameters count 4 times, as they have no gradients of their own, and those of the adapter 6 times.
     """
     network = _skeleton(config)
     settings = network.config.get_text_config()
     heads = int(settings.num_attention_heads)
     width = heads * int(getattr(settings, "head_dim", None) or settings.hidden_size // heads)
     attention = 12 * int(settings.num_hidden_layers) * width * sequence_length
-    return 6 * _active_matrix_parameters(network, settings) + attention
+    active = _active_matrix_parameters(network, settings)
+    if adapter is not None:
+        return 4 * active + 6 * count_parameters(config, adapter) + attention
+    return 6 * active + attention
 
 
 def _active_matrix_parameters(network: Any, settings: Any) -> int:
@@ -163,6 +197,15 @@ def _initialise(network: nn.Module, random_names: set[str], seed: int) -> None:
         drawn[empty_rows] = 0
         with torch.no_grad():
             parameter.copy_(drawn)
+
+
+def _initialise_adapter(network: nn.Module, seed: int) -> None:
+    """First matrices at random, second ones zero: the adapted model begins as the base."""
+    for index, (name, parameter) in enumerate(_trained(network)):
+        if is_first(name):
+            drawn = torch.from_numpy(_bell(seed, index, parameter.numel(), deviation(parameter))).view(parameter.shape)
+            with torch.no_grad():
+                parameter.copy_(drawn)
 
 
 def _deviation(parameter: torch.Tensor) -> float:

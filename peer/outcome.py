@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from peer.data import ShardReader, tree_path
+from peer.data import ShardReader
 from peer.export import Provenance, export_model, generate_sample
 from peer.model import initial_theta
 from peer.state import Layout, Snapshot, load_newest
@@ -46,14 +46,14 @@ def held_out_losses(run: Manifest, files: Path, theta: Vector, samples: int) -> 
     vocabulary = int(run.model.config.get("vocab_size", 1 << 32))
     train = ShardReader.open(run.data.train, files, run.data.sequence_length, vocabulary)
     validation = ShardReader.open(run.data.validation, files, run.data.sequence_length, vocabulary)
-    trainer = Trainer(run, torch.device("cpu"), train, validation)
-    return Losses(trainer.evaluate(initial_theta(run.model), samples), trainer.evaluate(theta, samples))
+    trainer = Trainer(run, torch.device("cpu"), train, validation, files=files)
+    return Losses(trainer.evaluate(initial_theta(run.model, files), samples), trainer.evaluate(theta, samples))
 
 
-def export(run: Manifest, files: Path, snapshot: Snapshot, to: Path, provenance: Provenance) -> Path:
-    """Write the Hugging Face directory."""
+def export(run: Manifest, files: Path, snapshot: Snapshot, to: Path, provenance: Provenance, *, merged: bool = False) -> Path:
+    """Write the Hugging Face directory; of an adapter the adapter alone, or the `merged` model."""
     disable_progress_bar()
-    return export_model(run, snapshot.state.theta, tree_path(files, run.tokenizer), to, provenance)
+    return export_model(run, snapshot.state.theta, files, to, provenance, merged=merged)
 
 
 def sample(directory: Path, prompt: str = PROMPT) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -195,11 +196,13 @@ class Trainer:
         *,
         dtype: torch.dtype | None = None,
         micro_batch: int | None = None,
+        files: Path | None = None,
     ) -> None:
         self._manifest = run
         self._device = device
         self._reader = reader
         self._validation = validation
+        self._files = files
         self._dtype = autocast_dtype(device) if dtype is None else dtype
         self._plan = None if micro_batch is None else Plan(micro_batch, checkpointing=False)
         self.relabel: Relabel | None = None
@@ -374,7 +377,8 @@ class Trainer:
     def _load(self) -> None:
         if self._network is not None:
             return
-        network = build_model(self._manifest.model)
+        network = build_model(self._manifest.model, self._files if self._manifest.model.adapter is not None else None)
+        _store_frozen(network, self._dtype)
         try:
             network = network.to(self._device)
         except torch.OutOfMemoryError as error:
@@ -646,14 +650,22 @@ class Trainer:
 
     @contextmanager
     def _computing_in(self, precision: str) -> Iterator[None]:
-        before = self._dtype, self._scaler
-        if precision != self.precision:
+        before, changed = (self._dtype, self._scaler), precision != self.precision
+        if changed:
             self._dtype = PRECISIONS[precision]
             self._scaler = self._new_scaler()
+            self._release_frozen()
         try:
             yield
         finally:
             self._dtype, self._scaler = before
+            if changed:
+                self._release_frozen()
+
+    def _release_frozen(self) -> None:
+        """Frozen weights are stored in the precision that they are used in: load them anew for another one."""
+        if self._manifest.model.adapter is not None:
+            self.release()
 
     @contextmanager
     def _seeded(self, assignment: _Assignment) -> Iterator[None]:
@@ -688,6 +700,15 @@ class Trainer:
             error=None if finite else NOT_FINITE,
             leaves=self._leaves(run) if finite and samples else (),
         )
+
+
+def _store_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weights of linear layers in the precision that autocast would turn them into for every product."""
+    if dtype == torch.float32:
+        return
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def _recompute_activations(network: Any) -> None:

@@ -33,6 +33,7 @@ FORBIDDEN_MODEL_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipel
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hexadecimal")]
 Positive = Annotated[int, Field(gt=0, le=1 << 48)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LayerName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$", max_length=200)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 
 
@@ -73,12 +74,45 @@ class Shard(Tree):
     token_bytes: Literal[2, 4] = 2
 
 
+class Base(Tree):
+    """The safetensors file of a pretrained model: every parameter of `model.config`, in fp32, fp16 or bf16."""
+
+    name: str = Field("", max_length=200, description="what it is called where it comes from, for model cards")
+
+
+class Lora(Frozen):
+    """A low-rank adapter (LoRA, 2106.09685): the base stays as it is, and `alpha / rank x B A` is added to each target."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: int = Field(16, ge=1, le=1 << 16)
+    targets: tuple[LayerName, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        max_length=64,
+        description="linear layers, by the end of their names",
+    )
+
+
 class Model(Frozen):
-    """A transformers configuration by value; `model_type` names an architecture of transformers' own registry."""
+    """A transformers configuration by value; `model_type` names an architecture of transformers' own registry.
+
+    With a `base` training begins from its weights; with an `adapter` they stay as they are and only the adapter is trained.
+    """
+
+    LATER = frozenset({"base", "adapter"})
 
     config: dict[str, Any]
     seed: int = Field(0, ge=0, lt=1 << 32)
     parameters: Positive = Field(description="number of trained parameters")
+    base: Base | None = None
+    adapter: Lora | None = None
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> Model:
+        if self.adapter is not None and self.base is None:
+            raise ValueError("an adapter needs a base")
+        return self
 
     @field_validator("config")
     @classmethod
@@ -311,6 +345,12 @@ class Manifest(Frozen):
             return Phase(from_round=1, inner_steps=1, codec=self.codec)
         first = Phase(from_round=1, inner_steps=strategy.inner_steps, codec=self.codec)
         return next((phase for phase in reversed(strategy.phases) if phase.from_round <= round_index), first)
+
+    @property
+    def files(self) -> tuple[Tree, ...]:
+        """All files that a peer needs."""
+        base = () if self.model.base is None else (self.model.base,)
+        return (self.tokenizer, *base, *self.data.train, *self.data.validation)
 
     @property
     def most_inner_steps(self) -> int:

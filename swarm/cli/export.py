@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 def command(
     to: Annotated[Path, typer.Option("--to", help="Directory to write; new or empty.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Of an adapter: the whole model with the adapter in it.")] = False,
     data_dir: Annotated[Path | None, typer.Option("--dir", help="The peer's folder, if it isn't the configured one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Write the trained model as safetensors, with tokenizer and model card.
+    """Write the trained model as safetensors, with tokenizer and model card; of an adapter the adapter, as peft loads it.
 
     A running peer is asked for its present weights first; otherwise its newest checkpoint is taken.
 
@@ -41,7 +42,7 @@ def command(
 
     snapshot = newest_weights(folder, run)
     provenance = Provenance(snapshot.round, snapshot.state.tokens, snapshot.root_hex)
-    export(run, folder / FILES, snapshot, to, provenance)
+    export(run, folder / FILES, snapshot, to, provenance, merged=merged)
     fields: dict[str, object] = {"directory": str(to), "round": snapshot.round, "state_root": snapshot.root_hex}
     print_json(fields) if as_json else print_fields(fields)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +21,7 @@ from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import AdamW, Codec, DiLoCo, Manifest, Schedule, Sync
+from swarm.manifest import AdamW, Codec, DiLoCo, Lora, Manifest, Model, Schedule, Sync
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
@@ -46,6 +48,7 @@ COMMENTS = {
 FILL_IN = "<64 hexadecimal digits>"
 SEQUENCE_LENGTH = 128
 DEFAULT_INNER_STEPS = 20
+LORA_TARGETS = ",".join(Lora().targets)
 _SHARD = {"root": FILL_IN, "size_bytes": 1000 * (SEQUENCE_LENGTH + 1) * 2, "samples": 1000}
 TEMPLATE: dict[str, Any] = {
     "version": 1,
@@ -106,6 +109,15 @@ def init(
     ] = None,
     hidden_size: Annotated[int, typer.Option("--hidden-size", min=32, help="With --data: width of the Llama.")] = 512,
     layers: Annotated[int, typer.Option("--layers", min=1, help="With --data: its layers.")] = 8,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="With --data: begin with the model in this folder, made by `swarm run base`.")
+    ] = None,
+    lora: Annotated[
+        int, typer.Option("--lora", min=0, help="With --base: train only an adapter of this rank; 0 = everything.")
+    ] = 0,
+    lora_targets: Annotated[
+        str, typer.Option("--lora-targets", help="With --lora: layers to adapt, by the end of their names.")
+    ] = LORA_TARGETS,
     strategy: Annotated[str, typer.Option("--strategy", help="auto, diloco (the same in all rounds) or sync.")] = auto.AUTO,
     codec: Annotated[
         str | None, typer.Option("--codec", help="fp16, int8, int4, int2 or sparse instead of a chosen one.")
@@ -130,7 +142,7 @@ def init(
     if demo:
         values = _demo(data or Path("data"))
     elif data is not None:
-        values = _with_data(data, hidden_size, layers)
+        values = _with_data(data, hidden_size, layers) if base is None else _with_base(data, base, lora, lora_targets)
     budget: dict[str, Any] = {
         "tokens": tokens,
         "peers": peers,
@@ -190,10 +202,52 @@ def _replaced(values: dict[str, Any], strategy: DiLoCo | Sync, codec: Codec, rou
 
 
 @app.command()
-def validate(path: RunFile, as_json: JsonOption = False) -> None:
-    """List every problem at once, or say that there is none."""
+def base(
+    source: Annotated[str, typer.Argument(help="A hub's model, a folder with config.json and safetensors, or a .gguf file.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder for weights and tokenizer; new or empty.")] = Path("base"),
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Store weights as float32, float16 or bfloat16 instead of as they are.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Take a pretrained model, for a run that begins with it or adapts it: weights and tokenizer, named by their content.
+
+    Examples:
+
+      swarm run base HuggingFaceTB/SmolLM2-135M --to base
+
+      swarm data build ./texts --tokenizer base/tokenizer.json --to data && swarm run init --base base --data data --lora 8
+    """
+    from peer.data import tree_path
+    from peer.model import count_parameters
+    from peer.pretrained import DTYPES, import_pretrained
+
+    if dtype and dtype not in DTYPES:
+        raise UsageError(f"no such type: {dtype}", f"choose {', '.join(DTYPES)}")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
+    to = to.absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    made = import_pretrained(source, to, dtype)
+    fields: dict[str, object] = {
+        "directory": str(to),
+        "parameters": count_parameters(made.config),
+        "weights": str(tree_path(to, made.base)),
+        "tokenizer": str(tree_path(to, made.tokenizer)),
+    }
+    print_json(fields) if as_json else print_fields(fields)
+
+
+@app.command()
+def validate(
+    path: RunFile,
+    files: Annotated[Path | None, typer.Option("--files", help="Check the data and the base in this folder, too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List every problem at once, or say that there is none: in the fields, the model, and with --files in what they name."""
     try:
         manifest, made = _manifest(path)
+        _check(manifest, files, str(path))
     except ManifestInvalid as error:
         if as_json:
             print_json({"valid": False, "problems": error.problems})
@@ -203,6 +257,18 @@ def validate(path: RunFile, as_json: JsonOption = False) -> None:
     else:
         _tell(made)
         typer.echo(f"{path} is valid; run id {manifest.run_id}")
+
+
+def _check(manifest: Manifest, files: Path | None, source: str) -> None:
+    """Build the model without its weights, and look at every file. Raises `ManifestInvalid`."""
+    try:
+        from peer.checking import problems_of
+    except ImportError:
+        typer.echo("the model is not checked: torch and transformers aren't installed here", err=True)
+        return
+    problems = problems_of(manifest, files)
+    if problems:
+        raise ManifestInvalid(problems, source)
 
 
 @app.command()
@@ -346,6 +412,46 @@ def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
         "data": made.data.model_dump(mode="json"),
         "credit": {**TEMPLATE["credit"], "flops_per_token": flops_per_token(config, length)},
     }
+
+
+def _with_base(data: Path, base: Path, rank: int, targets: str) -> dict[str, Any]:
+    """The template with a folder's data and a pretrained model, whose file is put beside the data. Raises `UsageError`."""
+    from peer.data import tree_path
+    from peer.dataset import read
+    from peer.model import check_parameters, count_parameters, flops_per_token
+    from peer.pretrained import read_pretrained
+
+    made, pretrained = read(data), read_pretrained(base)
+    if made.tokenizer.root != pretrained.tokenizer.root:
+        hint = f"build the data with --tokenizer {tree_path(base, pretrained.tokenizer)}"
+        raise UsageError(f"the data in {data} are not in the tokens of {pretrained.base.name}", hint)
+    adapter = Lora(rank=rank, alpha=2 * rank, targets=tuple(targets.split(","))) if rank else None
+    parameters = count_parameters(pretrained.config, adapter)
+    model = Model(config=pretrained.config, parameters=parameters, base=pretrained.base, adapter=adapter)
+    check_parameters(model)
+    _put(tree_path(base, pretrained.base), tree_path(data, pretrained.base))
+    return {
+        **TEMPLATE,
+        "model": model.model_dump(mode="json"),
+        "tokenizer": made.tokenizer.model_dump(mode="json"),
+        "data": made.data.model_dump(mode="json"),
+        "credit": {
+            **TEMPLATE["credit"],
+            "flops_per_token": flops_per_token(pretrained.config, made.data.sequence_length, adapter),
+        },
+    }
+
+
+def _put(source: Path, to: Path) -> None:
+    """Have a file at a second place: the same one where both are on one disk, else a copy. Raises `UsageError`."""
+    try:
+        if not to.exists():
+            try:
+                os.link(source, to)
+            except OSError:
+                shutil.copyfile(source, to)
+    except OSError as error:
+        raise UsageError(f"can't copy {source} to {to.parent}: {error.strerror}", "free some space") from error
 
 
 def _demo(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peer.data import tree_path
 from peer.export import Provenance, export_model, generate_sample, model_card
 from peer.model import FlatParameters, initial_theta
 from swarm.errors import DataInvalid, UsageError
@@ -23,8 +22,7 @@ PROVENANCE = Provenance(
 
 def export(run: Any, directory: Path, theta: np.ndarray | None = None) -> Path:
     theta = initial_theta(run.manifest.model) if theta is None else theta
-    tokenizer = tree_path(run.directory, run.manifest.tokenizer)
-    return export_model(run.manifest, theta, tokenizer, directory, PROVENANCE)
+    return export_model(run.manifest, theta, run.directory, directory, PROVENANCE)
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
