@@ -219,8 +219,8 @@ def base(
       swarm data build ./texts --tokenizer base/tokenizer.json --to data && swarm run init --base base --data data --lora 8
     """
     from peer.data import tree_path
+    from peer.importing import DTYPES, import_pretrained
     from peer.model import count_parameters
-    from peer.pretrained import DTYPES, import_pretrained
 
     if dtype and dtype not in DTYPES:
         raise UsageError(f"no such type: {dtype}", f"choose {', '.join(DTYPES)}")

@@ -16,8 +16,9 @@ from peer.checking import problems_of
 from peer.corpus import byte_level_tokenizer, load_tokenizer
 from peer.data import tree_of_file, tree_path
 from peer.export import Provenance, export_model
+from peer.importing import import_pretrained
 from peer.model import FlatParameters, build_model, check_parameters, count_parameters, flops_per_token, initial_theta
-from peer.pretrained import Pretrained, import_pretrained, read_pretrained
+from peer.pretrained import Pretrained, read_pretrained
 from peer.sketch import Sketcher
 from peer.trainer import Trainer
 from swarm.errors import DataInvalid, ManifestInvalid
