@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from peer.data import tree_of_file, tree_path
+from peer.marks import NO_LOSS, Values, marked
 from swarm.errors import DataInvalid
 from swarm.manifest import Shard, Tree
 
@@ -171,6 +172,58 @@ def build_shards(
     if not shards:
         raise DataInvalid(f"the documents don't fill one row of {sequence_length + 1} tokens")
     return tuple(shards)
+
+
+def build_marked_shards(
+    documents: Iterable[Values],
+    directory: Path,
+    *,
+    sequence_length: int,
+    end_of_text: int,
+    samples_per_shard: int = 1 << 16,
+) -> tuple[tuple[Shard, ...], int]:
+    """Pack marked documents whole, in order, into rows of `sequence_length + 1` values, and write them as shards.
+
+    A row takes the next document while it fits, and is filled up with `end_of_text` without a loss. Returns the shards and how
+    many tokens in them have a loss. Raises `DataInvalid` where none has, `ValueError` for a document longer than a row.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    counted = 0
+    rows: list[Values] = []
+    for row in _marked_rows(documents, sequence_length + 1, end_of_text):
+        counted += int(np.count_nonzero(row[1:] & NO_LOSS == 0))
+        rows.append(row)
+        if len(rows) == samples_per_shard:
+            shards.append(_write_shard(np.concatenate(rows), directory, sequence_length, 4))
+            rows = []
+    if rows:
+        shards.append(_write_shard(np.concatenate(rows), directory, sequence_length, 4))
+    if not counted:
+        raise DataInvalid(
+            f"no document has a loss and fits into a row of {sequence_length + 1} tokens", "try a larger --sequence-length"
+        )
+    return tuple(shards), counted
+
+
+def _marked_rows(documents: Iterable[Values], length: int, end_of_text: int) -> Iterator[Values]:
+    """Rows of whole documents, [length] each."""
+    pending: list[Values] = []
+    room = length
+    for document in documents:
+        if document.size > length:
+            raise ValueError(f"a document of {document.size} tokens doesn't fit into a row of {length}")
+        if document.size > room:
+            yield np.concatenate([*pending, _padding(room, end_of_text)])
+            pending, room = [], length
+        pending.append(document)
+        room -= document.size
+    if pending:
+        yield np.concatenate([*pending, _padding(room, end_of_text)])
+
+
+def _padding(length: int, end_of_text: int) -> Values:
+    return marked(np.full(length, end_of_text, dtype=np.int64), np.zeros(length, dtype=np.bool_))
 
 
 def _pack(

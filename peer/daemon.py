@@ -606,8 +606,8 @@ class Daemon:
         if memory_ratio and self.options.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(memory_ratio, self.options.device)
         data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
-        reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary)
-        validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary)
+        reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary, data.layout)
+        validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary, data.layout)
         trainer = Trainer(manifest, self.options.device, reader, validation, files=materials.directory)
         attack = self.parts.services.attack
         if attack is not None:

@@ -10,11 +10,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peer.marks import token_ids
 from swarm.errors import DataInvalid
 from swarm.manifest import Shard, Tree
 from swarm.merkle import HASH_BYTES, blob_hash, root_of
@@ -131,36 +133,55 @@ def verify_tree_file(path: Path, tree: Tree) -> None:
 
 
 class ShardReader:
-    """Random access to the samples of ordered shards, memory-mapped from local files whose content was verified before."""
+    """Random access to the samples of ordered shards, memory-mapped from local files whose content was verified before.
 
-    def __init__(self, shards: Sequence[Shard], paths: Sequence[Path], sequence_length: int, vocabulary_size: int) -> None:
+    In the layout `marked` a sample's values are ids with marks, as `peer.marks` reads them.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        paths: Sequence[Path],
+        sequence_length: int,
+        vocabulary_size: int,
+        layout: Literal["plain", "marked"] = "plain",
+    ) -> None:
         self.sequence_length = sequence_length
+        self._is_marked = layout == "marked"
         self._vocabulary_size = vocabulary_size
         self._ends = list(accumulate(shard.samples for shard in shards))
         self._rows = [_map_rows(shard, path, sequence_length + 1) for shard, path in zip(shards, paths, strict=True)]
 
     @classmethod
-    def open(cls, shards: Sequence[Shard], directory: Path, sequence_length: int, vocabulary_size: int) -> ShardReader:
+    def open(
+        cls,
+        shards: Sequence[Shard],
+        directory: Path,
+        sequence_length: int,
+        vocabulary_size: int,
+        layout: Literal["plain", "marked"] = "plain",
+    ) -> ShardReader:
         """Read the shards from the files named by their roots in `directory`."""
-        return cls(shards, [tree_path(directory, shard) for shard in shards], sequence_length, vocabulary_size)
+        return cls(shards, [tree_path(directory, shard) for shard in shards], sequence_length, vocabulary_size, layout)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def sample(self, index: int) -> torch.Tensor:
-        """The token ids of one sample, int64 [sequence_length + 1]."""
+        """The token ids of one sample, int64 [sequence_length + 1]; with their marks where they have some."""
         return self.batch([index])[0]
 
     def batch(self, indices: Sequence[int] | Indices) -> torch.Tensor:
-        """The token ids of several samples, int64 [len(indices), sequence_length + 1].
+        """The token ids of several samples, int64 [len(indices), sequence_length + 1]; with their marks where they have some.
 
         Raises `DataInvalid` for an unknown token.
         """
         rows = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
         for position, index in enumerate(indices):
             rows[position] = self._row(int(index))
-        if rows.size and int(rows.max()) >= self._vocabulary_size:
-            raise DataInvalid(f"token {int(rows.max())} in the data is outside the vocabulary of {self._vocabulary_size}")
+        largest = int(token_ids(rows).max() if self._is_marked else rows.max()) if rows.size else 0
+        if largest >= self._vocabulary_size:
+            raise DataInvalid(f"token {largest} in the data is outside the vocabulary of {self._vocabulary_size}")
         return torch.from_numpy(rows)
 
     def _row(self, index: int) -> NDArray[np.unsignedinteger]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
+from peer.chats import asked_in, format_of, texts_in
 from peer.corpus import (
+    build_marked_shards,
     build_shards,
     byte_level_tokenizer,
     encode_bytes,
@@ -44,13 +48,15 @@ class Dataset(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """How documents become samples."""
+    """How documents become samples: texts as one stream, `chat`s each apart, with a loss on what the assistant says."""
 
     tokenizer: str = BYTES
     sequence_length: int = 128
     held_out: float = 0.05
     license: str = "unknown"
     description: str = ""
+    kind: Literal["text", "chat"] = "text"
+    chat_template: Path | None = None
 
 
 def make_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
@@ -81,18 +87,16 @@ def build(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document
 
 
 def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
+    if plan.kind == "chat":
+        return _write_chats(documents, to, plan, counts, on_document)
     tokenizer = make_tokenizer(plan.tokenizer, _side(documents, plan.held_out, held_out=False))
     end, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
 
     def shards(held_out: bool) -> tuple[Shard, ...]:
         texts = _told(_side(documents, plan.held_out, held_out=held_out), on_document)
         encoded = encode_bytes(texts) if plan.tokenizer == BYTES else encode_documents(tokenizer, texts)
-        try:
+        with _named(held_out):
             return build_shards(encoded, to, sequence_length=plan.sequence_length, end_of_text=end, vocabulary_size=size)
-        except DataInvalid as error:
-            side = "held-out" if held_out else "training"
-            hint = "a document is a file, a JSON line or a row: split large files, or hold another share out with --held-out"
-            raise DataInvalid(f"the {side} side: {error.message}", hint) from error
 
     data = Data(
         sequence_length=plan.sequence_length,
@@ -102,8 +106,55 @@ def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_documen
         description=plan.description,
     )
     made = Dataset(tokenizer=save_tokenizer(tokenizer, to), data=data, vocabulary_size=size, end_of_text=end)
+    return _described(made, to, plan, counts, documents.copies)
+
+
+def _write_chats(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
+    """The same of chats; each side's rows are counted as well as its documents."""
+    tokenizer = make_tokenizer(plan.tokenizer, texts_in(_side(documents, plan.held_out, held_out=False, by=asked_in)))
+    is_made_here = plan.tokenizer == BYTES or plan.tokenizer.startswith(BPE)
+    chats = format_of(tokenizer, None if is_made_here else Path(plan.tokenizer), plan.chat_template)
+    end = end_of_text_id(tokenizer)
+
+    def shards(held_out: bool) -> tuple[tuple[Shard, ...], int]:
+        texts = _told(_side(documents, plan.held_out, held_out=held_out, by=asked_in), on_document)
+        values = chats.documents(texts, plan.sequence_length + 1, counts)
+        with _named(held_out):
+            return build_marked_shards(values, to, sequence_length=plan.sequence_length, end_of_text=end)
+
+    (train, counted), (validation, _) = shards(held_out=False), shards(held_out=True)
+    data = Data(
+        sequence_length=plan.sequence_length,
+        train=train,
+        validation=validation,
+        layout="marked",
+        counted_tokens=counted,
+        chat_template=chats.template,
+        license=plan.license,
+        description=plan.description,
+    )
+    size = tokenizer.get_vocab_size()
+    made = Dataset(tokenizer=save_tokenizer(tokenizer, to), data=data, vocabulary_size=size, end_of_text=end)
+    return _described(made, to, plan, counts, documents.copies)
+
+
+@contextmanager
+def _named(held_out: bool) -> Iterator[None]:
+    """Say of which side an error is."""
+    try:
+        yield
+    except DataInvalid as error:
+        side = "held-out" if held_out else "training"
+        hint = (
+            error.hint
+            or "a document is a file, a JSON line or a row: split large files, or hold another share out with --held-out"
+        )
+        raise DataInvalid(f"the {side} side: {error.message}", hint) from error
+
+
+def _described(made: Dataset, to: Path, plan: Plan, counts: Counts, copies: int) -> Dataset:
     (to / FILE).write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
-    (to / CARD).write_text(_card(made, plan, counts, documents.copies))
+    (to / CARD).write_text(_card(made, plan, counts, copies))
     return made
 
 
@@ -117,8 +168,19 @@ def read(folder: Path) -> Dataset:
         raise DataInvalid(f"{folder / FILE} is damaged: {error}", "build the data anew") from error
 
 
-def _side(documents: Iterable[str], fraction: float, *, held_out: bool) -> Iterator[str]:
-    return (text for text in documents if is_held_out(text, fraction) == held_out)
+def _side(
+    documents: Iterable[str], fraction: float, *, held_out: bool, by: Callable[[str], str] = lambda text: text
+) -> Iterator[str]:
+    return (text for text in documents if is_held_out(by(text), fraction) == held_out)
+
+
+def _chats_row(counts: Counts, plan: Plan) -> dict[str, str]:
+    if plan.kind == "text":
+        return {}
+    return {
+        "chats left out": f"{counts.empty:,} without an answer, {counts.too_long:,} longer than a sample, "
+        f"{counts.not_split:,} that the template doesn't write piece by piece",
+    }
 
 
 def _told(documents: Iterable[str], on_document: Callable[[], None]) -> Iterator[str]:
@@ -133,10 +195,16 @@ def _card(made: Dataset, plan: Plan, counts: Counts, copies: int) -> str:
         "licence": made.data.license,
         "files": f"{counts.files:,}, {len(counts.unreadable):,} of them skipped because they are no UTF-8 text",
         "documents": f"{counts.documents:,}, {copies:,} of them copies that were left out",
+        **_chats_row(counts, plan),
         "bytes of text": f"{counts.bytes_read:,}",
         "tokenizer": f"{plan.tokenizer}, {made.vocabulary_size:,} tokens, root {made.tokenizer.root}",
         "training samples": f"{samples['train']:,} of {made.data.sequence_length:,} tokens",
         "held-out samples": f"{samples['validation']:,}, from documents of their own",
     }
+    if made.data.layout == "marked":
+        share = made.data.counted_per_sample / made.data.sequence_length
+        rows["tokens with a loss"] = (
+            f"{made.data.counted_tokens:,}, {share:.0%} of the training samples': what the assistant says"
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"# Data\n\n{made.data.description}\n\n| | |\n| --- | --- |\n{table}\n\nFiles are named by the roots in `{FILE}`.\n"

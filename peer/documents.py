@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from swarm.errors import DataInvalid
 
@@ -28,12 +28,17 @@ PARQUET = ".parquet"
 
 @dataclass
 class Counts:
-    """What reading came to. `bytes_read` are the texts' own; whatever isn't text is `unreadable`."""
+    """What reading came to. `bytes_read` are the texts' own; whatever isn't text is `unreadable`.
+
+    `too_long` and `not_split` are chats that were left out when they were packed.
+    """
 
     files: int = 0
     documents: int = 0
     bytes_read: int = 0
     empty: int = 0
+    too_long: int = 0
+    not_split: int = 0
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -73,6 +78,39 @@ def read_documents(
         on_file()
 
 
+def read_records(
+    files: Iterable[Path], counts: Counts, on_file: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects in JSON lines and the rows of Parquet files, each with its place; other files are skipped and counted.
+
+    Raises `DataInvalid` for a line that is no object, with its place.
+    """
+    for path in files:
+        counts.files += 1
+        match path.suffix.lower():
+            case suffix if suffix in JSON_LINES:
+                yield from _objects(path)
+            case ".parquet":
+                yield from ((f"{path}, row {number}", row) for number, row in enumerate(_rows(path, None), 1))
+            case _:
+                counts.unreadable.append(str(path))
+        on_file()
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataInvalid(f"{path}, line {number}, is no JSON: {error}") from error
+            if not isinstance(value, dict) or len(line) > MAX_DOCUMENT_BYTES:
+                raise DataInvalid(f"{path}, line {number}, is no object of at most {MAX_DOCUMENT_BYTES:,} bytes")
+            yield f"{path}, line {number}", value
+
+
 def _texts_in(path: Path, text_field: str, counts: Counts) -> Iterator[str]:
     suffix = path.suffix.lower()
     if suffix in JSON_LINES:
@@ -106,16 +144,23 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
+    return (row[text_field] for row in _rows(path, text_field) if isinstance(row[text_field], str))
+
+
+def _rows(path: Path, text_field: str | None) -> Iterator[dict[str, Any]]:
+    """A table's rows: all their fields, or one."""
     try:
         from pyarrow import ArrowException, parquet  # noqa: PLC0415 - large, and only for those who have such files
     except ImportError as error:
         raise DataInvalid(f"reading {path} needs pyarrow", "pip install pyarrow") from error
     try:
         table = parquet.ParquetFile(path)
-        for batch in table.iter_batches(columns=[text_field]):
-            yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
-    except (ArrowException, OSError, ValueError, IndexError, KeyError) as error:
-        raise DataInvalid(f"{path} has no column {text_field!r} of texts: {error}", "name another with --field") from error
+        if text_field is not None and text_field not in table.schema_arrow.names:
+            raise DataInvalid(f"{path} has no column {text_field!r} of texts", "name another with --field")
+        for batch in table.iter_batches(columns=None if text_field is None else [text_field]):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataInvalid(f"{path} is no Parquet file: {error}") from error
 
 
 class Shuffled:

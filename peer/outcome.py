@@ -44,8 +44,8 @@ def newest_weights(directory: Path, run: Manifest) -> Snapshot:
 def held_out_losses(run: Manifest, files: Path, theta: Vector, samples: int) -> Losses:
     """The loss on the first `samples` held-out samples, before and after training."""
     vocabulary = int(run.model.config.get("vocab_size", 1 << 32))
-    train = ShardReader.open(run.data.train, files, run.data.sequence_length, vocabulary)
-    validation = ShardReader.open(run.data.validation, files, run.data.sequence_length, vocabulary)
+    train = ShardReader.open(run.data.train, files, run.data.sequence_length, vocabulary, run.data.layout)
+    validation = ShardReader.open(run.data.validation, files, run.data.sequence_length, vocabulary, run.data.layout)
     trainer = Trainer(run, torch.device("cpu"), train, validation, files=files)
     return Losses(trainer.evaluate(initial_theta(run.model, files), samples), trainer.evaluate(theta, samples))
 

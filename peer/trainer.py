@@ -26,6 +26,7 @@ from peer.batches import MAX_PROBE_SAMPLES, Plan, feed, grouped, halved, plan_fo
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices
 from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
+from peer.marks import IGNORED, STARTS, Lesson, lesson
 from peer.model import FlatParameters, build_model
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
 from peer.sketch import Sketcher
@@ -205,6 +206,8 @@ class Trainer:
         self._files = files
         self._dtype = autocast_dtype(device) if dtype is None else dtype
         self._plan = None if micro_batch is None else Plan(micro_batch, checkpointing=False)
+        self._is_marked = run.data.layout == "marked"
+        self._loss_scale = run.data.sequence_length / run.data.counted_per_sample
         self.relabel: Relabel | None = None
         """What a hostile peer trains on in the place of these labels; see `peer.attacks`."""
         self._network: Any = None
@@ -429,10 +432,9 @@ class Trainer:
 
     def _fits(self, plan: Plan) -> bool:
         """Whether a forward and a backward pass leave room for the inner optimizer's state."""
-        shape = (plan.samples, self._reader.sequence_length + 1)
         try:
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._backward(torch.zeros(shape, dtype=torch.int64, device=self._device), share=1.0)
+            self._backward(self._blank(plan.samples), share=1.0)
             room = free_bytes(self._device) + torch.cuda.memory_allocated(self._device)
             needed = torch.cuda.max_memory_allocated(self._device) + self._missing_optimizer_bytes()
             return needed <= GPU_SHARE * room
@@ -606,11 +608,12 @@ class Trainer:
         return np.concatenate(found)
 
     def _evaluate(self, count: int, plan: Plan) -> float:
-        total = 0.0
+        total, counted = 0.0, 0
         with torch.no_grad():
             for batch in feed(_present(self._validation), grouped(np.arange(count), plan.samples), self._device):
-                total += float(self._losses(batch).double().sum())
-        return total / (count * self._reader.sequence_length)
+                total += float(self._losses(batch).double().sum()) / self._loss_scale
+                counted += self._counted(batch)
+        return total / counted if counted else math.nan
 
     def _retried(self, attempt: Callable[[Plan], T]) -> T:
         """What `attempt` gives, begun again with smaller micro-batches while the device's memory doesn't suffice."""
@@ -632,12 +635,36 @@ class Trainer:
         return loss
 
     def _losses(self, batch: torch.Tensor, relabel: Relabel | None = None) -> torch.Tensor:
-        """The loss of every token in nats, [samples, sequence_length], for ids [samples, sequence_length + 1]."""
+        """The loss of every token in nats, [samples, sequence_length], for a batch [samples, sequence_length + 1].
+
+        In a marked layout tokens without a loss have 0, and the others' is divided by their mean share of all tokens.
+        """
+        if not self._is_marked:
+            logits = self._logits(batch[:, :-1])
+            labels = batch[:, 1:] if relabel is None else relabel(batch[:, 1:])
+            return _cross_entropy(logits, labels)
+        shown = lesson(batch)
+        logits = self._logits(shown.ids, position_ids=shown.positions)
+        return _cross_entropy(logits, _relabelled(shown, relabel)) * self._loss_scale
+
+    def _logits(self, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        """What the model expects after each token, float32 [samples, tokens, vocabulary]."""
         with self._autocast():
-            logits = self._network(input_ids=batch[:, :-1], use_cache=False).logits
-        labels = batch[:, 1:] if relabel is None else relabel(batch[:, 1:])
-        losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        return losses.view(len(batch), -1)
+            logits: torch.Tensor = self._network(input_ids=ids, use_cache=False, **more).logits
+        return logits.float()
+
+    def _counted(self, batch: torch.Tensor) -> int:
+        """How many tokens of a batch have a loss."""
+        if not self._is_marked:
+            return batch.numel() - len(batch)
+        return int((lesson(batch).labels != IGNORED).sum())
+
+    def _blank(self, samples: int) -> torch.Tensor:
+        """A batch that takes as much memory as any."""
+        batch = torch.zeros((samples, self._reader.sequence_length + 1), dtype=torch.int64, device=self._device)
+        if self._is_marked:
+            batch[:, ::2] |= STARTS
+        return batch
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
@@ -717,6 +744,16 @@ def _recompute_activations(network: Any) -> None:
         raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of every token in nats, [samples, tokens], for logits [samples, tokens, vocabulary]; 0 where it is `IGNORED`."""
+    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(labels.shape)
+
+
+def _relabelled(shown: Lesson, relabel: Relabel | None) -> torch.Tensor:
+    return shown.labels if relabel is None else torch.where(shown.labels == IGNORED, IGNORED, relabel(shown.labels))
 
 
 def _ran_out(error: RuntimeError) -> bool:

@@ -28,6 +28,25 @@ from swarm.errors import ManifestInvalid
 MAX_MANIFEST_BYTES = 1 << 20
 WITHOUT_DROPOUT = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3"})
 """Architectures that drop nothing unless their configuration says so."""
+PACKS_DOCUMENTS = frozenset(
+    {
+        "gemma",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    }
+)
+"""Architectures whose attention keeps documents apart where position ids start anew."""
 FORBIDDEN_MODEL_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation_internal"})
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hexadecimal")]
@@ -68,7 +87,10 @@ class Tree(Frozen):
 
 
 class Shard(Tree):
-    """Token ids, little-endian unsigned integers: `samples` rows of `sequence_length + 1` ids."""
+    """Token ids, little-endian unsigned integers: `samples` rows of `sequence_length + 1` ids.
+
+    In a `marked` layout the lower 28 bits are the id; the top bit says that it has no loss, the next that a document starts.
+    """
 
     samples: Positive
     token_bytes: Literal[2, 4] = 2
@@ -132,6 +154,20 @@ class Data(Frozen):
     sequence_length: int = Field(ge=8, le=1 << 17)
     train: tuple[Shard, ...] = Field(min_length=1, max_length=65536)
     validation: tuple[Shard, ...] = Field(min_length=1, max_length=1024)
+    LATER: ClassVar[frozenset[str]] = frozenset({"layout", "counted_tokens", "chat_template"})
+
+    layout: Literal["plain", "marked"] = Field(
+        "plain", description="`marked`: a row's values also say which tokens have no loss and where a document starts"
+    )
+    counted_tokens: int = Field(
+        0,
+        ge=0,
+        le=1 << 48,
+        description="`marked`: training tokens with a loss; their mean number per sample is what losses are divided by",
+    )
+    chat_template: str = Field(
+        "", max_length=1 << 16, description="how chats became text, for whoever uses the model; peers don't run it"
+    )
     order: str = Field(
         "", max_length=64, description="runs with the same name here give a key the same samples in a round, to compare settings"
     )
@@ -149,6 +185,23 @@ class Data(Frozen):
             if shard.size_bytes != shard.samples * (self.sequence_length + 1) * shard.token_bytes:
                 raise ValueError(f"shard {shard.root[:12]}: size_bytes is not samples x (sequence_length + 1) x token_bytes")
         return self
+
+    @model_validator(mode="after")
+    def _marks_fit(self) -> Data:
+        if self.layout == "plain":
+            if self.counted_tokens:
+                raise ValueError("counted_tokens are for the layout marked: in a plain one every token counts")
+            return self
+        if any(shard.token_bytes != 4 for shard in (*self.train, *self.validation)):
+            raise ValueError("the layout marked needs token_bytes 4")
+        if not 0 < self.counted_tokens <= self.train_samples * self.sequence_length:
+            raise ValueError("counted_tokens is not between 1 and train samples x sequence_length")
+        return self
+
+    @property
+    def counted_per_sample(self) -> float:
+        """How many tokens with a loss a training sample has in the mean."""
+        return self.sequence_length if self.layout == "plain" else self.counted_tokens / self.train_samples
 
 
 class Schedule(Frozen):
@@ -337,6 +390,15 @@ class Manifest(Frozen):
     credit: Credit
     audit: Audit = Audit()
     min_client_version: str = Field("0.1.0", pattern=r"^\d+\.\d+\.\d+$")
+
+    @model_validator(mode="after")
+    def _documents_stay_apart(self) -> Manifest:
+        kind = self.model.config["model_type"]
+        if self.data.layout == "marked" and kind not in PACKS_DOCUMENTS:
+            raise ValueError(
+                f"{kind} can't train on the layout marked: only {', '.join(sorted(PACKS_DOCUMENTS))} keep documents apart"
+            )
+        return self
 
     def phase(self, round_index: int) -> Phase:
         """What holds in a round: the last phase that has begun; `inner_steps` is 1 in `sync`."""

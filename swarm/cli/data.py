@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.cli.output import print_fields, print_json
 from swarm.errors import UsageError
+
+if TYPE_CHECKING:
+    from peer.documents import Counts
 
 app = typer.Typer(help="Make a run's data from texts: build.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -31,6 +34,10 @@ def build(
     held_out: Annotated[
         float, typer.Option("--held-out", min=0.001, max=0.5, help="Share of the documents that is kept for validation.")
     ] = 0.05,
+    kind: Annotated[str, typer.Option("--kind", help="text, or chat: loss on what the assistant says only.")] = "text",
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", help="A Jinja file instead of the tokenizer's own, or ChatML.")
+    ] = None,
     field: Annotated[str, typer.Option("--field", help="Where a JSON line or a Parquet row has its text.")] = "text",
     license_: Annotated[str, typer.Option("--license", help="The data's licence, for the manifest and the card.")] = "unknown",
     description: Annotated[str, typer.Option("--description", help="One paragraph about the data.")] = "",
@@ -46,18 +53,27 @@ def build(
       swarm data build ./texts --tokenizer bpe:8192 --sequence-length 512 --license CC-BY-4.0
 
       swarm data build articles.jsonl --field body --to data
+
+      swarm data build chats.jsonl --kind chat --tokenizer base/tokenizer.json --sequence-length 2048
     """
+    from peer.chats import read_chats
     from peer.dataset import FILE, Plan
     from peer.dataset import build as build_dataset
     from peer.documents import Counts, Shuffled, files_of, read_documents
 
+    if kind not in ("text", "chat"):
+        raise UsageError(f"no such kind of data: {kind}", "choose text or chat")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
     counts, files = Counts(), files_of(sources)
     to = to.absolute()
     to.parent.mkdir(parents=True, exist_ok=True)
-    plan = Plan(tokenizer, sequence_length, held_out, license_, description)
-    with _bars() as bar, Shuffled(read_documents(files, field, counts, bar("reading", len(files))), seed, to.parent) as documents:
+    plan = Plan(tokenizer, sequence_length, held_out, license_, description, "chat" if kind == "chat" else "text", chat_template)
+    with ExitStack() as stack:
+        bar = stack.enter_context(_bars())
+        on_file = bar("reading", len(files))
+        read = read_chats(files, counts, on_file) if kind == "chat" else read_documents(files, field, counts, on_file)
+        documents = stack.enter_context(Shuffled(read, seed, to.parent))
         made = build_dataset(documents, to, plan, counts, bar("packing", counts.documents))
         copies = documents.copies
     fields: dict[str, object] = {
@@ -66,6 +82,7 @@ def build(
         "copies": copies,
         "skipped_files": len(counts.unreadable),
         "vocabulary_size": made.vocabulary_size,
+        **_left_out(kind, counts),
         "train_samples": sum(shard.samples for shard in made.data.train),
         "held_out_samples": sum(shard.samples for shard in made.data.validation),
     }
@@ -74,6 +91,22 @@ def build(
         return
     print_fields(fields)
     typer.echo(f"{to / FILE} written; next: swarm run init --data {to}")
+
+
+def _left_out(kind: str, counts: Counts) -> dict[str, object]:
+    """The chats that can't be trained on; told on standard error where there are some."""
+    if kind == "text":
+        return {}
+    found = {"empty": counts.empty, "too_long": counts.too_long, "not_split": counts.not_split}
+    reasons = {
+        "empty": "without an answer",
+        "too_long": "longer than a sample: a larger --sequence-length takes them",
+        "not_split": "of which the chat template doesn't write the beginning as in the whole",
+    }
+    for name, count in found.items():
+        if count:
+            typer.echo(f"warning: left out {count:,} of the chats, {reasons[name]}", err=True)
+    return dict(found)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.corpus import (
+    build_marked_shards,
     build_shards,
     byte_level_tokenizer,
     encode_bytes,
@@ -23,6 +24,7 @@ from peer.corpus import (
     train_bpe_tokenizer,
 )
 from peer.data import ShardReader, tree_path, verify_tree_file
+from peer.marks import NO_LOSS, STARTS, marked, token_ids
 from swarm.errors import DataInvalid
 
 
@@ -151,3 +153,25 @@ def test_the_real_standard_library_gives_source() -> None:
     documents = list(standard_library_documents(200_000))
     assert 100_000 < sum(len(document.encode()) for document in documents) <= 200_000
     assert any("import" in document for document in documents)
+
+
+def test_marked_documents_are_packed_whole(tmp_path: Path) -> None:
+    """In order, as many as fit into a row; what is left of it has no loss."""
+    sizes = [4, 4, 5, 9, 2]
+    documents = [marked(np.full(size, size), np.ones(size, dtype=bool)) for size in sizes]
+    shards, counted = build_marked_shards(documents, tmp_path, sequence_length=8, end_of_text=99, samples_per_shard=3)
+    rows = ShardReader.open(shards, tmp_path, 8, 100, "marked").batch(range(4)).numpy()
+    assert [shard.samples for shard in shards] == [3, 1]
+    assert token_ids(rows).tolist() == [[4] * 8 + [99], [5] * 5 + [99] * 4, [9] * 9, [2, 2] + [99] * 7]
+    assert (rows & STARTS != 0).nonzero()[1].tolist() == [0, 4, 8, 0, 5, 0, 0, 2]
+    assert counted == sum(size - 1 for size in sizes) == int((rows[:, 1:] & NO_LOSS == 0).sum())
+
+
+def test_marked_documents_that_give_no_row(tmp_path: Path) -> None:
+    """None at all, none that counts, and one that is too long for whoever forgot to look."""
+    silent = marked(np.arange(3), np.zeros(3, dtype=bool))
+    for documents in ([], [silent]):
+        with pytest.raises(DataInvalid, match="no document"):
+            build_marked_shards(documents, tmp_path, sequence_length=8, end_of_text=99)
+    with pytest.raises(ValueError, match="fit"):
+        build_marked_shards([marked(np.arange(10), np.ones(10, dtype=bool))], tmp_path, sequence_length=8, end_of_text=99)

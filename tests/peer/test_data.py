@@ -22,6 +22,7 @@ from peer.data import (
     tree_of_file,
     verify_tree_file,
 )
+from peer.marks import NO_LOSS, STARTS
 from swarm.errors import DataInvalid
 from swarm.manifest import Shard, Tree
 from swarm.merkle import root_of
@@ -195,6 +196,21 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     reader = ShardReader([shard], [tmp_path / "a"], sequence_length=8, vocabulary_size=60)
     with pytest.raises(DataInvalid, match="token 60"):
         reader.batch([0])
+
+
+def test_marked_values_are_checked_by_their_ids(tmp_path: Path) -> None:
+    """Marks come through; an unknown token or an unknown mark doesn't, nor do marks where the layout has none."""
+    good = np.arange(9) | STARTS | NO_LOSS
+    rows = np.stack([good, np.full(9, 60 | NO_LOSS), np.full(9, 1 | 1 << 28)])
+    shard = shard_file(tmp_path / "a", rows, token_bytes=4)
+    reader = ShardReader([shard], [tmp_path / "a"], sequence_length=8, vocabulary_size=60, layout="marked")
+    assert reader.sample(0).tolist() == good.tolist()
+    with pytest.raises(DataInvalid, match="token 60"):
+        reader.batch([0, 1])
+    with pytest.raises(DataInvalid, match="mark"):
+        reader.batch([2])
+    with pytest.raises(DataInvalid, match="outside the vocabulary"):
+        ShardReader([shard], [tmp_path / "a"], sequence_length=8, vocabulary_size=60).batch([0])
 
 
 def test_a_shard_of_another_size_is_refused(tmp_path: Path) -> None:

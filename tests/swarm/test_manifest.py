@@ -11,6 +11,8 @@ from swarm.errors import ManifestInvalid
 from swarm.manifest import Manifest
 from tests.world import manifest
 
+SIDES = ("train", "validation")
+
 
 def parse(**changes: object) -> Manifest:
     """The tiny manifest with changes, through JSON."""
@@ -55,6 +57,49 @@ def test_shard_sizes_must_fit(tmp_path: Path) -> None:
         parse(data=data)
     with pytest.raises(ManifestInvalid, match="can't be read"):
         Manifest.read(tmp_path / "missing.yaml")
+
+
+def marked_data(**changes: object) -> dict[str, object]:
+    """The tiny manifest's data in the other layout."""
+    data = manifest().model_dump(mode="json")["data"]
+    shards = {
+        side: [{**shard, "token_bytes": 4, "size_bytes": shard["size_bytes"] * 2} for shard in data[side]] for side in SIDES
+    }
+    return {**data, **shards, "layout": "marked", "counted_tokens": 5, **changes}
+
+
+def test_layouts_are_told_apart_and_leave_older_runs_their_ids() -> None:
+    """What a plain run's manifest says is what it said before there was another layout."""
+    assert not {"layout", "counted_tokens", "chat_template"} & manifest().model_dump(mode="json")["data"].keys()
+    value = parse(data=marked_data())
+    assert value.data.counted_per_sample == 5 / value.data.train_samples
+    assert manifest().data.counted_per_sample == manifest().data.sequence_length
+    assert Manifest.parse(value.canonical_bytes) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"counted_tokens": 0}, "counted_tokens"),
+        ({"counted_tokens": 1 << 40}, "counted_tokens"),
+        ({"layout": "plain"}, "every token counts"),
+        ({"train": manifest().model_dump(mode="json")["data"]["train"]}, "token_bytes 4"),
+        ({"layout": "other"}, "data.layout"),
+        ({"chat_template": "x" * 70_000}, "chat_template"),
+    ],
+)
+def test_a_marked_layout_that_cant_be(changes: dict[str, object], problem: str) -> None:
+    """Sizes, counts and layout have to fit each other."""
+    with pytest.raises(ManifestInvalid, match=problem):
+        parse(data=marked_data(**changes))
+
+
+def test_documents_must_stay_apart() -> None:
+    """An architecture for which that isn't known can't train on the layout that needs it."""
+    model = {"config": {"model_type": "mamba"}, "parameters": 1}
+    with pytest.raises(ManifestInvalid, match="mamba can't train"):
+        parse(data=marked_data(), model=model)
+    assert parse(model=model).data.layout == "plain"
 
 
 def test_phases_hold_from_their_round_on() -> None:

@@ -62,6 +62,57 @@ def _texts_in(manifest: Manifest, folder: Path, side: str) -> str:
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
+def write_chats(path: Path, count: int = 60) -> Path:
+    """So many chats, one of them too long and one without an answer."""
+    records = [{"prompt": f"what is {number}?", "response": f"it is {number}"} for number in range(count)]
+    records += [
+        {"prompt": "say much", "response": " ".join(str(number**3) for number in range(100))},
+        {"prompt": "say nothing", "response": " "},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_from_chats_to_a_valid_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    """The card and standard error say what was left out; what is left makes a manifest of the marked layout."""
+    monkeypatch.chdir(tmp_path)
+    chats = write_chats(tmp_path / "chats.jsonl")
+    options = ("--kind", "chat", "--tokenizer", tokenizer, "--sequence-length", "128", "--held-out", "0.2", "--json")
+    assert run(["data", "build", str(chats), *options]) == 0
+    told = capsys.readouterr()
+    answer = json.loads(told.out)
+    assert (answer["documents"], answer["empty"], answer["too_long"], answer["not_split"]) == (61, 1, 1, 0)
+    assert "left out 1 of the chats, longer than a sample" in told.err
+    assert "1 longer than a sample" in (tmp_path / "data" / "README.md").read_text()
+    assert run(["run", "init", "--data", "data", "--hidden-size", "64", "--layers", "2", "--tokens", "1000000"]) == 0
+    assert run(["run", "validate", "run.yaml"]) == 0
+    manifest = Manifest.model_validate(yaml.safe_load((tmp_path / "run.yaml").read_text()))
+    assert manifest.data.layout == "marked"
+    assert manifest.model.config["vocab_size"] == answer["vocabulary_size"]
+    assert "<|im_start|>" in manifest.data.chat_template
+    reader = ShardReader.open(manifest.data.train, tmp_path / "data", 128, answer["vocabulary_size"], "marked")
+    assert len(reader) == answer["train_samples"] > 1
+
+
+def test_wrong_chats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such kind, lines of another form, and chats that all are too long: each with a hint, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    chats, texts = write_chats(tmp_path / "chats.jsonl"), tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "hello"}')
+    cases = {
+        ("data", "build", str(chats), "--kind", "pictures"): "text or chat",
+        ("data", "build", str(texts), "--kind", "chat"): "docs/recipes/sft.md",
+        ("data", "build", str(chats), "--kind", "chat", "--sequence-length", "16"): "--sequence-length",
+    }
+    for command, words in cases.items():
+        assert run(list(command)) in (2, 22), command
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
 def test_what_goes_wrong_is_named(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
