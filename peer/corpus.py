@@ -73,7 +73,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> Tree:
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".tokenizer.{os.getpid()}"
     temporary.write_text(tokenizer.to_str(), encoding="utf-8")
-    return _name_by_root(temporary, directory)
+    return name_by_root(temporary, directory)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -250,11 +250,12 @@ def _write_shard(values: NDArray[np.int64], directory: Path, sequence_length: in
     rows = values[: samples * (sequence_length + 1)].astype(f"<u{token_bytes}")
     temporary = directory / f".shard.{os.getpid()}"
     temporary.write_bytes(rows.tobytes())
-    tree = _name_by_root(temporary, directory)
+    tree = name_by_root(temporary, directory)
     return Shard(**tree.model_dump(), samples=samples, token_bytes=2 if token_bytes == 2 else 4)
 
 
-def _name_by_root(temporary: Path, directory: Path) -> Tree:
+def name_by_root(temporary: Path, directory: Path) -> Tree:
+    """Move a finished file into `directory`, under its root as name."""
     tree = tree_of_file(temporary)
     temporary.replace(tree_path(directory, tree))
     return tree

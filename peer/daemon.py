@@ -31,6 +31,7 @@ from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
 from peer.data import ShardReader
 from peer.device import hardware_class
+from peer.distillation import TeacherReader
 from peer.faults import Faults, break_device
 from peer.finding import Finder
 from peer.governor import Governor, device_uuid
@@ -608,7 +609,8 @@ class Daemon:
         data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
         reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary, data.layout)
         validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary, data.layout)
-        trainer = Trainer(manifest, self.options.device, reader, validation, files=materials.directory)
+        teacher = TeacherReader(data.teacher, data, materials.directory, vocabulary) if data.teacher is not None else None
+        trainer = Trainer(manifest, self.options.device, reader, validation, teacher, files=materials.directory)
         attack = self.parts.services.attack
         if attack is not None:
             trainer.relabel = lambda labels: attack.labels(labels, vocabulary)

@@ -22,16 +22,27 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from peer.batches import MAX_PROBE_SAMPLES, Plan, feed, grouped, halved, plan_for_host
+from peer.batches import (
+    ACTIVATIONS_PER_LOGIT,
+    DISTILLED_PER_LOGIT,
+    MAX_PROBE_SAMPLES,
+    Batch,
+    Plan,
+    feed,
+    grouped,
+    halved,
+    plan_for_host,
+)
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices
 from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
+from peer.distillation import Taught, TeacherReader, divergence
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.marks import IGNORED, STARTS, Lesson, lesson
 from peer.model import FlatParameters, build_model
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
 from peer.sketch import Sketcher
 from swarm import manifest
-from swarm.errors import OutOfMemory
+from swarm.errors import DataInvalid, OutOfMemory
 
 Vector = NDArray[np.float32]
 T = TypeVar("T")
@@ -194,6 +205,7 @@ class Trainer:
         device: torch.device,
         reader: ShardReader,
         validation: ShardReader | None = None,
+        teacher: TeacherReader | None = None,
         *,
         dtype: torch.dtype | None = None,
         micro_batch: int | None = None,
@@ -204,6 +216,7 @@ class Trainer:
         self._reader = reader
         self._validation = validation
         self._files = files
+        self._teacher = teacher
         self._dtype = autocast_dtype(device) if dtype is None else dtype
         self._plan = None if micro_batch is None else Plan(micro_batch, checkpointing=False)
         self._is_marked = run.data.layout == "marked"
@@ -411,7 +424,9 @@ class Trainer:
     def _find_plan(self) -> Plan:
         if self._device.type == "cuda":
             return self._probe()
-        plan = plan_for_host(self._network.config.get_text_config(), self._reader.sequence_length, free_bytes(self._device))
+        per_logit = ACTIVATIONS_PER_LOGIT if self._manifest.distillation is None else DISTILLED_PER_LOGIT
+        settings, free = self._network.config.get_text_config(), free_bytes(self._device)
+        plan = plan_for_host(settings, self._reader.sequence_length, free, per_logit)
         if plan is None:
             raise OutOfMemory("this machine has too little free memory for one sample", OUT_OF_MEMORY_HINT)
         return plan
@@ -565,7 +580,7 @@ class Trainer:
             run.rewind(mark)
             self._zero_grad()
             self._trace_gradient(run)
-            for batch in feed(self._reader, self._groups(run, indices, plan), self._device):
+            for batch in feed(self._taught, self._groups(run, indices, plan), self._device):
                 run.stopped = run.should_stop()
                 if run.stopped is not None:
                     break
@@ -601,7 +616,7 @@ class Trainer:
     def _losses_of(self, samples: Indices, plan: Plan, should_stop: ShouldStop) -> NDArray[np.float64] | None:
         found = [np.empty(0)]
         with torch.no_grad():
-            for batch in feed(self._reader, grouped(samples, plan.samples), self._device):
+            for batch in feed(self._taught, grouped(samples, plan.samples), self._device):
                 if should_stop() is not None:
                     return None
                 found.append(self._losses(batch).double().mean(dim=1).cpu().numpy())
@@ -610,7 +625,7 @@ class Trainer:
     def _evaluate(self, count: int, plan: Plan) -> float:
         total, counted = 0.0, 0
         with torch.no_grad():
-            for batch in feed(_present(self._validation), grouped(np.arange(count), plan.samples), self._device):
+            for batch in feed(self._held_out, grouped(np.arange(count), plan.samples), self._device):
                 total += float(self._losses(batch).double().sum()) / self._loss_scale
                 counted += self._counted(batch)
         return total / counted if counted else math.nan
@@ -629,23 +644,45 @@ class Trainer:
             self._empty_cache()
         raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
 
-    def _backward(self, batch: torch.Tensor, share: float, relabel: Relabel | None = None) -> torch.Tensor:
+    def _taught(self, samples: Indices) -> Batch:
+        """Training samples, with what the teacher expects where the run distils. Raises `DataInvalid`."""
+        rows = self._reader.batch(samples)
+        if self._manifest.distillation is None:
+            return Batch(rows)
+        if self._teacher is None:
+            raise DataInvalid("the run learns from a teacher, and its shards aren't here")
+        return Batch(rows, self._teacher.batch(samples))
+
+    def _held_out(self, samples: Indices) -> Batch:
+        """Held-out samples, on which only labels count."""
+        return Batch(_present(self._validation).batch(samples))
+
+    def _backward(self, batch: Batch, share: float, relabel: Relabel | None = None) -> torch.Tensor:
         loss = self._losses(batch, relabel).mean()
         torch.autograd.backward(self._scaler.scale(loss * share))
         return loss
 
-    def _losses(self, batch: torch.Tensor, relabel: Relabel | None = None) -> torch.Tensor:
-        """The loss of every token in nats, [samples, sequence_length], for a batch [samples, sequence_length + 1].
+    def _losses(self, batch: Batch, relabel: Relabel | None = None) -> torch.Tensor:
+        """The loss of every token in nats, [samples, sequence_length]; of what a teacher expects as well, where it is there.
 
         In a marked layout tokens without a loss have 0, and the others' is divided by their mean share of all tokens.
         """
+        rows = batch.rows
         if not self._is_marked:
-            logits = self._logits(batch[:, :-1])
-            labels = batch[:, 1:] if relabel is None else relabel(batch[:, 1:])
-            return _cross_entropy(logits, labels)
-        shown = lesson(batch)
+            logits = self._logits(rows[:, :-1])
+            labels = rows[:, 1:] if relabel is None else relabel(rows[:, 1:])
+            return self._mixed(logits, labels, batch.taught)
+        shown = lesson(rows)
         logits = self._logits(shown.ids, position_ids=shown.positions)
-        return _cross_entropy(logits, _relabelled(shown, relabel)) * self._loss_scale
+        return self._mixed(logits, _relabelled(shown, relabel), batch.taught) * self._loss_scale
+
+    def _mixed(self, logits: torch.Tensor, labels: torch.Tensor, taught: Taught | None) -> torch.Tensor:
+        """Cross-entropy of the labels, and the divergence from what a teacher expects."""
+        losses, settings = _cross_entropy(logits, labels), self._manifest.distillation
+        if taught is None or settings is None:
+            return losses
+        apart = divergence(logits, taught, settings.temperature).masked_fill(labels == IGNORED, 0.0)
+        return (1 - settings.share) * losses + settings.share * apart
 
     def _logits(self, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """What the model expects after each token, float32 [samples, tokens, vocabulary]."""
@@ -653,18 +690,23 @@ class Trainer:
             logits: torch.Tensor = self._network(input_ids=ids, use_cache=False, **more).logits
         return logits.float()
 
-    def _counted(self, batch: torch.Tensor) -> int:
+    def _counted(self, batch: Batch) -> int:
         """How many tokens of a batch have a loss."""
         if not self._is_marked:
-            return batch.numel() - len(batch)
-        return int((lesson(batch).labels != IGNORED).sum())
+            return batch.rows.numel() - len(batch)
+        return int((lesson(batch.rows).labels != IGNORED).sum())
 
-    def _blank(self, samples: int) -> torch.Tensor:
+    def _blank(self, samples: int) -> Batch:
         """A batch that takes as much memory as any."""
-        batch = torch.zeros((samples, self._reader.sequence_length + 1), dtype=torch.int64, device=self._device)
+        length, teacher = self._reader.sequence_length, self._manifest.data.teacher
+        rows = torch.zeros((samples, length + 1), dtype=torch.int64, device=self._device)
         if self._is_marked:
-            batch[:, ::2] |= STARTS
-        return batch
+            rows[:, ::2] |= STARTS
+        if teacher is None:
+            return Batch(rows)
+        ids = torch.arange(teacher.top_k, device=self._device).repeat(samples, length, 1)
+        even = torch.full((samples, length, teacher.top_k + 1), -math.log(teacher.top_k + 1), device=self._device)
+        return Batch(rows, Taught(ids, even.half()))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:

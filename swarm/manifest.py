@@ -148,13 +148,26 @@ class Model(Frozen):
         return config
 
 
+class Teacher(Frozen):
+    """What another model expects after each training token: its likeliest tokens, and their log-probabilities in fp16.
+
+    One shard for each of `data.train`, of as many samples: ids, ascending, [sequence_length, top_k], then log-probabilities,
+    [sequence_length, top_k + 1], the last that of all other tokens.
+    """
+
+    shards: tuple[Tree, ...] = Field(min_length=1, max_length=65536)
+    top_k: int = Field(ge=1, le=1024)
+    token_bytes: Literal[2, 4] = 2
+    name: str = Field("", max_length=200, description="what the teacher is called")
+
+
 class Data(Frozen):
     """Ordered shards. Sample `i` of the training set is found by walking through `train`."""
 
     sequence_length: int = Field(ge=8, le=1 << 17)
     train: tuple[Shard, ...] = Field(min_length=1, max_length=65536)
     validation: tuple[Shard, ...] = Field(min_length=1, max_length=1024)
-    LATER: ClassVar[frozenset[str]] = frozenset({"layout", "counted_tokens", "chat_template"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"layout", "counted_tokens", "chat_template", "teacher"})
 
     layout: Literal["plain", "marked"] = Field(
         "plain", description="`marked`: a row's values also say which tokens have no loss and where a document starts"
@@ -168,6 +181,7 @@ class Data(Frozen):
     chat_template: str = Field(
         "", max_length=1 << 16, description="how chats became text, for whoever uses the model; peers don't run it"
     )
+    teacher: Teacher | None = None
     order: str = Field(
         "", max_length=64, description="runs with the same name here give a key the same samples in a round, to compare settings"
     )
@@ -197,6 +211,21 @@ class Data(Frozen):
         if not 0 < self.counted_tokens <= self.train_samples * self.sequence_length:
             raise ValueError("counted_tokens is not between 1 and train samples x sequence_length")
         return self
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> Data:
+        if self.teacher is None:
+            return self
+        per_token = self.teacher.top_k * (self.teacher.token_bytes + 2) + 2
+        sizes = [shard.samples * self.sequence_length * per_token for shard in self.train]
+        if [tree.size_bytes for tree in self.teacher.shards] != sizes:
+            raise ValueError("teacher: its shards aren't one for each training shard, of the size that its samples take")
+        return self
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """All files that a peer needs."""
+        return (*self.train, *self.validation, *(self.teacher.shards if self.teacher is not None else ()))
 
     @property
     def counted_per_sample(self) -> float:
@@ -372,8 +401,21 @@ class Audit(Frozen):
     within_rounds: int = Field(10, ge=2, le=100_000, description="an audit has so many rounds; credit isn't final before")
 
 
+class Distillation(Frozen):
+    """Learning from `data.teacher`: (1 - share) x cross-entropy of the labels + share x forward KL divergence from the teacher.
+
+    The divergence is over its likeliest tokens and all others together, both sides softened by the temperature T, times T squared
+    (Hinton et al., 1503.02531).
+    """
+
+    temperature: float = Field(1.0, ge=0.1, le=20)
+    share: float = Field(0.5, gt=0, le=1)
+
+
 class Manifest(Frozen):
     """Everything that defines a run."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"distillation"})
 
     version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
@@ -382,6 +424,7 @@ class Manifest(Frozen):
     tokenizer: Tree
     data: Data
     objective: Literal["causal_lm"] = "causal_lm"
+    distillation: Distillation | None = None
     strategy: Strategy
     codec: Codec = Codec()
     merge: Merge = Mean()
@@ -400,6 +443,12 @@ class Manifest(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Manifest:
+        if (self.distillation is None) != (self.data.teacher is None):
+            raise ValueError("distillation and data.teacher are only there together")
+        return self
+
     def phase(self, round_index: int) -> Phase:
         """What holds in a round: the last phase that has begun; `inner_steps` is 1 in `sync`."""
         strategy = self.strategy
@@ -412,7 +461,7 @@ class Manifest(Frozen):
     def files(self) -> tuple[Tree, ...]:
         """All files that a peer needs."""
         base = () if self.model.base is None else (self.model.base,)
-        return (self.tokenizer, *base, *self.data.train, *self.data.validation)
+        return (self.tokenizer, *base, *self.data.trees)
 
     @property
     def most_inner_steps(self) -> int:

@@ -15,12 +15,12 @@ from swarm.errors import UsageError
 if TYPE_CHECKING:
     from peer.documents import Counts
 
-app = typer.Typer(help="Make a run's data from texts: build.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Make a run's data from texts: build, teach.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def data() -> None:
-    """Make a run's data from texts: build."""
+    """Make a run's data from texts: build, and teach for what a larger model makes of them."""
 
 
 @app.command()
@@ -63,8 +63,7 @@ def build(
 
     if kind not in ("text", "chat"):
         raise UsageError(f"no such kind of data: {kind}", "choose text or chat")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
+    _check_target(to)
     counts, files = Counts(), files_of(sources)
     to = to.absolute()
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +90,54 @@ def build(
         return
     print_fields(fields)
     typer.echo(f"{to / FILE} written; next: swarm run init --data {to}")
+
+
+@app.command()
+def teach(
+    folder: Annotated[Path, typer.Argument(help="Made by `swarm data build`.")],
+    teacher: Annotated[Path, typer.Option("--teacher", help="A directory of transformers: config, safetensors, tokenizer.json.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder for the data and what the teacher expects; new or empty.")],
+    top_k: Annotated[int, typer.Option("--top-k", min=1, max=1024, help="How many of its likeliest tokens are kept.")] = 32,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A GPU's number; without it the processor computes.")] = None,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", min=1, help="Samples at once.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Add what a teacher expects at each training token, so that a run can learn from its logits.
+
+    The teacher has to have the data's tokenizer. `swarm run init --data FOLDER` then makes a manifest with a `distillation`.
+
+    Examples:
+
+      swarm data teach data --teacher ./large-model --top-k 32 --to taught
+    """
+    from peer.dataset import FILE
+    from peer.device import choose_devices
+    from peer.teaching import teach as write_lessons
+
+    _check_target(to)
+    to = to.absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    device = choose_devices(gpu or "", cpu=gpu is None)[0]
+    with _bars() as bar:
+        made = write_lessons(folder, to, teacher, top_k, device, micro_batch, lambda total: bar("teaching", total))
+    shards = made.data.teacher.shards if made.data.teacher is not None else ()
+    fields: dict[str, object] = {
+        "directory": str(to),
+        "top_k": top_k,
+        "train_samples": made.data.train_samples,
+        "teacher_bytes": sum(tree.size_bytes for tree in shards),
+    }
+    if as_json:
+        print_json(fields)
+        return
+    print_fields(fields)
+    typer.echo(f"{to / FILE} written; next: swarm run init --data {to}")
+
+
+def _check_target(to: Path) -> None:
+    """Raise `UsageError` unless the folder is new or empty."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
 
 
 def _left_out(kind: str, counts: Counts) -> dict[str, object]:

@@ -21,7 +21,7 @@ from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import AdamW, Codec, DiLoCo, Lora, Manifest, Model, Schedule, Sync
+from swarm.manifest import AdamW, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, Sync
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
@@ -36,6 +36,7 @@ COMMENTS = {
     "tokenizer": "The tokenizer file, named by its Merkle root.",
     "data": "Shards of token ids, in order; size_bytes = samples x (sequence_length + 1) x token_bytes.",
     "objective": "What is learned.",
+    "distillation": "share x divergence from data.teacher + (1 - share) x cross-entropy of the labels.",
     "strategy": "sync: gradients every step. diloco: inner_steps local steps, then their difference is averaged.",
     "codec": "How updates travel.",
     "merge": "How updates become one. centered_clip bounds what a minority can do; mean is for peers that you know.",
@@ -404,12 +405,14 @@ def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
 
     made = read(folder)
     length = made.data.sequence_length
+    distillation = {"distillation": Distillation().model_dump(mode="json")} if made.data.teacher is not None else {}
     config = llama_config(made.vocabulary_size, length, hidden_size, layers, made.end_of_text)
     return {
         **TEMPLATE,
         "model": {"config": config, "seed": 0, "parameters": count_parameters(config)},
         "tokenizer": made.tokenizer.model_dump(mode="json"),
         "data": made.data.model_dump(mode="json"),
+        **distillation,
         "credit": {**TEMPLATE["credit"], "flops_per_token": flops_per_token(config, length)},
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from peer.batches import CPU_MAX_SAMPLES, Plan, activation_bytes, feed, grouped, halved, plan_for_host
+from peer.batches import CPU_MAX_SAMPLES, Batch, Plan, activation_bytes, feed, grouped, halved, plan_for_host
 
 SETTINGS = SimpleNamespace(num_hidden_layers=4, hidden_size=128, num_attention_heads=4, vocab_size=257)
 
@@ -42,9 +42,9 @@ def test_batches_hold_the_samples_in_order(small_run: Callable[..., Any], size: 
     """Whatever the group size, the same samples come in the same order."""
     reader = small_run().train
     indices = np.array([7, 3, 100, 5, 5, 0, 12, 90, 33, 2])
-    batches = list(feed(reader, grouped(indices, size), torch.device("cpu")))
+    batches = list(feed(lambda group: Batch(reader.batch(group)), grouped(indices, size), torch.device("cpu")))
     assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
-    assert torch.equal(torch.cat(batches), reader.batch(indices))
+    assert torch.equal(torch.cat([batch.rows for batch in batches]), reader.batch(indices))
 
 
 @pytest.mark.gpu
@@ -53,10 +53,11 @@ def test_batches_are_copied_ahead_on_a_gpu(small_run: Callable[..., Any]) -> Non
     """The side stream delivers the same samples."""
     reader = small_run().train
     indices = np.arange(100)
-    batches = list(feed(reader, grouped(indices, 7), torch.device("cuda")))
-    assert torch.equal(torch.cat(batches).cpu(), reader.batch(indices))
+    batches = list(feed(lambda group: Batch(reader.batch(group)), grouped(indices, 7), torch.device("cuda")))
+    assert torch.equal(torch.cat([batch.rows for batch in batches]).cpu(), reader.batch(indices))
 
 
 def test_nothing_to_feed_is_fine(small_run: Callable[..., Any]) -> None:
     """An empty assignment gives no batches."""
-    assert list(feed(small_run().train, [], torch.device("cpu"))) == []
+    reader = small_run().train
+    assert list(feed(lambda group: Batch(reader.batch(group)), [], torch.device("cpu"))) == []

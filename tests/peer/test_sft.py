@@ -182,7 +182,7 @@ def test_the_answers_are_learned(run: Callable[..., Chats]) -> None:
 
 def test_the_largest_batch_is_one_of_many_documents(run: Callable[..., Chats]) -> None:
     """What is tried to find out how much fits is packed too."""
-    blank = run().trainer()._blank(3)
+    blank = run().trainer()._blank(3).rows
     assert blank.shape == (3, SEQUENCE_LENGTH + 1)
     assert int(lesson(blank).positions.max()) == 1
     assert (lesson(blank).labels != IGNORED).any()

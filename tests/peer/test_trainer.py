@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from peer.batches import Plan
+from peer.batches import Batch, Plan
 from peer.data import ShardReader, sample_indices
 from peer.model import FlatParameters, build_model, initial_theta
 from peer.optimizer import lr_factor, make_inner
@@ -199,7 +199,7 @@ class Cramped(Trainer):
     room = 1.0
     tried: list[tuple[int, bool]]
 
-    def _losses(self, batch: torch.Tensor, relabel: Any = None) -> torch.Tensor:
+    def _losses(self, batch: Batch, relabel: Any = None) -> torch.Tensor:
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self._network.modules())
         self.tried.append((len(batch), recomputes))
         if len(batch) > self.room * (2 if recomputes else 1):
@@ -269,7 +269,7 @@ def test_other_errors_of_torch_are_not_taken_for_memory(small_run: Runs) -> None
     """A real fault isn't retried away."""
 
     class Broken(Trainer):
-        def _losses(self, batch: torch.Tensor, relabel: Any = None) -> torch.Tensor:
+        def _losses(self, batch: Batch, relabel: Any = None) -> torch.Tensor:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     run = small_run("sync")

@@ -102,6 +102,43 @@ def test_documents_must_stay_apart() -> None:
     assert parse(model=model).data.layout == "plain"
 
 
+def taught_data(**teacher: object) -> dict[str, object]:
+    """The tiny manifest's data with a teacher's shards."""
+    data = manifest().model_dump(mode="json")["data"]
+    sizes = [shard["samples"] * data["sequence_length"] * (3 * 4 + 2) for shard in data["train"]]
+    shards = [{"root": "11" * 32, "size_bytes": size} for size in sizes]
+    return {**data, "teacher": {"shards": shards, "top_k": 3, **teacher}}
+
+
+def test_a_teacher_and_distillation_are_there_together() -> None:
+    """Peers neither fetch what they don't use nor lack what they need; and who has neither keeps its run id."""
+    value = parse(data=taught_data(), distillation={"temperature": 2})
+    assert Manifest.parse(value.canonical_bytes) == value
+    assert value.data.trees[-1].root == "11" * 32
+    assert manifest().data.trees == (*manifest().data.train, *manifest().data.validation)
+    assert "distillation" not in manifest().model_dump(mode="json")
+    for changes in ({"data": taught_data()}, {"distillation": {}}):
+        with pytest.raises(ManifestInvalid, match="only there together"):
+            parse(**changes)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "problem"),
+    [({"top_k": 4}, "size"), ({"token_bytes": 4}, "size"), ({"shards": []}, "shards"), ({"top_k": 0}, "top_k")],
+)
+def test_a_teachers_shards_must_fit(teacher: dict[str, object], problem: str) -> None:
+    """One for each training shard, of as many samples."""
+    with pytest.raises(ManifestInvalid, match=problem):
+        parse(data=taught_data(**teacher), distillation={})
+
+
+@pytest.mark.parametrize("settings", [{"share": 0}, {"share": 1.5}, {"temperature": 0}, {"temperature": 1000}, {"other": 1}])
+def test_distillation_that_cant_be(settings: dict[str, float]) -> None:
+    """Shares and temperatures have limits."""
+    with pytest.raises(ManifestInvalid, match="distillation"):
+        parse(data=taught_data(), distillation=settings)
+
+
 def test_phases_hold_from_their_round_on() -> None:
     """Inner steps and codec are those of the last phase that has begun, and phases come in order."""
     codecs = [{"kind": kind} for kind in ("int4", "int2")]

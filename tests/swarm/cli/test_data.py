@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peer.data import ShardReader
+from peer.dataset import read
+from peer.recipes import llama_config
 from swarm.cli.main import run
-from swarm.manifest import Manifest
+from swarm.manifest import Distillation, Manifest
 
 
 @pytest.fixture
@@ -111,6 +114,33 @@ def test_wrong_chats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert run(list(command)) in (2, 22), command
         assert words in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+def test_from_a_teacher_to_a_valid_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new folder has everything, and its manifest a section for it; a folder with something in it is left alone."""
+    monkeypatch.chdir(tmp_path)
+    built(capsys, str(texts), "--sequence-length", "32", "--held-out", "0.3")
+    tokenizer = read(tmp_path / "data").tokenizer
+    settings = AutoConfig.for_model(**llama_config(257, 32, hidden_size=32, layers=1, end_of_text=256))
+    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenizer.json").write_bytes((tmp_path / "data" / tokenizer.root).read_bytes())
+    command = ["data", "teach", "data", "--teacher", "teacher", "--top-k", "4", "--to"]
+    assert run([*command, "taught", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["teacher_bytes"] == answer["train_samples"] * 32 * (4 * 4 + 2)
+    assert run(["run", "init", "--data", "taught", "--hidden-size", "64", "--layers", "2", "--tokens", "1000000"]) == 0
+    assert run(["run", "validate", "run.yaml"]) == 0
+    manifest = Manifest.model_validate(yaml.safe_load((tmp_path / "run.yaml").read_text()))
+    assert manifest.distillation == Distillation()
+    assert all((tmp_path / "taught" / tree.root).stat().st_size == tree.size_bytes for tree in manifest.data.trees)
+    assert run([*command, "data"]) == 2
+    (tmp_path / "teacher" / "config.json").unlink()
+    capsys.readouterr()
+    assert run([*command, "again"]) == 22
+    assert "safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_goes_wrong_is_named(
