@@ -63,6 +63,6 @@ def _contents(manifest: Manifest, files: Path) -> Iterator[DataInvalid]:
 
 
 def _read(manifest: Manifest, shard: Shard, files: Path, vocabulary: int) -> None:
-    reader = ShardReader.open([shard], files, manifest.data.sequence_length, vocabulary)
+    reader = ShardReader.open([shard], files, manifest.data.sequence_length, vocabulary, manifest.data.layout)
     for first in range(0, len(reader), ROWS_AT_ONCE):
         reader.batch(range(first, min(first + ROWS_AT_ONCE, len(reader))))

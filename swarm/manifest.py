@@ -224,7 +224,7 @@ class Data(Frozen):
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """All files that a peer needs."""
+        """Their files."""
         return (*self.train, *self.validation, *(self.teacher.shards if self.teacher is not None else ()))
 
     @property
