@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from swarm.control import ask, history, last_status
 from swarm.errors import NotRunning, SwarmError
@@ -113,7 +113,7 @@ class LocalSwarm:
         command = [*prefix, *swarm_command(), "coordinator", "--run", str(run), "--owner-key", str(owner_key), "--json"]
         command += ["--listen", listen, "--metrics", "127.0.0.1:0", "--state-dir", str(self.directory / "coordinator"), *options]
         with log.open("ab") as sink:
-            process = await _spawn(command, self.environment, stdout=asyncio.subprocess.PIPE, stderr=sink)
+            process = await spawn(command, {**os.environ, **self.environment}, asyncio.subprocess.PIPE, sink)
         self.coordinator = process
         if process.stdout is None:
             raise SwarmError("no output from the coordinator")
@@ -148,7 +148,7 @@ class LocalSwarm:
         command = [*prefix, *(program or swarm_command()), "join", self.link, *device, "--dir", str(directory)]
         command += ["--threads", str(threads), "--listen", f"{address}:0", "--metrics", "127.0.0.1:0", *options]
         with (directory / "log").open("ab") as sink:
-            process = await _spawn(command, {**NO_COURTESY, **self.environment, **(environment or {})}, stdout=sink, stderr=sink)
+            process = await spawn(command, {**os.environ, **NO_COURTESY, **self.environment, **(environment or {})}, sink, sink)
         peer = LocalPeer(name, directory, process)
         self.peers.append(peer)
         return peer
@@ -164,15 +164,19 @@ def swarm_command() -> list[str]:
     return [sys.executable, "-m", "swarm.cli.main"]
 
 
-async def _spawn(command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> asyncio.subprocess.Process:
+async def spawn(
+    command: Sequence[str], environment: Mapping[str, str], stdout: int | IO[Any], stderr: int | IO[Any]
+) -> asyncio.subprocess.Process:
+    """Start a program with nothing but this environment, in a session of its own; the kernel ends it with us."""
     parent = os.getpid()
     return await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
-        env={**os.environ, **environment},
+        stdout=stdout,
+        stderr=stderr,
+        env=environment,
         start_new_session=True,
         preexec_fn=lambda: die_with(parent),
-        **streams,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from swarm.local import LocalPeer, LocalSwarm
+from tests.forked import SERVER
 from tests.runs import LiveRun, LoopThread, Run, Sharing, make_run
 from tests.waiting import eventually
 
@@ -18,6 +19,16 @@ settings.load_profile("repeatable")  # a change is judged by itself, not by the 
 
 START_S = 170.0
 YIELDING = {"SWARM_GOVERNOR_NICE": "5"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes() -> Iterator[None]:
+    """What tests start through `swarm.local` is forked from a process that has loaded everything, and not loaded anew."""
+    SERVER.take_over()
+    try:
+        yield
+    finally:
+        SERVER.close()
 
 
 @pytest.fixture(scope="session")

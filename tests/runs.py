@@ -7,19 +7,20 @@ import contextlib
 import fcntl
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import psutil
 import yaml
 
+from swarm import local
 from swarm.control import ask, history
 from swarm.identity import Identity
-from swarm.local import swarm_command
 from swarm.manifest import Manifest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -197,22 +198,21 @@ async def run_command(
     *arguments: str, environment: Mapping[str, str] | None = None, timeout_s: float = COMMAND_S, prefix: Sequence[str] = ()
 ) -> Outcome:
     """Run `swarm` as a process of its own; `prefix` stands before the command, for example to run it on another host."""
-    process = await asyncio.create_subprocess_exec(
-        *prefix,
-        *swarm_command(),
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=clean_environment(environment),
-    )
-    try:
-        out, err = await asyncio.wait_for(process.communicate(), timeout_s)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    return Outcome(process.returncode or 0, out.decode(), err.decode())
+    command = [*prefix, *local.swarm_command(), *arguments]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = await local.spawn(command, clean_environment(environment), out, err)
+        try:
+            code = await asyncio.wait_for(process.wait(), timeout_s)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return Outcome(code, _read(out), _read(err))
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
 
 
 def clean_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:

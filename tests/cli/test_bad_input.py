@@ -17,8 +17,7 @@ from swarm.identity import Identity
 from swarm.local import LocalSwarm
 from swarm.messages import JoinLink
 from swarm.rpc.v1.coordinator_pb2 import GetRunResponse
-from tests.forked import run_forked
-from tests.runs import LiveRun, Outcome, Run
+from tests.runs import LiveRun, Outcome, Run, run_command
 from tests.world import manifest, sign_manifest
 
 pytestmark = pytest.mark.timeout(300)
@@ -77,41 +76,41 @@ def changed(link: JoinLink, **changes: object) -> JoinLink:
 async def test_a_wrong_link() -> None:
     """A link that is none, cut short or missing ends with 10 and says what one looks like, whichever command gets it."""
     for text in ("http://example.org", "swarm://host:4300/abc#def", f"swarm://{NOWHERE}/{'a' * 52}#{'a' * 51}"):
-        expect(await run_forked("join", "--cpu", text), 10, "link", hint="52 characters")
+        expect(await run_command("join", "--cpu", text), 10, "link", hint="52 characters")
     for command in (("credits",), ("leaderboard",), ("ledger", "verify")):
-        expect(await run_forked(*command, "swarm://nowhere"), 10, "link", hint="52 characters")
-    expect(await run_forked("join", "--cpu"), 10, "no join link", hint="SWARM_LINK")
+        expect(await run_command(*command, "swarm://nowhere"), 10, "link", hint="52 characters")
+    expect(await run_command("join", "--cpu"), 10, "no join link", hint="SWARM_LINK")
 
 
 async def test_a_link_in_a_file(tmp_path: Path) -> None:
     """A file that holds something else than a link is a wrong link, too."""
     (tmp_path / "link").write_text("nothing\n")
-    expect(await run_forked("join", "--cpu", "--dir", str(tmp_path / "p"), "--link-file", str(tmp_path / "link")), 10, "link")
+    expect(await run_command("join", "--cpu", "--dir", str(tmp_path / "p"), "--link-file", str(tmp_path / "link")), 10, "link")
 
 
 async def test_an_unreachable_coordinator(tmp_path: Path) -> None:
     """Where nothing answers, the address is named, with 11, and the key that was made stays."""
     link = JoinLink("127.0.0.1", 1, b"\x01" * 32, b"\x02" * 32)
-    expect(await run_forked(*join(link, tmp_path)), 11, NOWHERE, hint="firewall")
+    expect(await run_command(*join(link, tmp_path)), 11, NOWHERE, hint="firewall")
     key = (tmp_path / "identity.key").read_bytes()
-    expect(await run_forked(*join(link, tmp_path)), 11, NOWHERE)
+    expect(await run_command(*join(link, tmp_path)), 11, NOWHERE)
     assert (tmp_path / "identity.key").read_bytes() == key
-    expect(await run_forked("leaderboard", str(link)), 11, NOWHERE)
-    expect(await run_forked("ledger", "verify", str(link)), 11, NOWHERE)
+    expect(await run_command("leaderboard", str(link)), 11, NOWHERE)
+    expect(await run_command("ledger", "verify", str(link)), 11, NOWHERE)
 
 
 async def test_something_else_answers(tmp_path: Path, link: JoinLink) -> None:
     """A server with another key than the link's is not talked to: 12."""
     wrong = changed(link, fingerprint=b"\x03" * 32)
-    expect(await run_forked(*join(wrong, tmp_path)), 12, link.address, hint="owner")
-    expect(await run_forked("leaderboard", str(wrong)), 12, link.address)
+    expect(await run_command(*join(wrong, tmp_path)), 12, link.address, hint="owner")
+    expect(await run_command("leaderboard", str(wrong)), 12, link.address)
 
 
 async def test_an_unknown_run(tmp_path: Path, link: JoinLink) -> None:
     """A run that the coordinator doesn't serve ends with 13."""
     wrong = changed(link, run_id=b"\x03" * 32)
-    expect(await run_forked(*join(wrong, tmp_path)), 13, "run", hint="owner")
-    expect(await run_forked("leaderboard", str(wrong)), 13, "run")
+    expect(await run_command(*join(wrong, tmp_path)), 13, "run", hint="owner")
+    expect(await run_command("leaderboard", str(wrong)), 13, "run")
 
 
 async def test_a_manifest_with_several_errors(tmp_path: Path) -> None:
@@ -121,8 +120,8 @@ async def test_a_manifest_with_several_errors(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     for command in (("run", "validate", str(path)), ("coordinator", "--run", str(path))):
-        expect(await run_forked(*command), 20, "3 problems", "name:", "rounds.min_peers:", "surprise:", hint="manifest")
-    expect(await run_forked("run", "validate", str(tmp_path / "none.yaml")), 20, "can't be read")
+        expect(await run_command(*command), 20, "3 problems", "name:", "rounds.min_peers:", "surprise:", hint="manifest")
+    expect(await run_command("run", "validate", str(tmp_path / "none.yaml")), 20, "can't be read")
 
 
 async def test_no_gpu(tmp_path: Path) -> None:
@@ -130,9 +129,9 @@ async def test_no_gpu(tmp_path: Path) -> None:
     link = JoinLink("127.0.0.1", 1, b"\x01" * 32, b"\x02" * 32)
     arguments = ("join", str(link), "--dir", str(tmp_path))
     for options in (("--gpu", "0"), ("--gpu", "auto"), ()):
-        outcome = await run_forked(*arguments, *options, environment={"CUDA_VISIBLE_DEVICES": ""})
+        outcome = await run_command(*arguments, *options, environment={"CUDA_VISIBLE_DEVICES": ""})
         expect(outcome, 30, "GPU", hint="--cpu")
-    expect(await run_forked(*arguments, "--gpu", "first"), 2, "first")
+    expect(await run_command(*arguments, "--gpu", "first"), 2, "first")
 
 
 async def test_busy_ports(tmp_path: Path, small_run: Run, link: JoinLink, taken: str) -> None:
@@ -146,11 +145,11 @@ async def test_busy_ports(tmp_path: Path, small_run: Run, link: JoinLink, taken:
         "--state-dir",
         str(tmp_path / "c"),
     )
-    expect(await run_forked(*serve, "--listen", taken), 33, taken.rpartition(":")[2])
-    expect(await run_forked(*serve, "--listen", "127.0.0.1:0", "--metrics", taken), 33, taken.rpartition(":")[2])
+    expect(await run_command(*serve, "--listen", taken), 33, taken.rpartition(":")[2])
+    expect(await run_command(*serve, "--listen", "127.0.0.1:0", "--metrics", taken), 33, taken.rpartition(":")[2])
     peer = ("join", str(link), "--cpu", "--dir", str(tmp_path / "p"))
-    expect(await run_forked(*peer, "--listen", taken), 33, "taken", hint="--listen")
-    expect(await run_forked(*peer, "--listen", "127.0.0.1:0", "--metrics", taken), 33, taken, hint="--metrics")
+    expect(await run_command(*peer, "--listen", taken), 33, "taken", hint="--listen")
+    expect(await run_command(*peer, "--listen", "127.0.0.1:0", "--metrics", taken), 33, taken, hint="--metrics")
     assert not (tmp_path / "p" / "control.sock").exists()
 
 
@@ -159,7 +158,7 @@ async def test_addresses_that_are_none(tmp_path: Path, option: str) -> None:
     """What isn't host:port is a wrong argument: 2."""
     link = JoinLink("127.0.0.1", 1, b"\x01" * 32, b"\x02" * 32)
     for address in ("nonsense", "127.0.0.1:port", "127.0.0.1:99999"):
-        expect(await run_forked("join", str(link), "--cpu", "--dir", str(tmp_path), option, address), 2, address, hint=":4400")
+        expect(await run_command("join", str(link), "--cpu", "--dir", str(tmp_path), option, address), 2, address, hint=":4400")
 
 
 async def test_a_key_that_others_can_read(tmp_path: Path) -> None:
@@ -168,13 +167,13 @@ async def test_a_key_that_others_can_read(tmp_path: Path) -> None:
     key = tmp_path / "identity.key"
     Identity.generate().save(key)
     key.chmod(0o644)
-    expect(await run_forked(*join(link, tmp_path)), 21, "readable by others", hint=f"chmod 600 {key}")
+    expect(await run_command(*join(link, tmp_path)), 21, "readable by others", hint=f"chmod 600 {key}")
     content = key.read_bytes()
     key.chmod(0o600)
     key.write_bytes(content[:-1])
-    expect(await run_forked(*join(link, tmp_path)), 21, "not an Ed25519 key", hint="restore")
+    expect(await run_command(*join(link, tmp_path)), 21, "not an Ed25519 key", hint="restore")
     (tmp_path / "folder.key").mkdir()
-    expect(await run_forked(*join(link, tmp_path, "--identity", str(tmp_path / "folder.key"))), 21, "folder.key")
+    expect(await run_command(*join(link, tmp_path, "--identity", str(tmp_path / "folder.key"))), 21, "folder.key")
 
 
 async def test_a_corrupted_database(tmp_path: Path, small_run: Run) -> None:
@@ -182,7 +181,7 @@ async def test_a_corrupted_database(tmp_path: Path, small_run: Run) -> None:
     database = tmp_path / "coordinator.db"
     database.write_bytes(b"not a database, " * 1000)
     serve = ("coordinator", "--run", str(small_run.path), "--owner-key", str(small_run.owner_key), "--listen", "127.0.0.1:0")
-    expect(await run_forked(*serve, "--state-dir", str(tmp_path)), 41, "database")
+    expect(await run_command(*serve, "--state-dir", str(tmp_path)), 41, "database")
     assert database.read_bytes() == b"not a database, " * 1000
 
 
@@ -196,12 +195,12 @@ async def test_corrupted_checkpoints(tmp_path: Path, two_peer_run: LiveRun) -> N
     for path in damaged:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-    outcome = await run_forked("export", "--to", str(tmp_path / "model"), "--dir", str(folder))
+    outcome = await run_command("export", "--to", str(tmp_path / "model"), "--dir", str(folder))
     expect(outcome, 40, "nothing to export")
     assert not (tmp_path / "model").exists()
-    expect(await run_forked("export", "--to", str(tmp_path / "model"), "--dir", str(tmp_path / "empty")), 10, "ever run")
+    expect(await run_command("export", "--to", str(tmp_path / "model"), "--dir", str(tmp_path / "empty")), 10, "ever run")
     (folder / "run.pb").write_bytes(b"\xff" * 10)
-    expect(await run_forked("export", "--to", str(tmp_path / "model"), "--dir", str(folder)), 1, "damaged")
+    expect(await run_command("export", "--to", str(tmp_path / "model"), "--dir", str(folder)), 1, "damaged")
 
 
 async def test_too_little_memory(tmp_path: Path) -> None:
@@ -211,7 +210,7 @@ async def test_too_little_memory(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     async with LocalSwarm(tmp_path / "swarm") as swarm:
         await swarm.start_coordinator(tmp_path / "run.yaml", tmp_path / "owner.key")
-        expect(await run_forked(*join(swarm.link, tmp_path / "p")), 31, "GB of memory", hint="smaller model")
+        expect(await run_command(*join(swarm.link, tmp_path / "p")), 31, "GB of memory", hint="smaller model")
 
 
 @pytest.fixture
@@ -237,33 +236,33 @@ def fill(path: Path) -> None:
 
 async def test_too_little_disk(tmp_path: Path, tiny_disk: Path, link: JoinLink) -> None:
     """Too little space for the run is said before anything is fetched, a full disk at once: 32."""
-    expect(await run_forked(*join(link, tiny_disk / "p")), 32, "GB free", hint="--dir")
+    expect(await run_command(*join(link, tiny_disk / "p")), 32, "GB free", hint="--dir")
     fill(tiny_disk / "filler")
-    expect(await run_forked(*join(link, tiny_disk / "p")), 32, "No space left", hint="--dir")
+    expect(await run_command(*join(link, tiny_disk / "p")), 32, "No space left", hint="--dir")
 
 
 async def test_folders_that_can_not_be_used(tmp_path: Path) -> None:
     """A file where a folder should be, and a folder for files that isn't there, are wrong arguments: 2."""
     link = JoinLink("127.0.0.1", 1, b"\x01" * 32, b"\x02" * 32)
     (tmp_path / "file").touch()
-    expect(await run_forked(*join(link, tmp_path / "file")), 2, "file", hint="--dir")
-    expect(await run_forked(*join(link, tmp_path / "p", "--files", str(tmp_path / "none"))), 2, "none", hint="data files")
+    expect(await run_command(*join(link, tmp_path / "file")), 2, "file", hint="--dir")
+    expect(await run_command(*join(link, tmp_path / "p", "--files", str(tmp_path / "none"))), 2, "none", hint="data files")
 
 
 async def test_a_second_daemon(two_peer_run: LiveRun) -> None:
     """A folder that a peer uses is refused to another one, which goes on undisturbed: 51."""
     folder = two_peer_run.peer_folders[0]
-    expect(await run_forked(*join(two_peer_run.link, folder)), 51, str(folder), hint="swarm status")
-    assert (await run_forked("status", "--dir", str(folder), "--json")).code == 0
+    expect(await run_command(*join(two_peer_run.link, folder)), 51, str(folder), hint="swarm status")
+    assert (await run_command("status", "--dir", str(folder), "--json")).code == 0
 
 
 @pytest.mark.parametrize("verb", ["status", "pause", "resume", "finish", "stop"])
 async def test_no_daemon(tmp_path: Path, verb: str) -> None:
     """Without a daemon every verb ends with 50 and says how to start one, even beside a dead one's socket."""
-    expect(await run_forked(verb, "--dir", str(tmp_path)), 50, str(tmp_path), hint="swarm join")
+    expect(await run_command(verb, "--dir", str(tmp_path)), 50, str(tmp_path), hint="swarm join")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "control.sock"))
-    expect(await run_forked(verb, "--dir", str(tmp_path)), 50, str(tmp_path), hint="swarm join")
+    expect(await run_command(verb, "--dir", str(tmp_path)), 50, str(tmp_path), hint="swarm join")
 
 
 async def test_a_cached_run_that_was_changed(tmp_path: Path) -> None:
@@ -271,5 +270,5 @@ async def test_a_cached_run_that_was_changed(tmp_path: Path) -> None:
     link = JoinLink("127.0.0.1", 1, bytes.fromhex(manifest().run_id), b"\x02" * 32)
     forged = GetRunResponse(run_id=link.run_id, manifest=sign_manifest(manifest(name="other")), coordinator="x")
     (tmp_path / "run.pb").write_bytes(forged.SerializeToString())
-    outcome = await run_forked(*join(link, tmp_path))
+    outcome = await run_command(*join(link, tmp_path))
     expect(outcome, 42, "run.pb", hint="delete it")

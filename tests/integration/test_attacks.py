@@ -57,7 +57,7 @@ async def test_a_leader_that_proposes_two_things_is_convicted(tmp_path: Path) ->
     assert outcome.credit_kept == 0
 
 
-@pytest.mark.parametrize(("kind", "rounds"), [("lying_donor", 80), ("replay", 10)])
+@pytest.mark.parametrize(("kind", "rounds"), [("lying_donor", 30), ("replay", 10)])
 async def test_who_only_disturbs_changes_nothing(kind: str, rounds: int, tmp_path: Path) -> None:
     """Wrong chunks for a newcomer, old messages: refused, and the run goes on."""
     outcome = await outcome_of(kind, tmp_path, rounds)
