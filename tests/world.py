@@ -40,12 +40,23 @@ OWNER = identity(1000)
 COORDINATOR = identity(2000)
 
 
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+
+
 def manifest(**changes: object) -> Manifest:
     """A tiny valid manifest."""
     row = (SEQUENCE_LENGTH + 1) * 2
     values: dict[str, object] = {
         "name": "tiny",
-        "model": {"config": {"model_type": "llama"}, "parameters": 1000},
+        "model": {"config": LLAMA, "parameters": 728},
         "tokenizer": {"root": "00" * 32, "size_bytes": 10},
         "data": {
             "sequence_length": SEQUENCE_LENGTH,

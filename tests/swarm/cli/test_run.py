@@ -17,7 +17,7 @@ from swarm.manifest import Manifest
 from swarm.messages import payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import from_text, open_ticket
-from tests.world import manifest
+from tests.world import LLAMA, manifest
 
 
 @pytest.fixture
@@ -159,3 +159,50 @@ def test_invite(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("open.yaml").write_text(yaml.safe_dump(manifest().model_dump(mode="json")))
     assert run(["run", "invite", "open.yaml", "--owner-key", "owner.key"]) == 2
     assert "isn't by invitation" in capsys.readouterr().err
+
+
+def test_validate_builds_the_model(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown architecture, or another number of parameters, is named before anybody trains."""
+    unknown = manifest(model={"config": {"model_type": "nothing"}, "parameters": 5})
+    path.write_text(yaml.safe_dump(unknown.model_dump(mode="json")))
+    assert run(["run", "validate", "run.yaml", "--json"]) == 20
+    assert "can't build a 'nothing' model" in capsys.readouterr().out
+    path.write_text(yaml.safe_dump(manifest(model={"config": LLAMA, "parameters": 5}).model_dump(mode="json")))
+    assert run(["run", "validate", "run.yaml"]) == 20
+    assert "the model has 728 parameters, the manifest says 5" in capsys.readouterr().err
+
+
+def test_a_pretrained_model_becomes_a_run_with_an_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Base, data in its tokens, manifest, and a check of all files; data in other tokens are refused."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    from peer.corpus import byte_level_tokenizer
+
+    values = {**LLAMA, "vocab_size": 257}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    LlamaForCausalLM(config).save_pretrained("checkpoint")
+    byte_level_tokenizer().save("checkpoint/tokenizer.json")
+    Path("checkpoint/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    Path("texts").mkdir()
+    for number in range(40):
+        Path(f"texts/{number}.txt").write_text(f"document {number} says something else than the others do\n" * 9)
+    assert run(["run", "base", "checkpoint", "--to", "base", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 4584
+    length = ["--sequence-length", "16", "--held-out", "0.2"]
+    assert run(["data", "build", "texts", "--tokenizer", "base/tokenizer.json", "--to", "data", *length]) == 0
+    adapter = ["--lora", "2", "--lora-targets", "q_proj,v_proj"]
+    assert run(["run", "init", "run.yaml", "--base", "base", "--data", "data", *adapter]) == 0
+    assert run(["run", "validate", "run.yaml", "--files", "data"]) == 0
+    made = yaml.safe_load(Path("run.yaml").read_text())["model"]
+    assert made["parameters"] == 2 * 2 * (8 + 8)
+    assert made["adapter"]["targets"] == ["q_proj", "v_proj"]
+    capsys.readouterr()
+    assert run(["data", "build", "texts", "--tokenizer", "bpe:300", "--to", "other", *length]) == 0
+    assert run(["run", "init", "other.yaml", "--base", "base", "--data", "other"]) == 2
+    assert "not in the tokens of checkpoint" in capsys.readouterr().err
+    assert run(["run", "init", "none.yaml", "--base", "base", "--data", "data", "--lora", "2", "--lora-targets", "nothing"]) != 0
+    assert "no layer is called nothing" in capsys.readouterr().err
+    shard = max(Path("data").glob("[0-9a-f]*"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(b"\x00" + shard.read_bytes()[1:])
+    assert run(["run", "validate", "run.yaml", "--files", "data"]) == 20
+    assert "is damaged" in capsys.readouterr().err
