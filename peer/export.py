@@ -73,6 +73,8 @@ def _write(run: Manifest, theta: Vector, files: Path, directory: Path, provenanc
     tokenizer = load_tokenizer(tree_path(files, run.tokenizer))
     end = tokenizer.eos_token_id
     tokenizer.model_max_length = run.data.sequence_length
+    if run.data.chat_template:
+        tokenizer.chat_template = run.data.chat_template
     network.generation_config = GenerationConfig(
         eos_token_id=end, pad_token_id=end, bos_token_id=getattr(network.config, "bos_token_id", None)
     )
@@ -115,17 +117,17 @@ def _plain(text: str, limit: int = MAX_NAME_CHARACTERS) -> str:
     return re.sub(r"[^\w .,:;@+()/-]", "", " ".join(text.split()))[:limit]
 
 
-def generate_sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64) -> str:
-    """What a transformers model continues `prompt` with; the same each time, and nobody else's random numbers change.
+def generate_sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, seed: int = 0) -> str:
+    """What a transformers model continues `prompt` with; the same each time for a seed, and nobody else's random numbers change.
 
     Tokens are drawn, as small models repeat themselves for ever where the likeliest is always taken (Holtzman et al., 2020).
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         out = model.generate(
-            ids,
+            input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,12 +15,13 @@ from peer.export import Provenance, export_model, generate_sample
 from peer.model import initial_theta
 from peer.state import Layout, Snapshot, load_newest
 from peer.trainer import Trainer, Vector
-from swarm.errors import CheckpointCorrupt
+from swarm.errors import CheckpointCorrupt, UsageError
 from swarm.manifest import Manifest
 
 CHECKPOINTS = "checkpoints"
 EVIDENCE = "evidence"
 FILES = "files"
+ADAPTER_FILE = "adapter_config.json"
 PROMPT = "def "
 SAMPLE_TOKENS = 120
 
@@ -56,9 +58,39 @@ def export(run: Manifest, files: Path, snapshot: Snapshot, to: Path, provenance:
     return export_model(run, snapshot.state.theta, files, to, provenance, merged=merged)
 
 
-def sample(directory: Path, prompt: str = PROMPT) -> str:
-    """What the exported model writes, loaded as anybody would."""
+def sample(
+    directory: Path,
+    prompt: str = PROMPT,
+    tokens: int = SAMPLE_TOKENS,
+    *,
+    chat: bool = False,
+    base: Path | None = None,
+    seed: int = 0,
+) -> str:
+    """What an exported model writes, loaded as anybody would; `base` is what an adapter adapts.
+
+    Raises `UsageError` for an adapter without a base, a tokenizer without a chat template where it is to `chat`, and for what is
+    no model.
+    """
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    return generate_sample(model, tokenizer, prompt, SAMPLE_TOKENS)
+    try:
+        if (directory / ADAPTER_FILE).exists():
+            model = _adapted(directory, base)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"can't load {directory}: {' '.join(str(error).split())[:200]}", "export the model anew") from error
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError("the model's tokenizer has no chat template", "leave --chat out")
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return generate_sample(model, tokenizer, prompt, tokens, seed)
+
+
+def _adapted(directory: Path, base: Path | None) -> Any:
+    from peft import PeftModel  # noqa: PLC0415 - takes as long to import as everything else, and few models need it
+
+    if base is None:
+        raise UsageError(f"{directory} is an adapter", "name the model that it adapts with --base, or export with --merged")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, use_safetensors=True), directory)
