@@ -79,7 +79,7 @@ class ForkServer:
 
     async def spawn(self, command: Sequence[str], environment: Mapping[str, str], stdout: int | IO[Any], stderr: IO[Any]) -> Any:
         """Like `swarm.local.spawn`."""
-        if not _can_be_forked(command, environment):
+        if _early(environment) != _early(os.environ) or not _is_the_same_when_forked(command):
             return await START_FRESH(command, environment, stdout, stderr)
         await asyncio.to_thread(self._start)
         if stdout != asyncio.subprocess.PIPE:
@@ -129,14 +129,11 @@ class ForkServer:
             self._process.wait()
 
 
-def _can_be_forked(command: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether it is a program that is the same when everything is loaded already."""
-    if _early(environment) != _early(os.environ):
-        return False
+def _is_the_same_when_forked(command: Sequence[str]) -> bool:
+    """Whether it is a program that changes nothing before it is loaded."""
     if list(command[:3]) == local.swarm_command():
         return True
-    misdeed = tuple(command[3:4])
-    return tuple(command[:4]) == disturbed.program(*misdeed) and misdeed[0] in disturbed.MISDEEDS if misdeed else False
+    return any(tuple(command[:4]) == disturbed.program(misdeed) for misdeed in disturbed.MISDEEDS)
 
 
 def _early(environment: Mapping[str, str]) -> dict[str, str]:
