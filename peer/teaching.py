@@ -20,6 +20,7 @@ import yaml
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from peer.batches import grouped
 from peer.corpus import load_tokenizer, name_by_root
@@ -50,6 +51,7 @@ def load_teacher(directory: Path, data: Dataset, tokenizer_file: Path, device: t
     config = _config(directory)
     _check_tokenizer(directory, tokenizer_file)
     _check_config(config, data)
+    disable_progress_bar()
     try:
         network = AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
