@@ -1,7 +1,4 @@
-"""Whether recipes do what they are for: what a small model gains from a teacher's logits, at equal tokens.
-
-Everything runs in this process, through the parts that a peer has: shards on disk, `swarm data teach`, the trainer's rounds.
-"""
+"""Whether recipes do what they are for: an adapter on a pretrained model, a teacher's logits for a small one, and the speed."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench import report
+from bench.adapters import Adapters
+from bench.daemon import OVER_BARE, Daemons
 from bench.report import Report, workspace
 from bench.single import one_thread
 from peer.corpus import standard_library_documents
@@ -52,7 +52,10 @@ class Reached:
 
 @one_thread()
 def measure_distillation(out: Report) -> None:
-    """A small student on labels alone, and with a larger model's logits besides."""
+    """A small student on labels alone, and with a larger model's logits besides.
+
+    All in this process, through the parts that a peer has: shards on disk, `swarm data teach`, the trainer's rounds.
+    """
     with workspace() as folder:
         plain = _built(folder / "plain", out.choose(DATA_BYTES, QUICK_DATA_BYTES))
         big = _manifest(plain, TEACHER_WIDTH, TEACHER_LAYERS, out.choose(TEACHER_STEPS, QUICK_TEACHER_STEPS), 0)
@@ -71,6 +74,12 @@ def measure_distillation(out: Report) -> None:
     )
     out.figure("distillation_gain", statistics.mean(gains), how, "> 0")
     out.figure("distillation_gain_spread", max(gains) - min(gains), "largest minus smallest gain over the seeds")
+
+
+async def measure_speed(daemons: Daemons, out: Report) -> None:
+    """One peer with everything that it does, and a bare loop, by turns."""
+    ratios = await daemons.over_bare(out)
+    out.figure("tokens_per_s_over_bare", statistics.median(ratios), f"{OVER_BARE}; median of {len(ratios)} turns", ">= 0.98")
 
 
 def _losses(out: Report, plain: Dataset, taught: Dataset, folder: Path, settings: Distillation | None, steps: int) -> list[float]:
@@ -138,8 +147,12 @@ def _save(run: Manifest, theta: Vector, files: Path, to: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure."""
-    return report.run("recipes", __doc__, {"distillation": measure_distillation}, argv)
+    """Measure in a folder of its own."""
+    with report.workspace() as folder:
+        adapters = Adapters(folder)
+        speed = partial(measure_speed, Daemons(folder / "daemon"))
+        sections = {"lora": adapters.lora, "adapter_speed": adapters.bare, "speed": speed, "distillation": measure_distillation}
+        return report.run("recipes", __doc__, sections, argv)
 
 
 if __name__ == "__main__":
