@@ -151,7 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with report.workspace() as folder:
         adapters = Adapters(folder)
         speed = partial(measure_speed, Daemons(folder / "daemon"))
-        sections = {"lora": adapters.lora, "adapter_speed": adapters.bare, "speed": speed, "distillation": measure_distillation}
+        sections: dict[str, report.Section] = {
+            "lora": adapters.lora,
+            "adapter_speed": adapters.bare,
+            "speed": speed,
+            "distillation": measure_distillation,
+        }
         return report.run("recipes", __doc__, sections, argv)
 
 
