@@ -6,14 +6,13 @@ import pytest
 
 from bench import recipes
 from bench.report import Report
+from swarm.manifest import AdamW
 
-SMALL = {
-    "QUICK_DATA_BYTES": 60_000,
+SMALL: dict[str, object] = {
     "QUICK_TEACHER_STEPS": 2,
     "QUICK_STUDENT_STEPS": 2,
-    "TEACHER_WIDTH": 32,
-    "TEACHER_LAYERS": 1,
-    "STUDENT_LAYERS": 1,
+    "TEACHER": recipes.Learner(32, 1, AdamW()),
+    "STUDENT": recipes.Learner(32, 1, AdamW()),
     "VALIDATION_SAMPLES": 4,
     "TOP_K": 4,
 }
