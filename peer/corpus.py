@@ -24,6 +24,8 @@ from swarm.errors import DataInvalid
 from swarm.manifest import Shard, Tree
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+"""What tokenizers call it: those of GPT-2, Qwen and SmolLM, of Llama 3, of Llama 2 and Mistral, of Gemma."""
 ENCODE_BATCH = 256
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib2to3"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
@@ -62,10 +64,15 @@ def _byte_characters() -> list[str]:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id that ends a document. Raises `DataInvalid` for a tokenizer without one."""
-    found = tokenizer.token_to_id(END_OF_TEXT)
-    if found is None:
-        raise DataInvalid(f"the tokenizer has no {END_OF_TEXT}")
-    return int(found)
+    found = _ends_of_text(tokenizer)
+    if not found:
+        raise DataInvalid(f"the tokenizer has no token that ends a text: none of {', '.join(ENDS_OF_TEXT)}")
+    return found[0][1]
+
+
+def _ends_of_text(tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    ids = ((name, tokenizer.token_to_id(name)) for name in ENDS_OF_TEXT)
+    return [(name, number) for name, number in ids if number is not None]
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> Tree:
@@ -83,7 +90,8 @@ def load_tokenizer(path: Path) -> Any:
         fast = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
         raise DataInvalid(f"{path} is not a tokenizer: {error}") from error
-    special = {"eos_token": END_OF_TEXT} if fast.token_to_id(END_OF_TEXT) is not None else {}
+    ends = _ends_of_text(fast)
+    special = {"eos_token": ends[0][0]} if ends else {}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **special)
 
 

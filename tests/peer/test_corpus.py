@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from peer.corpus import (
+    ENDS_OF_TEXT,
     build_marked_shards,
     build_shards,
     byte_level_tokenizer,
@@ -175,3 +177,14 @@ def test_marked_documents_that_give_no_row(tmp_path: Path) -> None:
             build_marked_shards(documents, tmp_path, sequence_length=8, end_of_text=99)
     with pytest.raises(ValueError, match="fit"):
         build_marked_shards([marked(np.arange(10), np.ones(10, dtype=bool))], tmp_path, sequence_length=8, end_of_text=99)
+
+
+@pytest.mark.parametrize("name", ENDS_OF_TEXT)
+def test_what_ends_a_text_is_found_under_its_usual_names(tmp_path: Path, name: str) -> None:
+    """Pretrained tokenizers call it differently; one without such a token is refused."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    with pytest.raises(DataInvalid, match="none of"):
+        end_of_text_id(tokenizer)
+    tokenizer.add_special_tokens([name])
+    assert end_of_text_id(tokenizer) == 2
+    assert load_tokenizer(tree_path(tmp_path, save_tokenizer(tokenizer, tmp_path))).eos_token == name
