@@ -36,6 +36,7 @@ from peer.batches import (
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices
 from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
 from peer.distillation import Taught, TeacherReader, divergence
+from peer.experts import balance_coefficient, balance_losses
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.marks import IGNORED, STARTS, Lesson, lesson
 from peer.model import FlatParameters, build_model
@@ -665,16 +666,17 @@ class Trainer:
     def _losses(self, batch: Batch, relabel: Relabel | None = None) -> torch.Tensor:
         """The loss of every token in nats, [samples, sequence_length]; of what a teacher expects as well, where it is there.
 
+        While a mixture of experts is trained, its balance loss is in it.
         In a marked layout tokens without a loss have 0, and the others' is divided by their mean share of all tokens.
         """
         rows = batch.rows
         if not self._is_marked:
-            logits = self._logits(rows[:, :-1])
+            logits, balance = self._forward(rows[:, :-1])
             labels = rows[:, 1:] if relabel is None else relabel(rows[:, 1:])
-            return self._mixed(logits, labels, batch.taught)
+            return self._mixed(logits, labels, batch.taught) + balance
         shown = lesson(rows)
-        logits = self._logits(shown.ids, position_ids=shown.positions)
-        return self._mixed(logits, _relabelled(shown, relabel), batch.taught) * self._loss_scale
+        logits, balance = self._forward(shown.ids, position_ids=shown.positions)
+        return self._mixed(logits, _relabelled(shown, relabel), batch.taught) * self._loss_scale + balance
 
     def _mixed(self, logits: torch.Tensor, labels: torch.Tensor, taught: Taught | None) -> torch.Tensor:
         """Cross-entropy of the labels, and the divergence from what a teacher expects."""
@@ -684,11 +686,20 @@ class Trainer:
         apart = divergence(logits, taught, settings.temperature).masked_fill(labels == IGNORED, 0.0)
         return (1 - settings.share) * losses + settings.share * apart
 
-    def _logits(self, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        """What the model expects after each token, float32 [samples, tokens, vocabulary]."""
+    def _forward(self, ids: torch.Tensor, **more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """What the model expects after each token, float32 [samples, tokens, vocabulary], and what to add to every token's loss.
+
+        That is 0, but for a mixture of experts that is trained, of which it is the balance loss, [samples, 1].
+        """
+        settings = self._network.config.get_text_config()
+        coefficient = balance_coefficient(settings) if self._network.training else 0.0
+        if not coefficient:
+            with self._autocast():
+                return self._network(input_ids=ids, use_cache=False, **more).logits.float(), 0.0
         with self._autocast():
-            logits: torch.Tensor = self._network(input_ids=ids, use_cache=False, **more).logits
-        return logits.float()
+            out = self._network(input_ids=ids, use_cache=False, output_router_logits=True, **more)
+        balance = balance_losses(out.router_logits, len(ids), int(settings.num_experts_per_tok))
+        return out.logits.float(), coefficient * balance.unsqueeze(1)
 
     def _counted(self, batch: Batch) -> int:
         """How many tokens of a batch have a loss."""
