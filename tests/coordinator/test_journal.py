@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from coordinator.errors import StoreFailed
-from coordinator.journal import Journal, Outcome
+from coordinator.journal import GATHER_S, Journal, Outcome
 from coordinator.metrics import Metrics
 from coordinator.state import Announced, GrantAsked, Reported
 from coordinator.store.interface import Row, Store
@@ -176,6 +176,24 @@ async def test_reports_are_committed_in_groups() -> None:
         before = store.groups
         await submit_round(journal, 0)
         assert store.groups == before + 1
+
+
+async def test_while_many_come_a_group_grows_before_it_is_committed() -> None:
+    """What follows a group of several shares a commit with what comes a moment later; a single event isn't kept waiting."""
+    store = FailingStore()
+    async with running(store) as journal:
+        await admit_all(journal)
+        proposal, reports = WORLD.round(PEERS, 1)
+        before = store.groups
+        first = asyncio.create_task(journal.submit(reported(reports[0], proposal)))
+        await asyncio.sleep(GATHER_S / 3)
+        later = [journal.submit(reported(report, None)) for report in reports[1:]]
+        await asyncio.gather(first, *later)
+        assert store.groups == before + 1
+        for number in (2, 3):
+            proposal, (report,) = WORLD.round(PEERS[:1], number)
+            await journal.submit(reported(report, proposal))
+        assert store.groups == before + 3
 
 
 async def test_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
