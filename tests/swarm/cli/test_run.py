@@ -17,7 +17,13 @@ from swarm.manifest import Manifest
 from swarm.messages import payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import from_text, open_ticket
-from tests.world import LLAMA, manifest
+from tests import world
+from tests.world import BUILDABLE, LLAMA
+
+
+def manifest(**changes: object) -> Manifest:
+    """A manifest that passes every check."""
+    return world.manifest(**{"model": BUILDABLE, **changes})
 
 
 @pytest.fixture
