@@ -33,7 +33,7 @@ STALL_S, NEVER = 300.0, 1 << 60
 SYBIL, KEYS_EACH = "sybil", 4
 LYING_DONOR, LATE_ROUND, LATE_S = "lying_donor", 3, 20.0
 VALIDATION_SAMPLES = 512
-LONGER_STEPS, FAST_LR = 12, 1.6e-2  # so that in this small model, too, work shows in the loss
+LONGER_STEPS, FAST_LR = 24, 1.6e-2  # so that in this small model, too, work shows in the loss, and auditors keep up
 
 Told = Callable[[str], None]
 
