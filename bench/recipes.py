@@ -19,14 +19,14 @@ from bench.adapters import Adapters
 from bench.daemon import OVER_BARE, Daemons
 from bench.report import Report, workspace
 from bench.single import one_thread
-from peer.corpus import standard_library_documents
+from peer.corpus import TOKENIZER, standard_library_documents
 from peer.data import ShardReader, tree_path
 from peer.dataset import Dataset, Plan, build
 from peer.distillation import TeacherReader
 from peer.documents import Counts, Shuffled
 from peer.model import FlatParameters, count_parameters, flops_per_token, initial_theta
 from peer.recipes import llama_config
-from peer.teaching import TOKENIZER, teach
+from peer.teaching import teach
 from peer.trainer import Trainer, Vector
 from swarm.manifest import AdamW, Distillation, Manifest, Muon
 

@@ -23,6 +23,8 @@ from peer.marks import NO_LOSS, Values, marked
 from swarm.errors import DataInvalid
 from swarm.manifest import Shard, Tree
 
+TOKENIZER = "tokenizer.json"
+"""What transformers calls a tokenizer's file."""
 END_OF_TEXT = "<|endoftext|>"
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 """What tokenizers call it: those of GPT-2, Qwen and SmolLM, of Llama 3, of Llama 2 and Mistral, of Gemma."""

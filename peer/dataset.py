@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 from peer.chats import asked_in, format_of, texts_in
@@ -27,6 +25,7 @@ from peer.corpus import (
     train_bpe_tokenizer,
 )
 from peer.documents import Counts, Shuffled
+from peer.folders import appearing, describe, described
 from swarm.errors import DataInvalid, UsageError
 from swarm.manifest import Data, Shard, Tree
 
@@ -77,13 +76,8 @@ def build(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document
 
     `on_document` hears of each one that is packed. Raises `DataInvalid` and `UsageError`.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
-        unfinished = Path(temporary) / to.name
-        made = _write(documents, unfinished, plan, counts, on_document)
-        if to.exists():
-            to.rmdir()
-        unfinished.rename(to)
-    return made
+    with appearing(to) as unfinished:
+        return _write(documents, unfinished, plan, counts, on_document)
 
 
 def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
@@ -153,19 +147,14 @@ def _named(held_out: bool) -> Iterator[None]:
 
 
 def _described(made: Dataset, to: Path, plan: Plan, counts: Counts, copies: int) -> Dataset:
-    (to / FILE).write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
+    describe(to / FILE, made)
     (to / CARD).write_text(_card(made, plan, counts, copies))
     return made
 
 
 def read(folder: Path) -> Dataset:
     """What `build` has left in a folder. Raises `DataInvalid`."""
-    try:
-        return Dataset.model_validate(yaml.safe_load((folder / FILE).read_text()))
-    except FileNotFoundError as error:
-        raise DataInvalid(f"{folder} has no {FILE}", f"make it with: swarm data build SOURCE --to {folder}") from error
-    except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        raise DataInvalid(f"{folder / FILE} is damaged: {error}", "build the data anew") from error
+    return described(Dataset, folder / FILE, f"make it with: swarm data build SOURCE --to {folder}", "build the data anew")
 
 
 def _side(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from transformers import GenerationConfig
 
 from peer.corpus import load_tokenizer
 from peer.data import tree_path
+from peer.folders import appearing
 from peer.model import FlatParameters, build_model
 from swarm.errors import UsageError
 from swarm.manifest import Manifest
@@ -53,14 +52,9 @@ def export_model(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} exists and isn't empty", "name a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        _write(run, theta, files, temporary, provenance, merged)
-        temporary.chmod(0o755)
-        temporary.replace(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with appearing(directory) as unfinished:
+        _write(run, theta, files, unfinished, provenance, merged)
+        unfinished.chmod(0o755)
     return directory
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from peer.corpus import save_tokenizer
-from peer.data import tree_of_file, tree_path
+from peer.chats import TEMPLATE_FILE
+from peer.corpus import TOKENIZER, name_by_root, save_tokenizer
+from peer.folders import appearing, describe
 from peer.model import check_parameters
 from peer.pretrained import FILE, Pretrained
 from swarm.errors import DataInvalid
 from swarm.manifest import FORBIDDEN_MODEL_KEYS, Base, Model
 
-TOKENIZER, TEMPLATE, GGUF = "tokenizer.json", "chat_template.jinja", ".gguf"
+GGUF = ".gguf"
 QUANTISED = "quantization_config"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DESCRIBES_THE_FILE = frozenset(
@@ -38,16 +37,13 @@ def import_pretrained(source: str, to: Path, dtype: str = "") -> Pretrained:
     disable_progress_bar()
     network, tokenizer = _load(source)
     config, stored = _plain_config(network.config, source), DTYPES[dtype] if dtype else _stored(network, source)
-    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
-        unfinished = Path(temporary) / to.name
-        unfinished.mkdir()
+    with appearing(to) as unfinished:
         weights = unfinished / "weights"
         named = {name: value.detach().to(stored).contiguous() for name, value in network.named_parameters()}
         check_parameters(Model(config=config, parameters=sum(value.numel() for value in named.values())))
         save_file(named, weights)
         weights.chmod(0o644)
-        tree = tree_of_file(weights)
-        weights.rename(tree_path(unfinished, tree))
+        tree = name_by_root(weights, unfinished)
         made = Pretrained(
             config=config,
             base=Base(**tree.model_dump(), name=_name(source)),
@@ -55,11 +51,8 @@ def import_pretrained(source: str, to: Path, dtype: str = "") -> Pretrained:
         )
         (unfinished / TOKENIZER).symlink_to(made.tokenizer.root)
         if tokenizer.chat_template:
-            (unfinished / TEMPLATE).write_text(tokenizer.chat_template)
-        (unfinished / FILE).write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
-        if to.exists():
-            to.rmdir()
-        unfinished.rename(to)
+            (unfinished / TEMPLATE_FILE).write_text(tokenizer.chat_template)
+        describe(unfinished / FILE, made)
     return made
 
 

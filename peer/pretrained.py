@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
+from peer.folders import described
 from swarm.errors import DataInvalid
 from swarm.manifest import Base, Tree
 
@@ -52,12 +52,7 @@ def read_weights(network: torch.nn.Module, path: Path) -> None:
 
 def read_pretrained(folder: Path) -> Pretrained:
     """What `import_pretrained` has left in a folder. Raises `DataInvalid`."""
-    try:
-        return Pretrained.model_validate(yaml.safe_load((folder / FILE).read_text()))
-    except FileNotFoundError as error:
-        raise DataInvalid(f"{folder} has no {FILE}", f"make it with: swarm run base MODEL --to {folder}") from error
-    except (OSError, yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        raise DataInvalid(f"{folder / FILE} is damaged: {error}", "import the model anew") from error
+    return described(Pretrained, folder / FILE, f"make it with: swarm run base MODEL --to {folder}", "import the model anew")
 
 
 def _check_names(found: set[str], wanted: set[str]) -> None:

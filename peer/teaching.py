@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from peer.batches import grouped
-from peer.corpus import load_tokenizer, name_by_root
+from peer.corpus import TOKENIZER, load_tokenizer, name_by_root
 from peer.data import ShardReader, tree_path, verify_tree_file
 from peer.dataset import CARD, FILE, Dataset, read
 from peer.device import autocast_dtype
 from peer.distillation import bucketed, row_type
+from peer.folders import appearing, describe
 from peer.marks import lesson
 from swarm.errors import DataInvalid
 from swarm.manifest import PACKS_DOCUMENTS, Shard, Tree
 
-TOKENIZER, CONFIG = "tokenizer.json", "config.json"
+CONFIG = "config.json"
 LEAST_LOG_PROBABILITY = -1e4
 MOST_NAME_CHARACTERS = 200
 
@@ -115,16 +114,11 @@ def teach(
         verify_tree_file(tree_path(folder, tree), tree)
     model = load_teacher(directory, data, tree_path(folder, data.tokenizer), device)
     on_batch = begin(-(-data.data.train_samples // micro_batch))
-    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
-        unfinished = Path(temporary) / to.name
-        unfinished.mkdir()
+    with appearing(to) as unfinished:
         for tree in {tree.root: tree for tree in (data.tokenizer, *data.data.train, *data.data.validation)}.values():
             shutil.copyfile(tree_path(folder, tree), tree_path(unfinished, tree))
         made = _taught(data, unfinished, model, top_k, micro_batch, on_batch)
         _describe(made, folder, unfinished)
-        if to.exists():
-            to.rmdir()
-        unfinished.rename(to)
     return made
 
 
@@ -174,7 +168,7 @@ def _describe(made: Dataset, folder: Path, to: Path) -> None:
     teacher = made.data.teacher
     if teacher is None:
         raise ValueError("nothing was taught")
-    (to / FILE).write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
+    describe(to / FILE, made)
     size = sum(tree.size_bytes for tree in teacher.shards)
     card = (folder / CARD).read_text() if (folder / CARD).exists() else "# Data\n"
     note = f"\nTeacher: {teacher.name}, its {teacher.top_k} likeliest tokens at each training position, {size:,} bytes.\n"

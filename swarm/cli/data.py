@@ -63,10 +63,8 @@ def build(
 
     if kind not in ("text", "chat"):
         raise UsageError(f"no such kind of data: {kind}", "choose text or chat")
-    _check_target(to)
+    to = new_folder(to)
     counts, files = Counts(), files_of(sources)
-    to = to.absolute()
-    to.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(tokenizer, sequence_length, held_out, license_, description, "chat" if kind == "chat" else "text", chat_template)
     with ExitStack() as stack:
         bar = stack.enter_context(_bars())
@@ -114,9 +112,7 @@ def teach(
     from peer.device import choose_devices
     from peer.teaching import teach as write_lessons
 
-    _check_target(to)
-    to = to.absolute()
-    to.parent.mkdir(parents=True, exist_ok=True)
+    to = new_folder(to)
     device = choose_devices(gpu or "", cpu=gpu is None)[0]
     with _bars() as bar:
         made = write_lessons(folder, to, teacher, top_k, device, micro_batch, lambda total: bar("teaching", total))
@@ -134,10 +130,13 @@ def teach(
     typer.echo(f"{to / FILE} written; next: swarm run init --data {to}")
 
 
-def _check_target(to: Path) -> None:
-    """Raise `UsageError` unless the folder is new or empty."""
+def new_folder(to: Path) -> Path:
+    """Where to write a folder, whose parents are made. Raises `UsageError` unless it is new or empty."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
+    to = to.absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return to
 
 
 def _left_out(kind: str, counts: Counts) -> dict[str, object]:

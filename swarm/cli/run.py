@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from swarm import auto
 from swarm.accounts import DAY_S
+from swarm.cli.data import new_folder
 from swarm.cli.output import print_fields, print_json
 from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
@@ -225,10 +226,7 @@ def base(
 
     if dtype and dtype not in DTYPES:
         raise UsageError(f"no such type: {dtype}", f"choose {', '.join(DTYPES)}")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
-    to = to.absolute()
-    to.parent.mkdir(parents=True, exist_ok=True)
+    to = new_folder(to)
     made = import_pretrained(source, to, dtype)
     fields: dict[str, object] = {
         "directory": str(to),

@@ -9,9 +9,10 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peer.corpus import TOKENIZER
 from peer.dataset import FILE, Dataset
 from peer.recipes import demo_manifest
-from peer.teaching import TOKENIZER, teach
+from peer.teaching import teach
 from swarm.local import LocalSwarm
 from swarm.manifest import Distillation, Manifest
 from swarm.scenario import Scenario, last_contribution, write_run
