@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -26,6 +26,9 @@ from swarm.manifest import AdamW, Codec, DiLoCo, Distillation, Lora, Manifest, M
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
+
+if TYPE_CHECKING:
+    from peer.dataset import Dataset
 
 OWNER_KEY_HELP = "The run's owner; made at first use in your data folder."
 TITLE = "# A training run of swarm. Check it with: swarm run validate\n# Every field: docs/reference/manifest.md\n"
@@ -398,48 +401,44 @@ def commented(values: dict[str, Any]) -> str:
 def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
     """The template with a folder's data, and a Llama for them."""
     from peer.dataset import read
-    from peer.model import count_parameters, flops_per_token
+    from peer.model import count_parameters
     from peer.recipes import llama_config
 
     made = read(folder)
-    length = made.data.sequence_length
-    distillation = {"distillation": Distillation().model_dump(mode="json")} if made.data.teacher is not None else {}
-    config = llama_config(made.vocabulary_size, length, hidden_size, layers, made.end_of_text)
-    return {
-        **TEMPLATE,
-        "model": {"config": config, "seed": 0, "parameters": count_parameters(config)},
-        "tokenizer": made.tokenizer.model_dump(mode="json"),
-        "data": made.data.model_dump(mode="json"),
-        **distillation,
-        "credit": {**TEMPLATE["credit"], "flops_per_token": flops_per_token(config, length)},
-    }
+    config = llama_config(made.vocabulary_size, made.data.sequence_length, hidden_size, layers, made.end_of_text)
+    return _filled(made, Model(config=config, parameters=count_parameters(config)))
 
 
-def _with_base(data: Path, base: Path, rank: int, targets: str) -> dict[str, Any]:
+def _with_base(folder: Path, base: Path, rank: int, targets: str) -> dict[str, Any]:
     """The template with a folder's data and a pretrained model, whose file is put beside the data. Raises `UsageError`."""
     from peer.data import tree_path
     from peer.dataset import read
-    from peer.model import check_parameters, count_parameters, flops_per_token
+    from peer.model import count_parameters
     from peer.pretrained import read_pretrained
 
-    made, pretrained = read(data), read_pretrained(base)
+    made, pretrained = read(folder), read_pretrained(base)
     if made.tokenizer.root != pretrained.tokenizer.root:
         hint = f"build the data with --tokenizer {tree_path(base, pretrained.tokenizer)}"
-        raise UsageError(f"the data in {data} are not in the tokens of {pretrained.base.name}", hint)
+        raise UsageError(f"the data in {folder} are not in the tokens of {pretrained.base.name}", hint)
     adapter = Lora(rank=rank, alpha=2 * rank, targets=tuple(targets.split(","))) if rank else None
     parameters = count_parameters(pretrained.config, adapter)
-    model = Model(config=pretrained.config, parameters=parameters, base=pretrained.base, adapter=adapter)
-    check_parameters(model)
-    _put(tree_path(base, pretrained.base), tree_path(data, pretrained.base))
+    _put(tree_path(base, pretrained.base), tree_path(folder, pretrained.base))
+    return _filled(made, Model(config=pretrained.config, parameters=parameters, base=pretrained.base, adapter=adapter))
+
+
+def _filled(made: Dataset, model: Model) -> dict[str, Any]:
+    """The template with data and a model for them."""
+    from peer.model import flops_per_token
+
+    distillation = {"distillation": Distillation().model_dump(mode="json")} if made.data.teacher is not None else {}
+    flops = flops_per_token(model.config, made.data.sequence_length, model.adapter)
     return {
         **TEMPLATE,
         "model": model.model_dump(mode="json"),
         "tokenizer": made.tokenizer.model_dump(mode="json"),
         "data": made.data.model_dump(mode="json"),
-        "credit": {
-            **TEMPLATE["credit"],
-            "flops_per_token": flops_per_token(pretrained.config, made.data.sequence_length, adapter),
-        },
+        **distillation,
+        "credit": {**TEMPLATE["credit"], "flops_per_token": flops},
     }
 
 

@@ -202,6 +202,10 @@ def test_a_pretrained_model_becomes_a_run_with_an_adapter(home: Path, capsys: py
     made = yaml.safe_load(Path("run.yaml").read_text())["model"]
     assert made["parameters"] == 2 * 2 * (8 + 8)
     assert made["adapter"]["targets"] == ["q_proj", "v_proj"]
+    assert run(["data", "teach", "data", "--teacher", "checkpoint", "--top-k", "4", "--to", "taught"]) == 0
+    assert run(["run", "init", "taught.yaml", "--base", "base", "--data", "taught", *adapter]) == 0
+    assert run(["run", "validate", "taught.yaml", "--files", "taught"]) == 0
+    assert "distillation" in yaml.safe_load(Path("taught.yaml").read_text())
     capsys.readouterr()
     assert run(["data", "build", "texts", "--tokenizer", "bpe:300", "--to", "other", *length]) == 0
     assert run(["run", "init", "other.yaml", "--base", "base", "--data", "other"]) == 2
