@@ -10,7 +10,7 @@ import torch
 from swarm import manifest
 from swarm.errors import DataInvalid
 
-DELTA_FIRST, DELTA_SECOND = ".lora_A.", ".lora_B."
+FIRST = ".lora_A."
 HINT = "name linear layers by the end of their names, such as q_proj and v_proj"
 
 
@@ -38,7 +38,7 @@ def adapted(network: Any, adapter: manifest.Lora, name: str = "") -> Any:
 
 def is_first(name: str) -> bool:
     """Whether a parameter is drawn at random when an adapter is made; the others begin at zero."""
-    return DELTA_FIRST in name
+    return FIRST in name
 
 
 def deviation(first: torch.Tensor) -> float:

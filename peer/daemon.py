@@ -29,9 +29,7 @@ from peer.attacks import Attack
 from peer.checkpoints import Checkpoints
 from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
-from peer.data import ShardReader
 from peer.device import hardware_class
-from peer.distillation import TeacherReader
 from peer.faults import Faults, break_device
 from peer.finding import Finder
 from peer.governor import Governor, device_uuid
@@ -606,14 +604,10 @@ class Daemon:
         memory_ratio = min(filter(None, (rules.in_use.memory_ratio, rules.idle.memory_ratio)), default=0.0)
         if memory_ratio and self.options.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(memory_ratio, self.options.device)
-        data, vocabulary = manifest.data, int(manifest.model.config.get("vocab_size", 1 << 32))
-        reader = ShardReader.open(data.train, materials.directory, data.sequence_length, vocabulary, data.layout)
-        validation = ShardReader.open(data.validation, materials.directory, data.sequence_length, vocabulary, data.layout)
-        teacher = TeacherReader(data.teacher, data, materials.directory, vocabulary) if data.teacher is not None else None
-        trainer = Trainer(manifest, self.options.device, reader, validation, teacher, files=materials.directory)
+        trainer = Trainer.open(manifest, self.options.device, materials.directory)
         attack = self.parts.services.attack
         if attack is not None:
-            trainer.relabel = lambda labels: attack.labels(labels, vocabulary)
+            trainer.relabel = lambda labels: attack.labels(labels, manifest.model.vocabulary_size)
         trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)
         return TrainingThread(trainer, self.governor.brake.on_progress)
 

@@ -60,7 +60,7 @@ def export_model(
 
 def _write(run: Manifest, theta: Vector, files: Path, directory: Path, provenance: Provenance, merged: bool) -> None:
     adapts = run.model.adapter is not None
-    network: Any = build_model(run.model, files if adapts else None)
+    network: Any = build_model(run.model, files)
     FlatParameters(network).write(network, theta)
     if adapts and merged:
         network = network.merge_and_unload()

@@ -58,18 +58,19 @@ class TensorEntry:
 def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
     """A causal language model in fp32 on the CPU, whose initial weights are the same bits on every processor.
 
-    `files` is where the base lies, by its root; None leaves its weights out, for who trains or measures with others. Raises
-    `DataInvalid` for an architecture that transformers doesn't have, for values that it refuses, for a base or an adapter that
-    doesn't fit, and for a number of trained parameters other than the manifest's.
+    With an adapter the frozen weights are the base's, out of `files`, where it lies by its root; None leaves them out, for who
+    only measures. What is trained of a base itself is for `initial_theta` to read. Raises `DataInvalid` for an architecture that
+    transformers doesn't have, for values that it refuses, for a base or an adapter that doesn't fit, and for a number of trained
+    parameters other than the manifest's.
     """
     check_parameters(model)
     if model.base is None:
         return _random_model(model)
     network: nn.Module = _instantiate(model.config, seed=model.seed)
     refuse_changing_buffers(network)
-    if files is not None:
-        read_weights(network, tree_path(files, model.base))
     if model.adapter is not None:
+        if files is not None:
+            read_weights(network, tree_path(files, model.base))
         network = adapted(network, model.adapter, model.base.name)
         _initialise_adapter(network, model.seed)
     return network
@@ -99,6 +100,8 @@ def initial_theta(model: manifest.Model, files: Path | None = None) -> Vector:
     if model.base is not None and files is None:
         raise DataInvalid("the run begins with a pretrained model, whose file isn't here")
     network = build_model(model, files)
+    if model.base is not None and model.adapter is None and files is not None:
+        read_weights(network, tree_path(files, model.base))
     return FlatParameters(network).read(network)
 
 

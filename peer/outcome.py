@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from peer.data import ShardReader
 from peer.export import Provenance, export_model, generate_sample
 from peer.model import initial_theta
 from peer.state import Layout, Snapshot, load_newest
@@ -45,10 +44,7 @@ def newest_weights(directory: Path, run: Manifest) -> Snapshot:
 
 def held_out_losses(run: Manifest, files: Path, theta: Vector, samples: int) -> Losses:
     """The loss on the first `samples` held-out samples, before and after training."""
-    vocabulary = int(run.model.config.get("vocab_size", 1 << 32))
-    train = ShardReader.open(run.data.train, files, run.data.sequence_length, vocabulary, run.data.layout)
-    validation = ShardReader.open(run.data.validation, files, run.data.sequence_length, vocabulary, run.data.layout)
-    trainer = Trainer(run, torch.device("cpu"), train, validation, files=files)
+    trainer = Trainer.open(run, torch.device("cpu"), files)
     return Losses(trainer.evaluate(initial_theta(run.model, files), samples), trainer.evaluate(theta, samples))
 
 

@@ -230,6 +230,16 @@ class Trainer:
         self._kept_inner: list[dict[str, Any]] | None = None
         self._scaler = self._new_scaler()
 
+    @classmethod
+    def open(cls, run: manifest.Manifest, device: torch.device, files: Path, *, micro_batch: int | None = None) -> Trainer:
+        """A trainer on the run's files, which lie in `files` by their roots and were verified before. Raises `DataInvalid`."""
+        data, vocabulary = run.data, run.model.vocabulary_size
+        train, validation = (
+            ShardReader.open(side, files, data.sequence_length, vocabulary, data.layout) for side in (data.train, data.validation)
+        )
+        teacher = TeacherReader(data.teacher, data, files, vocabulary) if data.teacher is not None else None
+        return cls(run, device, train, validation, teacher, micro_batch=micro_batch, files=files)
+
     @property
     def micro_batch(self) -> int | None:
         """Samples per forward pass, once known."""
@@ -394,7 +404,7 @@ class Trainer:
     def _load(self) -> None:
         if self._network is not None:
             return
-        network = build_model(self._manifest.model, self._files if self._manifest.model.adapter is not None else None)
+        network = build_model(self._manifest.model, self._files)
         _store_frozen(network, self._dtype)
         try:
             network = network.to(self._device)
@@ -693,11 +703,11 @@ class Trainer:
         """
         settings = self._network.config.get_text_config()
         coefficient = balance_coefficient(settings) if self._network.training else 0.0
-        if not coefficient:
-            with self._autocast():
-                return self._network(input_ids=ids, use_cache=False, **more).logits.float(), 0.0
+        routed = {"output_router_logits": True} if coefficient else {}
         with self._autocast():
-            out = self._network(input_ids=ids, use_cache=False, output_router_logits=True, **more)
+            out = self._network(input_ids=ids, use_cache=False, **routed, **more)
+        if not coefficient:
+            return out.logits.float(), 0.0
         balance = balance_losses(out.router_logits, len(ids), int(settings.num_experts_per_tok))
         return out.logits.float(), coefficient * balance.unsqueeze(1)
 

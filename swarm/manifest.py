@@ -122,13 +122,18 @@ class Model(Frozen):
     With a `base` training begins from its weights; with an `adapter` they stay as they are and only the adapter is trained.
     """
 
-    LATER = frozenset({"base", "adapter"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"base", "adapter"})
 
     config: dict[str, Any]
     seed: int = Field(0, ge=0, lt=1 << 32)
     parameters: Positive = Field(description="number of trained parameters")
     base: Base | None = None
     adapter: Lora | None = None
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are; of a model that doesn't say, more than any has."""
+        return int(self.config.get("vocab_size", 1 << 32))
 
     @model_validator(mode="after")
     def _adapts_something(self) -> Model:
@@ -164,11 +169,11 @@ class Teacher(Frozen):
 class Data(Frozen):
     """Ordered shards. Sample `i` of the training set is found by walking through `train`."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"layout", "counted_tokens", "chat_template", "teacher"})
+
     sequence_length: int = Field(ge=8, le=1 << 17)
     train: tuple[Shard, ...] = Field(min_length=1, max_length=65536)
     validation: tuple[Shard, ...] = Field(min_length=1, max_length=1024)
-    LATER: ClassVar[frozenset[str]] = frozenset({"layout", "counted_tokens", "chat_template", "teacher"})
-
     layout: Literal["plain", "marked"] = Field(
         "plain", description="`marked`: a row's values also say which tokens have no loss and where a document starts"
     )
