@@ -90,7 +90,7 @@ def read_records(
         match path.suffix.lower():
             case suffix if suffix in JSON_LINES:
                 yield from _objects(path)
-            case ".parquet":
+            case suffix if suffix == PARQUET:
                 yield from ((f"{path}, row {number}", row) for number, row in enumerate(_rows(path, None), 1))
             case _:
                 counts.unreadable.append(str(path))
@@ -98,17 +98,20 @@ def read_records(
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _lines(path):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataInvalid(f"{path}, line {number}, is no JSON: {error}") from error
+        if not isinstance(value, dict) or len(line) > MAX_DOCUMENT_BYTES:
+            raise DataInvalid(f"{path}, line {number}, is no object of at most {MAX_DOCUMENT_BYTES:,} bytes")
+        yield f"{path}, line {number}", value
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that aren't blank, with their numbers."""
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataInvalid(f"{path}, line {number}, is no JSON: {error}") from error
-            if not isinstance(value, dict) or len(line) > MAX_DOCUMENT_BYTES:
-                raise DataInvalid(f"{path}, line {number}, is no object of at most {MAX_DOCUMENT_BYTES:,} bytes")
-            yield f"{path}, line {number}", value
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _texts_in(path: Path, text_field: str, counts: Counts) -> Iterator[str]:
@@ -128,19 +131,16 @@ def _whole(path: Path, counts: Counts) -> Iterator[str]:
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise DataInvalid(
-                    f"{path}, line {number}, has no text under {text_field!r}", "name another field with --field"
-                ) from error
-            if not isinstance(text, str):
-                raise DataInvalid(f"{path}, line {number}: {text_field!r} is no text", "name another field with --field")
-            yield text
+    for number, line in _lines(path):
+        try:
+            text = json.loads(line)[text_field]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise DataInvalid(
+                f"{path}, line {number}, has no text under {text_field!r}", "name another field with --field"
+            ) from error
+        if not isinstance(text, str):
+            raise DataInvalid(f"{path}, line {number}: {text_field!r} is no text", "name another field with --field")
+        yield text
 
 
 def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
