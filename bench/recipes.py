@@ -20,9 +20,8 @@ from bench.daemon import OVER_BARE, Daemons
 from bench.report import Report, workspace
 from bench.single import one_thread
 from peer.corpus import TOKENIZER, standard_library_documents
-from peer.data import ShardReader, tree_path
+from peer.data import tree_path
 from peer.dataset import Dataset, Plan, build
-from peer.distillation import TeacherReader
 from peer.documents import Counts, Shuffled
 from peer.model import FlatParameters, count_parameters, flops_per_token, initial_theta
 from peer.recipes import llama_config
@@ -137,10 +136,7 @@ def _manifest(data: Dataset, learner: Learner, steps: int, seed: int, distillati
 
 def _trained(run: Manifest, files: Path) -> Reached:
     """One round of the whole schedule."""
-    data, vocabulary = run.data, int(run.model.config["vocab_size"])
-    train, held_out = (ShardReader.open(side, files, data.sequence_length, vocabulary) for side in (data.train, data.validation))
-    teacher = TeacherReader(data.teacher, data, files, vocabulary) if data.teacher is not None else None
-    trainer, theta = Trainer(run, CPU, train, held_out, teacher), initial_theta(run.model)
+    trainer, theta = Trainer.open(run, CPU, files), initial_theta(run.model)
     made = trainer.train_round(theta, 0, "bench", run.most_inner_steps, 0)
     theta = theta - made.update
     return Reached(theta, trainer.evaluate(theta, VALIDATION_SAMPLES))
