@@ -10,17 +10,19 @@ import peft
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from peer.corpus import byte_level_tokenizer
 from swarm.identity import Identity
 from swarm.local import LocalSwarm
+from tests.checkpoints import save_checkpoint
 from tests.runs import agreed_roots, run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROUNDS = 4
 CONFIG = {
+    "model_type": "llama",
     "vocab_size": 259,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -34,12 +36,9 @@ CONFIG = {
 def checkpoint(folder: Path) -> Path:
     """A small Llama in bytes with the markers of ChatML, as transformers saves it."""
     torch.manual_seed(3)
-    LlamaForCausalLM(AutoConfig.for_model("llama", **CONFIG)).save_pretrained(folder)
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}')
-    return folder
+    return save_checkpoint(folder, CONFIG, tokenizer)
 
 
 async def swarm(*arguments: str) -> str:

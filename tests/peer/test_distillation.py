@@ -26,19 +26,12 @@ from peer.teaching import teach
 from peer.trainer import Trainer
 from swarm.errors import DataInvalid
 from swarm.manifest import Data, Manifest, Teacher
+from tests.peer.conftest import DILOCO, SYNC
 
 CPU = torch.device("cpu")
 PEER = "12D3KooWpeer"
 SEQUENCE_LENGTH, VOCABULARY_SIZE, TOP_K = 32, 257, 5
-SYNC: dict[str, Any] = {"kind": "sync", "batch_samples": 8, "schedule": {"total_tokens": 1 << 20}}
-DILOCO: dict[str, Any] = {
-    "kind": "diloco",
-    "inner_steps": 3,
-    "batch_samples": 4,
-    "inner": {"kind": "adamw", "lr": 1e-2},
-    "inner_state": "fresh",
-    "schedule": {"total_tokens": 1 << 20},
-}
+FRESH = {**DILOCO, "inner_state": "fresh"}
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -96,10 +89,7 @@ class School:
     made: Dataset
 
     def trainer(self, run: Manifest, micro_batch: int = 4) -> Trainer:
-        data, layout = run.data, run.data.layout
-        readers = [ShardReader.open(side, self.taught, SEQUENCE_LENGTH, 259, layout) for side in (data.train, data.validation)]
-        teacher = TeacherReader(data.teacher, data, self.taught, 259) if data.teacher is not None else None
-        return Trainer(run, CPU, *readers, teacher, micro_batch=micro_batch)
+        return Trainer.open(run, CPU, self.taught, micro_batch=micro_batch)
 
     def manifest(self, strategy: dict[str, Any] = SYNC, **distillation: float) -> Manifest:
         size = self.made.vocabulary_size
@@ -193,7 +183,7 @@ def test_the_loss_is_a_mixture(school: School, micro_batch: int) -> None:
     assert school.trainer(mixed).evaluate(theta) == school.trainer(plain).evaluate(theta)
 
 
-@pytest.mark.parametrize("strategy", [SYNC, DILOCO], ids=["sync", "diloco"])
+@pytest.mark.parametrize("strategy", [SYNC, FRESH], ids=["sync", "diloco"])
 def test_a_replayed_leaf_is_the_trained_one(school: School, strategy: dict[str, Any]) -> None:
     """Others can check what has been learned from the teacher."""
     run = school.manifest(strategy, temperature=2.0)
@@ -209,7 +199,7 @@ def test_a_replayed_leaf_is_the_trained_one(school: School, strategy: dict[str, 
 
 def test_a_student_comes_nearer_to_its_teacher(school: School) -> None:
     """Rounds lower the divergence on training samples."""
-    run = school.manifest(DILOCO, share=1.0)
+    run = school.manifest(FRESH, share=1.0)
     one, theta = school.trainer(run), initial_theta(run.model)
     samples = np.arange(8)
     before = one.losses(theta, samples)

@@ -33,7 +33,7 @@ def run_of(small_run: Any, kind: str, coefficient: float, **changes: Any) -> Any
 
 
 def trainer_of(run: Any, micro_batch: int = 4) -> Trainer:
-    return Trainer(run.manifest, torch.device("cpu"), run.train, run.validation, micro_batch=micro_batch)
+    return Trainer.open(run.manifest, torch.device("cpu"), run.directory, micro_batch=micro_batch)
 
 
 def test_a_samples_balance_is_that_of_transformers() -> None:

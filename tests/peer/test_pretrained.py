@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peer.checking import problems_of
 from peer.corpus import byte_level_tokenizer, load_tokenizer
@@ -23,6 +23,7 @@ from peer.sketch import Sketcher
 from peer.trainer import Trainer
 from swarm.errors import DataInvalid, ManifestInvalid
 from swarm.manifest import Base, Lora, Manifest, Model
+from tests.checkpoints import save_checkpoint
 from tests.peer.conftest import CONFIGS
 
 ADAPTER = Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))
@@ -33,14 +34,8 @@ PROMPT = torch.tensor([[116, 104, 101, 32, 113, 117]])
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with weights of its own and a byte tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
     torch.manual_seed(5)
-    values = dict(CONFIGS["llama"])
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}')
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama", CONFIGS["llama"], byte_level_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def run_of(small_run: Any, imported: tuple[Path, Pretrained], adapter: Lora | No
 
 
 def trainer_of(run: Any) -> Trainer:
-    return Trainer(run.manifest, torch.device("cpu"), run.train, run.validation, micro_batch=4, files=run.directory)
+    return Trainer.open(run.manifest, torch.device("cpu"), run.directory, micro_batch=4)
 
 
 def test_an_imported_model_is_the_one_that_transformers_loads(checkpoint: Path, imported: tuple[Path, Pretrained]) -> None:

@@ -22,19 +22,12 @@ from peer.recipes import llama_config
 from peer.sketch import Sketcher, sketch_seed
 from peer.trainer import Trainer
 from swarm.manifest import Manifest, Shard
+from tests.peer.conftest import DILOCO, SYNC
 
 CPU = torch.device("cpu")
 PEER = "12D3KooWpeer"
 SEQUENCE_LENGTH = 96
-SYNC: dict[str, Any] = {"kind": "sync", "batch_samples": 8, "schedule": {"total_tokens": 1 << 20}}
-DILOCO: dict[str, Any] = {
-    "kind": "diloco",
-    "inner_steps": 3,
-    "batch_samples": 4,
-    "inner": {"kind": "adamw", "lr": 1e-2},
-    "inner_state": "fresh",
-    "schedule": {"total_tokens": 1 << 20},
-}
+FRESH = {**DILOCO, "inner_state": "fresh"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Chats:
         return ShardReader.open(getattr(data, side), self.folder, data.sequence_length, 259, "marked")
 
     def trainer(self, micro_batch: int = 4) -> Trainer:
-        return Trainer(self.manifest, CPU, self.reader(), self.reader("validation"), micro_batch=micro_batch)
+        return Trainer.open(self.manifest, CPU, self.folder, micro_batch=micro_batch)
 
 
 def chat(number: int) -> str:
@@ -149,7 +142,7 @@ def test_a_round_without_any_token_that_counts_changes_nothing(run: Callable[...
     assert not losses.any()
 
 
-@pytest.mark.parametrize("strategy", [SYNC, DILOCO], ids=["sync", "diloco"])
+@pytest.mark.parametrize("strategy", [SYNC, FRESH], ids=["sync", "diloco"])
 def test_a_replayed_leaf_is_the_trained_one(run: Callable[..., Chats], strategy: dict[str, Any]) -> None:
     """With micro-batches of another size as well, as an auditor's device has."""
     chats = run(strategy)
@@ -166,7 +159,7 @@ def test_a_replayed_leaf_is_the_trained_one(run: Callable[..., Chats], strategy:
 
 def test_the_answers_are_learned(run: Callable[..., Chats]) -> None:
     """Rounds bring the held-out answers' loss near zero, and the model then writes them."""
-    chats = run(DILOCO | {"inner_state": "kept"})
+    chats = run(FRESH | {"inner_state": "kept"})
     one, theta = chats.trainer(), initial_theta(chats.manifest.model)
     before = one.evaluate(theta)
     for number in range(25):

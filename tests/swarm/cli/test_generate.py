@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, LlamaForCausalLM
 
 from peer.corpus import byte_level_tokenizer
 from swarm.cli.main import run
+from tests.checkpoints import save_checkpoint
 from tests.world import LLAMA
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
@@ -19,12 +19,8 @@ TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A small Llama in bytes."""
-    values = {**LLAMA, "vocab_size": 257, "max_position_embeddings": 64}
-    LlamaForCausalLM(AutoConfig.for_model(values.pop("model_type"), **values)).save_pretrained(tmp_path / "model")
-    byte_level_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tmp_path / "model"
+    config = {**LLAMA, "vocab_size": 257, "max_position_embeddings": 64}
+    return save_checkpoint(tmp_path / "model", config, byte_level_tokenizer())
 
 
 def test_the_same_prompt_and_seed_give_the_same_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from peer.corpus import byte_level_tokenizer
 from swarm.cli.main import run
 from swarm.cli.run import COMMENTS, FILL_IN, read_run
 from swarm.errors import ManifestInvalid
@@ -18,6 +19,7 @@ from swarm.messages import payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import from_text, open_ticket
 from tests import world
+from tests.checkpoints import save_checkpoint
 from tests.world import BUILDABLE, LLAMA
 
 
@@ -180,15 +182,7 @@ def test_validate_builds_the_model(path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_pretrained_model_becomes_a_run_with_an_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Base, data in its tokens, manifest, and a check of all files; data in other tokens are refused."""
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    from peer.corpus import byte_level_tokenizer
-
-    values = {**LLAMA, "vocab_size": 257}
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    LlamaForCausalLM(config).save_pretrained("checkpoint")
-    byte_level_tokenizer().save("checkpoint/tokenizer.json")
-    Path("checkpoint/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    save_checkpoint(Path("checkpoint"), {**LLAMA, "vocab_size": 257}, byte_level_tokenizer())
     Path("texts").mkdir()
     for number in range(40):
         Path(f"texts/{number}.txt").write_text(f"document {number} says something else than the others do\n" * 9)
