@@ -166,7 +166,7 @@ def _peft_error(manifest: Manifest, files: Path, base: Path, theta: Any, to: Pat
     network = build_model(manifest.model, files)
     FlatParameters(network).write(network, theta)
     source = base.parent / GGUF
-    whole = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name).float()
+    whole = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(whole, to)
     batch = open_shards(manifest, files, manifest.data.validation).batch([0])[:, :-1]
     with torch.no_grad():
