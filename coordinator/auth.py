@@ -23,10 +23,11 @@ class Policy(Enum):
 
 
 class Rule(NamedTuple):
-    """A method's policy, and the field that holds the signed message."""
+    """A method's policy, and the field that holds the signed message; where a request has many, the field that holds them."""
 
     policy: Policy
     field: str = ""
+    many: str = ""
 
 
 TABLE: dict[str, Rule] = {
@@ -39,6 +40,7 @@ TABLE: dict[str, Rule] = {
     SERVICE + "ListAudits": Rule(Policy.PUBLIC),
     SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
     SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
+    SERVICE + "SubmitReports": Rule(Policy.ADMITTED, "report", many="reports"),
     SERVICE + "SubmitAudit": Rule(Policy.ADMITTED, "verdict"),
     SERVICE + "RevokeKey": Rule(Policy.SIGNED_BY_PEER, "revocation"),
     SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),
@@ -58,12 +60,18 @@ def rule_for(method: str) -> Rule:
 
 
 def signed_part(rule: Rule, request: Any, is_admitted: Callable[[str], bool]) -> Signed | None:
-    """The signed message that the policy asks for; its signature is checked by whoever opens it. Raises `Rejected`."""
+    """The signed message that the policy asks for, or the first of many by one signer. Raises `Rejected`.
+
+    Signatures are checked by whoever opens the messages.
+    """
     if rule.policy is Policy.PUBLIC:
         return None
-    signed = getattr(request, rule.field)
-    if not isinstance(signed, Signed) or not signed.signer or not signed.signature:
+    each = [getattr(part, rule.field) for part in getattr(request, rule.many)] if rule.many else [getattr(request, rule.field)]
+    if not each or not all(isinstance(signed, Signed) and signed.signer and signed.signature for signed in each):
         raise Rejected("bad_signature", "the request is not signed")
+    signed: Signed = each[0]
+    if any(other.signer != signed.signer for other in each):
+        raise Rejected("wrong_signer", "one peer's messages at a time", signed.signer)
     if rule.policy is Policy.ADMITTED and not is_admitted(signed.signer):
         raise Rejected("not_admitted", "", signed.signer)
     return signed

@@ -54,7 +54,7 @@ from swarm.rpc.v1.coordinator_pb2 import Announcement
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Receipt, RoundConfirmed, RunOpened
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 
-QUEUE_EVENTS = 4096
+QUEUE_EVENTS = 8192
 GROUP_EVENTS = 256
 GATHER_S = 0.03  # for a group to grow, while many come
 FOLLOW_ROWS = 500
@@ -205,15 +205,25 @@ class Journal:
 
     async def submit(self, event: Event) -> Outcome:
         """Decide on `event` after all earlier ones, and return once it is durable. Raises `Rejected` or `StoreFailed`."""
-        pending = _Pending(event, asyncio.get_running_loop().create_future())
-        try:
-            self._queue.put_nowait(pending)
-        except asyncio.QueueFull as error:
-            raise Rejected("overloaded", "too many requests wait for the ledger") from error
-        with tracing.span("group_commit") as span:
-            outcome = await pending.done
-            span.set({"swarm.group_events": pending.group, "swarm.entries": len(pending.rows)})
+        (outcome,) = await self.submit_all((event,))
+        if isinstance(outcome, Rejected):
+            raise outcome
         return outcome
+
+    async def submit_all(self, events: Sequence[Event]) -> list[Outcome | Rejected]:
+        """Decide on events in order, and return once all are durable that weren't refused. Raises `StoreFailed`."""
+        loop = asyncio.get_running_loop()
+        waiting = [_Pending(event, loop.create_future()) for event in events]
+        for pending in waiting:
+            try:
+                self._queue.put_nowait(pending)
+            except asyncio.QueueFull:
+                pending.done.set_exception(Rejected("overloaded", "too many requests wait for the ledger"))
+        with tracing.span("group_commit") as span:
+            outcomes = await asyncio.gather(*(pending.done for pending in waiting), return_exceptions=True)
+            group, entries = max((pending.group for pending in waiting), default=0), sum(len(pending.rows) for pending in waiting)
+            span.set({"swarm.group_events": group, "swarm.entries": entries})
+        return [_outcome(outcome) for outcome in outcomes]
 
     async def run(self) -> None:
         """Write group after group until cancelled."""
@@ -442,6 +452,12 @@ class Journal:
             self._metrics.confirmed_round.set(progress.confirmed_round)
             self._metrics.train_loss_nats.set(progress.loss)
             self._metrics.tokens_verified(progress.tokens, self.manifest.credit.flops_per_token)
+
+
+def _outcome(result: Outcome | BaseException) -> Outcome | Rejected:
+    if isinstance(result, Outcome | Rejected):
+        return result
+    raise result
 
 
 def report_key(run_id: bytes, number: int, peer_id: str) -> bytes:

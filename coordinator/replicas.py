@@ -135,6 +135,10 @@ class ReplicaService(PeerService):
         """Reports are written by the writer."""
         return await self._by_writer("SubmitReport", request, context, super().SubmitReport)
 
+    async def SubmitReports(self, request: pb.SubmitReportsRequest, context: Any) -> pb.SubmitReportsResponse:  # noqa: N802
+        """Likewise."""
+        return await self._by_writer("SubmitReports", request, context, super().SubmitReports)
+
     async def RequestGrant(self, request: pb.RequestGrantRequest, context: Any) -> pb.RequestGrantResponse:  # noqa: N802
         """Grants are the writer's."""
         return await self._by_writer("RequestGrant", request, context, super().RequestGrant)

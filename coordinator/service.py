@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 from coordinator.errors import StoreFailed
@@ -14,11 +13,11 @@ from coordinator.limits import (
     ENTRIES_PER_CALL,
     ENTRIES_PER_MESSAGE_BYTES,
     MAX_LEADERBOARD,
-    MAX_REPORT_BYTES,
     PEERS_PER_ANSWER,
 )
 from coordinator.metrics import Metrics
 from coordinator.presence import NOT_PLAYING, Sighting
+from coordinator.reports import Opener
 from coordinator.signatures import SignatureChecker
 from coordinator.state import Announced, Audited, Decision, GrantAsked, Reported, RevocationAsked, decide
 from coordinator.store.interface import Store
@@ -27,12 +26,12 @@ from swarm import __version__, tracing
 from swarm.accounts import open_held
 from swarm.clock import Clock
 from swarm.credits import Balance
-from swarm.entries import Claim, Nomination, open_proposal, open_revocation, open_verdict, take_report_apart
+from swarm.entries import open_revocation, open_verdict
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.merkle import HASH_BYTES
 from swarm.messages import open_signed, payload_hash
-from swarm.protocol import agree, spoken_by
+from swarm.protocol import MAX_REPORTS, agree, spoken_by
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer
 from swarm.rpc.v1.signed_pb2 import Signed
@@ -40,7 +39,6 @@ from swarm.tickets import open_ticket
 
 READ_AHEAD_ENTRIES = 512
 DEFAULT_LEADERBOARD = 20
-RECENT_PROPOSALS = 64
 MAX_SUSPENDED = 256
 CHECK = "check_signatures"
 M = TypeVar("M", pb.Announcement, pb.GrantRequest)
@@ -68,9 +66,8 @@ class PeerService(PeerServiceServicer):
         self._clock = clock
         self._metrics = metrics
         self._guard = guard
-        self._checker = checker
+        self._reports = Opener(journal, checker, guard)
         self._witnessed = witnessed
-        self._proposals: OrderedDict[bytes, asyncio.Future[tuple[Nomination, Signed] | None]] = OrderedDict()
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:  # noqa: N802
         """The run's manifest and the coordinator's key."""
@@ -106,15 +103,16 @@ class PeerService(PeerServiceServicer):
 
     async def SubmitReport(self, request: pb.SubmitReportRequest, context: Any) -> pb.SubmitReportResponse:  # noqa: N802
         """Append a report and return its receipt."""
-        report = request.report
-        if len(report.payload) > MAX_REPORT_BYTES:
-            raise Rejected("too_large", "report", report.signer)
-        claim, nomination, proposal = await self._opened(request)
-        self._guard.take(claim.peer_id)
-        outcome = await self._journal.submit(Reported(claim, report, nomination, proposal))
-        self._metrics.reports_total.labels(outcome.decision.reason).inc()
-        self._journal.presence.heard(claim.peer_id, self._clock.monotonic_s())
-        return pb.SubmitReportResponse(receipt=_answer(outcome, claim.peer_id))
+        (receipt,) = await self._receipts((request,))
+        if isinstance(receipt, Rejected):
+            raise receipt
+        return pb.SubmitReportResponse(receipt=receipt)
+
+    async def SubmitReports(self, request: pb.SubmitReportsRequest, context: Any) -> pb.SubmitReportsResponse:  # noqa: N802
+        """Append what has waited; a receipt or a refusal for each report."""
+        if len(request.reports) > MAX_REPORTS:
+            raise Rejected("too_large", f"at most {MAX_REPORTS} reports", request.reports[0].report.signer)
+        return pb.SubmitReportsResponse(outcomes=map(_outcome, await self._receipts(request.reports)))
 
     async def RequestGrant(self, request: pb.RequestGrantRequest, context: Any) -> pb.RequestGrantResponse:  # noqa: N802
         """Permit a minority to go on, or say why not and when to ask again."""
@@ -225,43 +223,22 @@ class PeerService(PeerServiceServicer):
         if run_id and run_id != self._journal.run_id:
             raise Rejected("unknown_run", run_id.hex()[:16])
 
-    async def _opened(self, request: pb.SubmitReportRequest) -> tuple[Claim, Nomination | None, Signed | None]:
-        """Check the signatures of a report, and of its proposal where that is new."""
-        claim, signed = take_report_apart(request.report)
-        if claim.run_id != self._journal.run_id:
-            raise Rejected("wrong_run", "report", claim.peer_id)
-        known = self._journal.credits.knows_proposal(claim.run_id, claim.round, claim.proposal_hash)
-        if known or not request.HasField("proposal"):
-            await self._checker.check(signed)
-            return claim, None, None
-        await self._checker.check(signed)
-        return claim, *await self._opened_proposal(claim, request.proposal)
+    async def _receipts(self, requests: Sequence[pb.SubmitReportRequest]) -> list[Signed | Rejected]:
+        """Append the reports that nothing speaks against, in order; for each its receipt, or why there is none."""
+        opened = await self._reports.open(requests)
+        events = [event for event in opened if isinstance(event, Reported)]
+        outcomes = await self._journal.submit_all(events)
+        for peer_id in {event.claim.peer_id for event in events}:
+            self._journal.presence.heard(peer_id, self._clock.monotonic_s())
+        answers = iter([self._receipt(outcome, event.claim.peer_id) for outcome, event in zip(outcomes, events, strict=True)])
+        return [event if isinstance(event, Rejected) else next(answers) for event in opened]
 
-    async def _opened_proposal(self, claim: Claim, proposal: Signed) -> tuple[Nomination, Signed] | tuple[None, None]:
-        """A round's reports bring the same proposal at the same time: it is opened once, by the first of them."""
-        shared = self._proposals.get(claim.proposal_hash)
-        opened = await shared if shared is not None else None
-        if opened is not None:
-            return opened
-        nomination = open_proposal(proposal, check_signatures=False)
-        if nomination.proposal_hash != claim.proposal_hash:
-            return None, None
-        return await self._share(nomination, proposal)
-
-    async def _share(self, nomination: Nomination, proposal: Signed) -> tuple[Nomination, Signed]:
-        """Let others wait while the signature is checked; if it isn't valid, they look at what they have themselves."""
-        opening: asyncio.Future[tuple[Nomination, Signed] | None] = asyncio.get_running_loop().create_future()
-        self._proposals[nomination.proposal_hash] = opening
-        if len(self._proposals) > RECENT_PROPOSALS:
-            self._proposals.popitem(last=False)
-        try:
-            await self._checker.check((proposal,))
-            opening.set_result((nomination, proposal))
-        finally:
-            if not opening.done():
-                opening.set_result(None)
-                self._proposals.pop(nomination.proposal_hash, None)
-        return nomination, proposal
+    def _receipt(self, outcome: Outcome | Rejected, sender: str) -> Signed | Rejected:
+        if isinstance(outcome, Rejected):
+            return outcome
+        decision = outcome.decision
+        self._metrics.reports_total.labels(decision.reason).inc()
+        return _answer(outcome, sender) if decision.accepted else Rejected(decision.reason, decision.detail, sender)
 
     def _meet(self, event: Announced) -> pb.Twin.ValueType:
         """Whether another machine announces under this key, and which of them counts."""
@@ -330,6 +307,12 @@ def _answer(outcome: Outcome, sender: str) -> Signed:
     if outcome.answer is None:
         raise StoreFailed("an accepted request without an answer")
     return outcome.answer
+
+
+def _outcome(result: Signed | Rejected) -> pb.ReportOutcome:
+    if isinstance(result, Signed):
+        return pb.ReportOutcome(receipt=result)
+    return pb.ReportOutcome(reason=result.reason, detail=result.detail)
 
 
 def _peer_address(sighting: Sighting, now_s: float) -> pb.PeerAddress:

@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 import structlog
@@ -91,12 +92,17 @@ class SignatureChecker:
 
     async def check(self, signed: Iterable[Signed]) -> None:
         """Return if all signatures are valid. Raises `Rejected` for the first that isn't."""
-        proofs = [Proof.of(each) for each in signed]
+        (refusal,) = await self.refusals((signed,))
+        if refusal is not None:
+            raise refusal
+
+    async def refusals(self, groups: Sequence[Iterable[Signed]]) -> list[Rejected | None]:
+        """Of each group of messages, why it is refused, or None where all its signatures are valid."""
+        proven = [_proofs(group) for group in groups]
+        proofs = [proof for group in proven if not isinstance(group, Rejected) for proof in group]
         with tracing.span("check_signatures", {"swarm.signatures": len(proofs)}):
-            valid = await self._checked(proofs)
-        for proof, ok in zip(proofs, valid, strict=True):
-            if not ok:
-                raise Rejected("bad_signature", proof.kind, proof.signer)
+            valid = iter(await self._checked(proofs) if proofs else b"")
+        return [group if isinstance(group, Rejected) else _refusal(group, bytes(islice(valid, len(group)))) for group in proven]
 
     async def _checked(self, proofs: list[Proof]) -> bytes:
         if self._running:
@@ -160,6 +166,20 @@ class SignatureChecker:
         if not self._running:
             _answer_in_place(list(self._waiting))
             self._waiting.clear()
+
+
+def _proofs(group: Iterable[Signed]) -> list[Proof] | Rejected:
+    try:
+        return [Proof.of(signed) for signed in group]
+    except Rejected as error:
+        return error
+
+
+def _refusal(proofs: Sequence[Proof], valid: bytes) -> Rejected | None:
+    if all(valid):
+        return None
+    forged = next(proof for proof, ok in zip(proofs, valid, strict=True) if not ok)
+    return Rejected("bad_signature", forged.kind, forged.signer)
 
 
 def _check_all(proofs: Iterable[Proof]) -> bytes:

@@ -27,7 +27,7 @@ from swarm.merkle import MerkleTree, leaf_hash
 
 SNAPSHOT_FILE = "snapshot"
 MAGIC = "swarm-snapshot-1"
-EVERY_ENTRIES = 50_000
+EVERY_ENTRIES = 20_000
 LOOK_EVERY_S = 5.0
 DIGEST_BYTES = 32
 NICENESS = 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmE
 from swarm.identity import Identity
 from swarm.merkle import verify_consistency
 from swarm.messages import parse, seal
+from swarm.protocol import MAX_REPORTS
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
 from swarm.rpc.v1.ledger_pb2 import Receipt, Report
@@ -28,6 +29,7 @@ LAST_RETRY_S = 0.5
 LOOKED_AT = 64
 CHECK_EVERY_S = 30.0
 MAX_UNSAVED = 1000
+CALL_BYTES = 2 << 20  # half of the largest message
 KEPT_REPORTS = 10_000
 OF_ANOTHER_HISTORY = frozenset({"already_reported", "round_closed"})
 """Refusals that say only that the ledger knows these rounds otherwise, as after a restart of everybody from older checkpoints."""
@@ -199,8 +201,8 @@ class Reporter:
             return False
         if client is not self._checked or self.clock.monotonic_s() > self._checked_s + CHECK_EVERY_S:
             await self._check_ledger(client)
-        for path in self.outbox.waiting():
-            if not await self._post(client, path):
+        for paths in _calls(self.outbox.waiting()):
+            if not await self._post(client, paths):
                 return False
         return not self._unsaved
 
@@ -231,36 +233,38 @@ class Reporter:
         self._checked_to = "" if rewritten else max(receipts, default=self._checked_to)
         self._checked, self._checked_s = client, self.clock.monotonic_s()
 
-    async def _post(self, client: CoordinatorClient, path: Path) -> bool:
-        round_index = int(path.stem)
-        with tracing.span("report", {"swarm.round": round_index}, parent=self._traces.get(round_index, "")) as span:
-            posted = await self._post_traced(client, path, span)
-        if posted:
-            self._traces.pop(round_index, None)
-        return posted
+    async def _post(self, client: CoordinatorClient, paths: Sequence[Path]) -> bool:
+        """Post some reports in one call; whether all of them are settled. One alone belongs to the trace of its round."""
+        rounds = [int(path.stem) for path in paths]
+        parent = self._traces.get(rounds[0], "") if len(rounds) == 1 else ""
+        with tracing.span("report", {"swarm.round": rounds[0], "swarm.reports": len(rounds)}, parent=parent) as span:
+            try:
+                outcomes = await _submitted(client, paths)
+            except CoordinatorUnreachable:
+                return False
+            except SwarmError as error:
+                log.warning("reports_not_sent", first=paths[0].stem, reports=len(paths), error=error.message)
+                return False
+            settled = [self._settle(path, outcome, span) for path, outcome in zip(paths, outcomes, strict=False)]
+        for number in rounds[: len(settled)]:
+            self._traces.pop(number, None)
+        return all(settled) and len(settled) == len(paths)
 
-    async def _post_traced(self, client: CoordinatorClient, path: Path, span: tracing.Span) -> bool:
-        try:
-            request = parse(SubmitReportRequest, read(path))
-            receipt = await client.submit_report(request.report, request.proposal)
-        except CoordinatorUnreachable:
-            return False
-        except (Rejected, LedgerInvalid) as error:
-            reason = error.reason if isinstance(error, Rejected) else error.message
+    def _settle(self, path: Path, outcome: Signed | Rejected | LedgerInvalid, span: tracing.Span) -> bool:
+        """Put a report where its outcome belongs; False where that can't be written."""
+        if not isinstance(outcome, Signed):
+            reason = outcome.reason if isinstance(outcome, Rejected) else outcome.message
             span.set({"swarm.reason": reason})
             log.warning("report_refused", report=path.stem, reason=reason)
             self.outbox.refuse(path, reason)
             self.on_outcome("superseded" if reason in OF_ANOTHER_HISTORY else "refused")
             return True
-        except SwarmError as error:
-            log.warning("report_not_sent", report=path.stem, error=error.message)
-            return False
         try:
-            self.outbox.settle(path, receipt)
+            self.outbox.settle(path, outcome)
         except OSError as error:
             log.warning("receipt_not_saved", report=path.stem, error=error.strerror)
             return False
-        self._notice_shrinking(receipt)
+        self._notice_shrinking(outcome)
         self.on_outcome("accepted")
         return True
 
@@ -271,6 +275,31 @@ class Reporter:
             self._checked = None
             self._wake.set()
         self._highest_index = index
+
+
+def _calls(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """As many reports at a time as one call takes, by number and bytes."""
+    batch: list[Path] = []
+    size = 0
+    for path in paths:
+        added = path.stat().st_size
+        if batch and (len(batch) == MAX_REPORTS or size + added > CALL_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(path)
+        size += added
+    if batch:
+        yield batch
+
+
+async def _submitted(client: CoordinatorClient, paths: Sequence[Path]) -> list[Signed | Rejected | LedgerInvalid]:
+    """What became of each report; of the first ones only, where the coordinator was busy on the way."""
+    try:
+        return await client.submit_reports([parse(SubmitReportRequest, read(path)) for path in paths])
+    except Rejected as error:
+        if len(paths) == 1:
+            return [error]
+    return [outcome for path in paths for outcome in await _submitted(client, [path])]
 
 
 async def _extends(client: CoordinatorClient, receipt: Receipt) -> bool:

@@ -93,7 +93,7 @@ def draw_case(
     about = hashlib.blake2b(peer_id.encode() + b"/", digest_size=32, key=beacon)
     if int.from_bytes(_draw(about, "audit")[:8], "big") >= rate * 2**64:
         return None
-    auditors = sorted(others, key=lambda other: _draw(about, other))[:MOST_AUDITORS]
+    auditors = [other for _, other in sorted([(_draw(about, other), other) for other in others])[:MOST_AUDITORS]]
     return Case(Duty(round_index, peer_id, commit_hash, _draw(about, "what")), tuple(auditors)) if auditors else None
 
 

@@ -63,7 +63,11 @@ class Range:
 
 
 SILENT = Range(Version(1, 0), Version(1, 0))
-OURS = Range(Version(1, 0), Version(1, 1))
+OURS = Range(Version(1, 0), Version(1, 2))
+MANY_REPORTS = Version(1, 2)
+"""The first version with `SubmitReports`."""
+MAX_REPORTS = 64
+"""In one call: their receipts, each within its limit of 32 KiB, fit into half a message."""
 
 
 def agree(theirs: Range, ours: Range = OURS, sender: str = "") -> Version:

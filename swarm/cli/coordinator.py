@@ -6,7 +6,7 @@ import asyncio
 import gc
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +74,10 @@ def serve(
     }
     settings = load(CoordinatorSettings, flags)
     configure_logging(settings.log_level)
-    asyncio.run(_serve([read_run(path, owner_key) for path in run], settings, link_file, as_json))
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve([read_run(path, owner_key) for path in run], settings, link_file, as_json))
 
 
 async def _serve(manifests: list[Signed], settings: CoordinatorSettings, link_file: Path | None, as_json: bool) -> None:
@@ -83,12 +86,24 @@ async def _serve(manifests: list[Signed], settings: CoordinatorSettings, link_fi
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with Coordinator.serve(manifests, settings) as coordinator:
+    async with AsyncExitStack() as stack:
+        with _no_garbage():
+            coordinator = await stack.enter_async_context(Coordinator.serve(manifests, settings))
         if link_file is not None:
             _write_links(link_file, [str(run.link) for run in coordinator.runs])
         _announce(coordinator, as_json)
         _collect_garbage_seldom()
         await stopped.wait()
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect none while the ledger is read: it makes a great many objects, and they stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _collect_garbage_seldom() -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -33,7 +34,7 @@ from swarm.errors import (
 from swarm.ledger import Checkpoint, open_manifest, origin_of, verify_checkpoint, verify_receipt
 from swarm.manifest import Manifest
 from swarm.messages import JoinLink, open_signed, payload_hash
-from swarm.protocol import OURS, SILENT, Range, Version, used_in
+from swarm.protocol import MANY_REPORTS, OURS, SILENT, Range, Version, used_in
 from swarm.rpc.v1.coordinator_pb2 import (
     AddCosignatureRequest,
     AnnounceRequest,
@@ -48,11 +49,13 @@ from swarm.rpc.v1.coordinator_pb2 import (
     ListAuditsRequest,
     ListAuditsResponse,
     ListEntriesRequest,
+    ReportOutcome,
     RequestGrantRequest,
     RequestGrantResponse,
     RevokeKeyRequest,
     SubmitAuditRequest,
     SubmitReportRequest,
+    SubmitReportsRequest,
 )
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
@@ -170,10 +173,22 @@ class CoordinatorClient:
         run = await self.get_run()
         request = SubmitReportRequest(report=report, proposal=proposal)
         answer = await self._call(self._stub.SubmitReport, request)
-        receipt = verify_receipt(answer.receipt, run.coordinator)
-        if receipt.report_hash != payload_hash(report) or receipt.peer_id != report.signer:
-            raise LedgerInvalid("the coordinator sent the receipt of another report")
-        return answer.receipt
+        return _receipt_of(report, answer.receipt, run.coordinator)
+
+    async def submit_reports(self, requests: Sequence[SubmitReportRequest]) -> list[Signed | Rejected | LedgerInvalid]:
+        """Hand in up to `MAX_REPORTS` reports of one peer: for each the checked receipt, or why there is none.
+
+        Where the coordinator becomes busy on the way, only the first ones are answered. One that doesn't know the call gets the
+        reports one by one.
+        """
+        run = await self.get_run()
+        if len(requests) == 1 or run.protocol < MANY_REPORTS:
+            return [await _or_refusal(self.submit_report(each.report, each.proposal)) for each in requests]
+        answer = await self._call(self._stub.SubmitReports, SubmitReportsRequest(reports=requests))
+        if len(answer.outcomes) != len(requests):
+            raise LedgerInvalid(f"the coordinator answered {len(answer.outcomes)} of {len(requests)} reports")
+        decided = itertools.takewhile(lambda pair: pair[1].reason not in LATER, zip(requests, answer.outcomes, strict=True))
+        return [_settled_report(each.report, outcome, run.coordinator) for each, outcome in decided]
 
     async def request_grant(self, request: Signed) -> RequestGrantResponse:
         """Ask to go on without a quorum; the answer holds a checked grant, or when to ask again and why."""
@@ -286,6 +301,10 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
     details = error.details() or "no details"
     if reason in LATER or (not reason and error.code() in TRANSIENT):
         return CoordinatorUnreachable(f"the coordinator at {address} can't be reached: {details}", RETRY_HINT)
+    return _refusal(reason or error.code().name.lower(), details)
+
+
+def _refusal(reason: str, details: str) -> SwarmError | Rejected:
     match reason:
         case "unknown_run" | "wrong_run":
             return UnknownRun(details, "ask the run's owner for the present join link")
@@ -301,7 +320,35 @@ def translate(error: grpc.aio.AioRpcError, address: str) -> SwarmError | Rejecte
             return ProtocolMismatch(details, UPDATE)
         case "protocol_too_new":
             return ProtocolMismatch(details, WAIT)
-    return Rejected(reason or error.code().name.lower(), details)
+    return Rejected(reason, details)
+
+
+async def _or_refusal(receipt: Awaitable[Signed]) -> Signed | Rejected | LedgerInvalid:
+    try:
+        return await receipt
+    except (Rejected, LedgerInvalid) as error:
+        return error
+
+
+def _settled_report(report: Signed, outcome: ReportOutcome, coordinator: str) -> Signed | Rejected | LedgerInvalid:
+    """One report's receipt or refusal. Raises what concerns them all, as where the run is another one."""
+    if not outcome.HasField("receipt"):
+        refusal = _refusal(outcome.reason, outcome.detail)
+        if isinstance(refusal, SwarmError):
+            raise refusal
+        return refusal
+    try:
+        return _receipt_of(report, outcome.receipt, coordinator)
+    except LedgerInvalid as error:
+        return error
+
+
+def _receipt_of(report: Signed, signed: Signed, coordinator: str) -> Signed:
+    """The receipt, if it is the report's. Raises `LedgerInvalid`."""
+    receipt = verify_receipt(signed, coordinator)
+    if receipt.report_hash != payload_hash(report) or receipt.peer_id != report.signer:
+        raise LedgerInvalid("the coordinator sent the receipt of another report")
+    return signed
 
 
 def _check_run(answer: GetRunResponse, run_id: bytes) -> RunInfo:

@@ -17,10 +17,11 @@ from swarm.errors import CoordinatorUnreachable, NotAdmitted, Rejected, UnknownR
 from swarm.ledger import LedgerReader, verify_receipt
 from swarm.merkle import verify_consistency
 from swarm.messages import open_signed, seal
+from swarm.protocol import MAX_REPORTS, Range, Version
 from swarm.rpc.client import TLS_NAME, CoordinatorClient
 from swarm.rpc.v1.coordinator_pb2 import TWIN_OTHER_COUNTS, TWIN_THIS_COUNTS, TWIN_UNSPECIFIED, SubmitReportRequest
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
-from swarm.rpc.v1.ledger_pb2 import Report
+from swarm.rpc.v1.ledger_pb2 import Receipt, Report
 from swarm.rpc.v1.signed_pb2 import AdmissionToken, Grant, Signed
 from tests.coordinator.conftest import Serve, connected
 from tests.world import NOW_S, OTHER_ROOT, ROOT, World, identity, manifest
@@ -239,6 +240,69 @@ async def test_refused_reports(serve: Serve, world: World) -> None:
         size = len(coordinator.journal.tree)
         await client.submit_report(reports[0], proposal)
         assert len(coordinator.journal.tree) == size + 2
+
+
+async def test_many_reports_in_one_call(serve: Serve, world: World) -> None:
+    """Each of one peer's reports has its own outcome, in order: a receipt, the same once more, or why it is refused."""
+    async with serve(ManualClock(NOW_S)) as coordinator, connected(coordinator) as client:
+        await announce_all(client, world)
+        asked = []
+        for number in range(4):
+            proposal, reports = world.round([ALICE], number)
+            asked.append(SubmitReportRequest(report=reports[0], proposal=proposal))
+        proposal, _ = world.round([ALICE], 1)
+        other = world.report(ALICE, world.commit(ALICE, 1), proposal, OTHER_ROOT)
+        forged = Signed.FromString(asked[2].report.SerializeToString())
+        forged.signature = bytes(64)
+        unheard = SubmitReportRequest(report=asked[3].report)
+        wanted = [asked[0], asked[1], SubmitReportRequest(report=other), SubmitReportRequest(report=forged), asked[2], unheard]
+        outcomes = await client.submit_reports(wanted)
+        assert [str(each) if isinstance(each, Rejected) else "receipt" for each in outcomes] == [
+            "receipt",
+            "receipt",
+            "already_reported: round 1",
+            "bad_signature: application/vnd.swarm.report.v1",
+            "receipt",
+            "unknown_proposal: round 3",
+        ]
+        assert await client.submit_reports(asked[:3]) == [outcomes[0], outcomes[1], outcomes[4]]
+        indices = [Receipt.FromString(each.payload).ledger_index for each in outcomes if isinstance(each, Signed)]
+        assert indices == sorted(indices)
+        assert (await client.credits(ALICE.peer_id)).balances[0].rounds == 3
+
+
+async def test_many_reports_are_of_one_admitted_peer(serve: Serve, world: World) -> None:
+    """A call with nothing in it, with too much, with two peers' reports or with a stranger's is refused whole."""
+    async with serve(ManualClock(NOW_S)) as coordinator, connected(coordinator) as client:
+        await announce_all(client, world)
+        size = len(coordinator.journal.tree)
+        proposal, reports = world.round(PEERS, 0)
+        requests = [SubmitReportRequest(report=report, proposal=proposal) for report in reports]
+        with pytest.raises(Rejected, match="wrong_signer"):
+            await client.submit_reports(requests)
+        with pytest.raises(Rejected, match="bad_signature"):
+            await client.submit_reports([])
+        with pytest.raises(Rejected, match="at most 64"):
+            await client.submit_reports(requests[:1] * (MAX_REPORTS + 1))
+        _, strange = world.round([identity(50)], 0)
+        with pytest.raises(NotAdmitted):
+            await client.submit_reports([SubmitReportRequest(report=strange[0])] * 2)
+        assert len(coordinator.journal.tree) == size
+
+
+async def test_an_older_coordinator_gets_reports_one_by_one(serve: Serve, world: World) -> None:
+    """Without the newer call in common the reports go as before."""
+    async with serve(ManualClock(NOW_S)) as coordinator:
+        coordinator.journal.spoken = Range(Version(1, 0), Version(1, 1))
+        async with connected(coordinator) as client:
+            await announce_all(client, world)
+            rounds = [world.round([ALICE], number) for number in range(2)]
+            outcomes = await client.submit_reports(
+                [SubmitReportRequest(report=reports[0], proposal=proposal) for proposal, reports in rounds]
+            )
+            assert all(isinstance(outcome, Signed) for outcome in outcomes)
+            labels = {"method": "SubmitReport", "code": "OK"}
+            assert coordinator.metrics.registry.get_sample_value("swarm_coordinator_calls_total", labels) == 2
 
 
 async def test_message_limit(serve: Serve, world: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmE
 from swarm.ledger import Checkpoint
 from swarm.merkle import MerkleTree, leaf_hash
 from swarm.messages import parse, seal
+from swarm.protocol import MAX_REPORTS
+from swarm.rpc.v1.coordinator_pb2 import SubmitReportRequest
 from swarm.rpc.v1.ledger_pb2 import Receipt, Report
 from swarm.rpc.v1.signed_pb2 import Signed
 from tests.waiting import eventually
@@ -33,14 +35,29 @@ class FakeCoordinator:
     answer: Callable[[int], None] = lambda number: None
     tree: MerkleTree = field(default_factory=MerkleTree)
     rounds: list[int] = field(default_factory=list)
+    calls: int = 0
     at_once: int = 0
     most_at_once: int = 0
 
-    async def submit_report(self, report: Signed, proposal: Signed) -> Signed:
+    async def submit_reports(self, requests: Sequence[SubmitReportRequest]) -> list[Signed | Rejected | LedgerInvalid]:
+        self.calls += 1
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(0)
         self.at_once -= 1
+        outcomes: list[Signed | Rejected | LedgerInvalid] = []
+        for request in requests:
+            try:
+                outcomes.append(self._receipt(request.report))
+            except (Rejected, LedgerInvalid) as error:
+                outcomes.append(error)
+            except CoordinatorUnreachable:
+                if not outcomes:
+                    raise
+                break
+        return outcomes
+
+    def _receipt(self, report: Signed) -> Signed:
         number = parse(Report, report.payload).round
         self.answer(number)
         self.rounds.append(number)
@@ -92,6 +109,35 @@ async def test_a_report_becomes_a_receipt(tmp_path: Path) -> None:
     assert names(tmp_path / "outbox") == []
     assert names(tmp_path / "receipts") == [f"{number:012d}.receipt" for number in (3, 7, 12)]
     assert outcomes == ["accepted"] * 3
+
+
+async def test_many_reports_go_in_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage reports go together, as many as a call takes by number and bytes; where it stops, the rest waits."""
+    coordinator = FakeCoordinator()
+    posting, outcomes = reporter(tmp_path, coordinator)
+    for number in range(MAX_REPORTS + 3):
+        await posting.add(PEER, finished(number))
+    assert await posting.post_all()
+    assert (coordinator.rounds, coordinator.calls) == (list(range(MAX_REPORTS + 3)), 2)
+    monkeypatch.setattr("peer.reports.CALL_BYTES", 1)
+    for number in (100, 101):
+        await posting.add(PEER, finished(number))
+    assert await posting.post_all()
+    assert coordinator.calls == 4
+    monkeypatch.undo()
+
+    def busy(number: int) -> None:
+        if number == 202:
+            raise CoordinatorUnreachable("busy")
+
+    coordinator.answer = busy
+    for number in (200, 201, 202, 203):
+        await posting.add(PEER, finished(number))
+    assert not await posting.post_all()
+    assert [int(path.stem) for path in posting.outbox.waiting()] == [202, 203]
+    coordinator.answer = lambda number: None
+    assert await posting.post_all()
+    assert outcomes == ["accepted"] * (MAX_REPORTS + 9)
 
 
 async def test_reports_wait_while_the_coordinator_is_away(tmp_path: Path) -> None:

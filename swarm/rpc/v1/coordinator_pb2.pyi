@@ -341,6 +341,79 @@ class SubmitReportResponse(_message.Message):
 Global___SubmitReportResponse: _TypeAlias = SubmitReportResponse  # noqa: Y015
 
 @_typing.final
+class SubmitReportsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubmitReportRequest]:
+        """At most 64, all signed by the same peer."""
+
+    def __init__(
+        self,
+        *,
+        reports: _abc.Iterable[Global___SubmitReportRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitReportsRequest: _TypeAlias = SubmitReportsRequest  # noqa: Y015
+
+@_typing.final
+class SubmitReportsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportOutcome]:
+        """One for each report, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___ReportOutcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitReportsResponse: _TypeAlias = SubmitReportsResponse  # noqa: Y015
+
+@_typing.final
+class ReportOutcome(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why it was refused, as a short code and in words."""
+    detail: _builtins.str
+    @_builtins.property
+    def receipt(self) -> _signed_pb2.Signed:
+        """Coordinator-signed Receipt; absent where the report was refused."""
+
+    def __init__(
+        self,
+        *,
+        receipt: _signed_pb2.Signed | None = ...,
+        reason: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "reason", b"reason", "receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportOutcome: _TypeAlias = ReportOutcome  # noqa: Y015
+
+@_typing.final
 class RequestGrantRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

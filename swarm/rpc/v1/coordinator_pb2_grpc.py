@@ -50,6 +50,11 @@ class PeerServiceStub:
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportRequest.SerializeToString,
                 response_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportResponse.FromString,
                 _registered_method=True)
+        self.SubmitReports = channel.unary_unary(
+                '/swarm.v1.PeerService/SubmitReports',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportsRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportsResponse.FromString,
+                _registered_method=True)
         self.RequestGrant = channel.unary_unary(
                 '/swarm.v1.PeerService/RequestGrant',
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.RequestGrantRequest.SerializeToString,
@@ -117,6 +122,13 @@ class PeerServiceServicer:
 
     def SubmitReport(self, request, context):
         """One round's contribution; idempotent. Signed by the peer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitReports(self, request, context):
+        """One peer's reports that have waited, as after an outage; each is decided on by itself, in order. Signed by the peer. Since 1.2.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +214,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.SubmitReport,
                     request_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportRequest.FromString,
                     response_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportResponse.SerializeToString,
+            ),
+            'SubmitReports': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitReports,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportsRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitReportsResponse.SerializeToString,
             ),
             'RequestGrant': grpc.unary_unary_rpc_method_handler(
                     servicer.RequestGrant,
@@ -331,6 +348,33 @@ class PeerService:
             '/swarm.v1.PeerService/SubmitReport',
             swarm_dot_v1_dot_coordinator__pb2.SubmitReportRequest.SerializeToString,
             swarm_dot_v1_dot_coordinator__pb2.SubmitReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitReports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/SubmitReports',
+            swarm_dot_v1_dot_coordinator__pb2.SubmitReportsRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.SubmitReportsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class PeerServiceStub:
     """Admission or its renewal, and the peers that are alive. Signed by the peer."""
     SubmitReport: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitReportRequest, _coordinator_pb2.SubmitReportResponse]
     """One round's contribution; idempotent. Signed by the peer."""
+    SubmitReports: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitReportsRequest, _coordinator_pb2.SubmitReportsResponse]
+    """One peer's reports that have waited, as after an outage; each is decided on by itself, in order. Signed by the peer. Since 1.2."""
     RequestGrant: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RequestGrantRequest, _coordinator_pb2.RequestGrantResponse]
     """Permission to go on without a quorum. Signed by the peer."""
     GetCredits: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetCreditsRequest, _coordinator_pb2.GetCreditsResponse]
@@ -69,6 +71,8 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """Admission or its renewal, and the peers that are alive. Signed by the peer."""
     SubmitReport: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitReportRequest, _coordinator_pb2.SubmitReportResponse]  # type: ignore[assignment]
     """One round's contribution; idempotent. Signed by the peer."""
+    SubmitReports: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitReportsRequest, _coordinator_pb2.SubmitReportsResponse]  # type: ignore[assignment]
+    """One peer's reports that have waited, as after an outage; each is decided on by itself, in order. Signed by the peer. Since 1.2."""
     RequestGrant: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RequestGrantRequest, _coordinator_pb2.RequestGrantResponse]  # type: ignore[assignment]
     """Permission to go on without a quorum. Signed by the peer."""
     GetCredits: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetCreditsRequest, _coordinator_pb2.GetCreditsResponse]  # type: ignore[assignment]
@@ -114,6 +118,14 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.SubmitReportResponse, _abc.Awaitable[_coordinator_pb2.SubmitReportResponse]]:
         """One round's contribution; idempotent. Signed by the peer."""
+
+    @_abc_1.abstractmethod
+    def SubmitReports(
+        self,
+        request: _coordinator_pb2.SubmitReportsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.SubmitReportsResponse, _abc.Awaitable[_coordinator_pb2.SubmitReportsResponse]]:
+        """One peer's reports that have waited, as after an outage; each is decided on by itself, in order. Signed by the peer. Since 1.2."""
 
     @_abc_1.abstractmethod
     def RequestGrant(

@@ -22,7 +22,7 @@ from swarm.errors import (
 )
 from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.messages import JoinLink, seal
-from swarm.protocol import Range, Version
+from swarm.protocol import MANY_REPORTS, Range, Version
 from swarm.rpc.client import CoordinatorClient
 from swarm.rpc.v1 import coordinator_pb2 as pb
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceServicer, add_PeerServiceServicer_to_server
@@ -49,6 +49,11 @@ class Liar(PeerServiceServicer):
 
     async def SubmitReport(self, request: pb.SubmitReportRequest, context: object) -> pb.SubmitReportResponse:  # noqa: N802
         return pb.SubmitReportResponse(receipt=seal(COORDINATOR, Receipt(run_id=WORLD.run_id)))
+
+    async def SubmitReports(self, request: pb.SubmitReportsRequest, context: object) -> pb.SubmitReportsResponse:  # noqa: N802
+        false = pb.ReportOutcome(receipt=seal(COORDINATOR, Receipt(run_id=WORLD.run_id)))
+        busy, refused = pb.ReportOutcome(reason="overloaded"), pb.ReportOutcome(reason="round_closed")
+        return pb.SubmitReportsResponse(outcomes=[refused, false, busy, refused][: len(request.reports) or 1])
 
     async def RequestGrant(self, request: pb.RequestGrantRequest, context: object) -> pb.RequestGrantResponse:  # noqa: N802
         return pb.RequestGrantResponse(grant=seal(COORDINATOR, Grant(run_id=b"\0" * 32)))
@@ -166,6 +171,27 @@ async def test_false_promises() -> None:
             await client.checkpoint()
         with pytest.raises(LedgerInvalid, match="instead of 0"):
             [entry async for entry in client.entries()]
+
+
+class Newer(Liar):
+    """Lies about many reports at a time."""
+
+    async def GetRun(self, request: pb.GetRunRequest, context: object) -> pb.GetRunResponse:  # noqa: N802
+        answer = await super().GetRun(request, context)
+        answer.protocol.CopyFrom(MANY_REPORTS.message)
+        return answer
+
+
+async def test_outcomes_of_many_reports_are_checked() -> None:
+    """A false receipt is found among others, what comes after "busy" is to be sent again, a missing outcome is a lie."""
+    requests = [pb.SubmitReportRequest(report=report) for report in WORLD.round([ALICE], 0)[1] * 4]
+    async with client_of(Newer()) as client:
+        refused, false = await client.submit_reports(requests)
+        assert isinstance(refused, Rejected)
+        assert refused.reason == "round_closed"
+        assert isinstance(false, LedgerInvalid)
+        with pytest.raises(LedgerInvalid, match="answered 4 of 5"):
+            await client.submit_reports([*requests, requests[0]])
 
 
 async def test_slow_and_broken_calls() -> None:
