@@ -127,6 +127,7 @@ class DaemonOptions:
     inbound: bool = True
     metrics: str = ""
     files: Path | None = None
+    data: Path | None = None
     threads: int = 0
     max_upload: int = 0
     max_download: int = 0
@@ -429,10 +430,12 @@ class Daemon:
         self.run = await coordination.describe()
         _check_version(self.run.manifest)
         _check_memory(self.run.manifest)
+        materials = Materials(options.directory / FILES, options.files, options.data)
+        await asyncio.to_thread(materials.take_private, self.run.manifest.data)
         await self._await_quota()
         node = await Node.start(_p2pd_options(options))
         self._stack.push_async_callback(node.close)
-        parts = self._parts = self._wire(self.run, node, coordination)
+        parts = self._parts = self._wire(self.run, node, coordination, materials)
         await self._open(parts)
         notify("READY=1")
         await self._prepare(parts)
@@ -445,7 +448,7 @@ class Daemon:
             await asyncio.sleep(QUOTA_CHECK_S)
         self.status.state("connecting")
 
-    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
+    def _wire(self, run: RunInfo, node: Node, coordination: Coordination, materials: Materials) -> Parts:
         """Put the parts together; nothing runs yet."""
         options, manifest = self.options, run.manifest
         pool = ThreadPoolExecutor(2, thread_name_prefix="arithmetic")
@@ -453,7 +456,7 @@ class Daemon:
         node.on_rejected = self.status.refused
         admissions = Admissions(run.run_id, run.coordinator)
         layout = Layout.of(manifest)
-        snapshots, materials = Snapshots(), Materials(options.directory / FILES, options.files)
+        snapshots = Snapshots()
         store = BlobStore(MEMORY_LIMIT_BYTES, disk_limit_bytes=DISK_LIMIT_BYTES, directory=options.directory / "blobs")
         attack = Attack.from_environment()
         store.provide(snapshots.lookup if attack is None else lambda name: attack.served(snapshots.lookup(name)))

@@ -297,7 +297,7 @@ class Doctor:
         """How fast a peer gives us some of the run's data."""
         token = admissions.token(identity.peer_id)
         transfer = Transfer(node, BlobStore(PROBE_BYTES), run.run_id, admissions.check, lambda: token)
-        tree = max([run.manifest.tokenizer, *run.manifest.data.train], key=lambda tree: tree.size_bytes)
+        tree = max([run.manifest.tokenizer, *run.manifest.data.trees], key=lambda tree: tree.size_bytes)
         request = chunks_request(tree, run.run_id, token).SerializeToString()
         problem = "nobody has the run's data"
         for peer in peers[:3]:

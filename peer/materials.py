@@ -17,7 +17,7 @@ from peer.network.node import PeerFailure
 from peer.network.transfer import MissingBlob, Transfer
 from peer.rounds.post import Post
 from swarm.errors import DataInvalid, DiskFull, Rejected
-from swarm.manifest import Tree
+from swarm.manifest import Data, Shard, Tree
 from swarm.merkle import blob_hash
 from swarm.messages import split_hashes
 from swarm.rpc.v1.peer_pb2 import SyncReply, SyncRequest
@@ -28,10 +28,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Materials:
-    """Files by root in `directory`; `extra` is where the user said that files may lie already."""
+    """Files by root in `directory`; `extra` is where the user said that files may lie already.
+
+    What lies in `private` stays there, and nobody is sent a byte of it.
+    """
 
     directory: Path
     extra: Path | None = None
+    private: Path | None = None
     _hashes: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
     _chunks: dict[bytes, tuple[Path, int, int]] = field(default_factory=dict)
 
@@ -40,7 +44,8 @@ class Materials:
         return tree_path(self.directory, tree)
 
     def take_local(self, tree: Tree) -> bool:
-        """Whether the file is here and whole; from then on it is served to others."""
+        """Whether the file is here and whole; from then on it is served to others. Not for private shards."""
+        _check_shared(tree)
         path = self.path(tree)
         if not path.exists() and self.extra is not None and tree_path(self.extra, tree).exists():
             with _full_disk(self.directory):
@@ -58,6 +63,40 @@ class Materials:
             return False
         self._serve(tree, chunk_hashes(path, tree.chunk_bytes))
         return True
+
+    def take_private(self, data: Data) -> None:
+        """Use the private shards that lie in `private`, where they are.
+
+        Raises `DataInvalid` where one is damaged, where the run would have others fetch what lies there, and where there is
+        nothing at all to train on.
+        """
+        self._check_all_private(data)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for tree in data.private_trees:
+            path = self.path(tree)
+            if path.is_symlink():
+                path.unlink()
+            if not path.exists() and self.private is not None and self._lies_in_private(tree):
+                path.symlink_to(tree_path(self.private, tree).absolute())
+            if path.exists():
+                verify_tree_file(path, tree)
+        held = data.held(lambda tree: self.path(tree).exists())
+        if not held.train:
+            raise DataInvalid("none of the run's private shards are here", "name the folder that has some with --data")
+        if data.private_trees:
+            log.info("private_shards", samples=sum(shard.samples for shard in held.train if shard.private))
+
+    def _check_all_private(self, data: Data) -> None:
+        """The holder's own word counts, whatever the manifest says."""
+        shown = next((tree for tree in data.trees if self._lies_in_private(tree)), None)
+        if shown is not None:
+            raise DataInvalid(
+                f"{tree_path(self.private or self.directory, shown)} is not private in this run: others would fetch it",
+                "ask the run's owner to mark it private, or name the folder with --files if others may have it",
+            )
+
+    def _lies_in_private(self, tree: Tree) -> bool:
+        return self.private is not None and tree_path(self.private, tree).exists()
 
     def hashes(self, root: bytes) -> tuple[bytes, ...]:
         """The chunk hashes of a file that is here; empty if it isn't."""
@@ -97,7 +136,8 @@ class Materials:
         token: Signed | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Fetch a file from all `peers` that have it. Raises `MissingBlob` while nobody has it."""
+        """Fetch a file from all `peers` that have it. Raises `MissingBlob` while nobody has it. Not for private shards."""
+        _check_shared(tree)
         hashes, holders = await self._holders(tree, peers, post, transfer.run_id, token)
         partial = self.path(tree).with_suffix(".part")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -146,6 +186,11 @@ class Materials:
         self._hashes[bytes.fromhex(tree.root)] = tuple(hashes)
         for index, name in enumerate(hashes):
             self._chunks[name] = (self.path(tree), index * tree.chunk_bytes, _chunk_size(tree, index))
+
+
+def _check_shared(tree: Tree) -> None:
+    if isinstance(tree, Shard) and tree.private:
+        raise ValueError(f"{tree.root[:12]} is private")
 
 
 def chunks_request(tree: Tree, run_id: bytes, token: Signed | None) -> SyncRequest:

@@ -33,7 +33,7 @@ from peer.batches import (
     halved,
     plan_for_host,
 )
-from peer.data import Indices, ShardReader, assignment_seed, sample_indices
+from peer.data import Indices, ShardReader, assignment_seed, sample_indices, tree_path
 from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
 from peer.distillation import Taught, TeacherReader, divergence
 from peer.experts import balance_coefficient, balance_losses
@@ -232,8 +232,11 @@ class Trainer:
 
     @classmethod
     def open(cls, run: manifest.Manifest, device: torch.device, files: Path, *, micro_batch: int | None = None) -> Trainer:
-        """A trainer on the run's files, which lie in `files` by their roots and were verified before. Raises `DataInvalid`."""
-        data, vocabulary = run.data, run.model.vocabulary_size
+        """A trainer on the run's files, which lie in `files` by their roots and were verified before. Raises `DataInvalid`.
+
+        Samples are those of the private shards that are there, and of all others.
+        """
+        data, vocabulary = run.data.held(lambda tree: tree_path(files, tree).exists()), run.model.vocabulary_size
         train, validation = (
             ShardReader.open(side, files, data.sequence_length, vocabulary, data.layout) for side in (data.train, data.validation)
         )

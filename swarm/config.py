@@ -70,6 +70,7 @@ class PeerSettings(Settings):
     ticket: str = Field("", description="invitation of the run's owner, where the run asks for one")
     link_file: Path | None = Field(None, description="file that holds the join link, waited for at start")
     files: Path | None = Field(None, description="folder where the run's data files may lie already")
+    data: Path | None = Field(None, description="folder with private shards: used where they are, never sent to anybody")
     identity: Path = Field(default_factory=lambda: data_path() / "identity.key", description="the peer's key file")
     data_dir: Path = Field(default_factory=lambda: data_path() / "peer", description="state, blobs and receipts")
     gpu: str = Field("auto", description="device: a GPU's number, several (0,1), auto, or cpu")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -92,8 +94,11 @@ class Shard(Tree):
     In a `marked` layout the lower 28 bits are the id; the top bit says that it has no loss, the next that a document starts.
     """
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"private"})
+
     samples: Positive
     token_bytes: Literal[2, 4] = 2
+    private: bool = Field(False, description="stays where it is: nobody serves or fetches it, and those who have it train on it")
 
 
 class Base(Tree):
@@ -229,8 +234,31 @@ class Data(Frozen):
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """Their files."""
-        return (*self.train, *self.validation, *(self.teacher.shards if self.teacher is not None else ()))
+        """The files that peers have from each other."""
+        return tuple(tree for tree, private in self._files if not private)
+
+    @property
+    def private_trees(self) -> tuple[Tree, ...]:
+        """The files that stay where they are, what a teacher expects in them included."""
+        return tuple(tree for tree, private in self._files if private)
+
+    @property
+    def _files(self) -> list[tuple[Tree, bool]]:
+        lessons = zip(self.teacher.shards, self.train, strict=True) if self.teacher is not None else ()
+        shards = ((shard, shard.private) for shard in (*self.train, *self.validation))
+        return [*shards, *((lesson, shard.private) for lesson, shard in lessons)]
+
+    def held(self, is_here: Callable[[Tree], bool]) -> Data:
+        """The same without the private shards that are not here; what is left may have none."""
+        train = [not shard.private or is_here(shard) for shard in self.train]
+        changes: dict[str, Any] = {
+            "train": tuple(compress(self.train, train)),
+            "validation": tuple(shard for shard in self.validation if not shard.private or is_here(shard)),
+        }
+        if self.teacher is not None:
+            shards = tuple(compress(self.teacher.shards, train))
+            changes["teacher"] = self.teacher.model_copy(update={"shards": shards})
+        return self.model_copy(update=changes)
 
     @property
     def counted_per_sample(self) -> float:
@@ -454,6 +482,16 @@ class Manifest(Frozen):
             raise ValueError("distillation and data.teacher are only there together")
         return self
 
+    @model_validator(mode="after")
+    def _private_data_have_no_strangers(self) -> Manifest:
+        if not self.data.private_trees:
+            return self
+        if self.admission.kind == "open":
+            raise ValueError("private shards need an admission by invitation or allow_list")
+        if self.audit.rate or self.audit.first:
+            raise ValueError("nobody can audit what was trained on private shards: set audit.rate and audit.first to 0")
+        return self
+
     def phase(self, round_index: int) -> Phase:
         """What holds in a round: the last phase that has begun; `inner_steps` is 1 in `sync`."""
         strategy = self.strategy
@@ -464,7 +502,7 @@ class Manifest(Frozen):
 
     @property
     def files(self) -> tuple[Tree, ...]:
-        """All files that a peer needs."""
+        """All files that a peer needs and that others have, too: not those of private shards."""
         base = () if self.model.base is None else (self.model.base,)
         return (self.tokenizer, *base, *self.data.trees)
 

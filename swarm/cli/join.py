@@ -45,6 +45,9 @@ def command(
     data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,
     identity: Annotated[Path | None, typer.Option("--identity", help="The peer's key file; made at the first start.")] = None,
     files: Annotated[Path | None, typer.Option("--files", help="Folder where the run's data files lie already.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with private shards: used where they are, never sent to anybody.")
+    ] = None,
     ticket: Annotated[str | None, typer.Option("--ticket", help="Invitation, where the run asks for one.")] = None,
     link_file: Annotated[Path | None, typer.Option("--link-file", help="File that holds the link; waited for.")] = None,
     listen: Annotated[str | None, typer.Option("--listen", help="host:port for other peers; port 0 = any free one.")] = None,
@@ -82,6 +85,7 @@ def command(
         "identity": identity or (data_dir / "identity.key" if data_dir else None),
         "ticket": ticket,
         "files": files,
+        "data": data,
         "link_file": link_file,
         "listen": listen,
         "announce": announce,
@@ -144,8 +148,9 @@ def _check(settings: PeerSettings) -> None:
         _, separator, port = address.rpartition(":")
         if address and not (separator and port.isascii() and port.isdigit() and int(port) < 65536):
             raise UsageError(f"--{option} {address!r} is not an address", "an address looks like 0.0.0.0:4400 or [::]:4400")
-    if settings.files is not None and not settings.files.is_dir():
-        raise UsageError(f"{settings.files} is not a folder", "name the folder that holds the run's data files")
+    for folder, what in ((settings.files, "the run's data files"), (settings.data, "private shards")):
+        if folder is not None and not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder", f"name the folder that holds {what}")
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=settings.data_dir) as probe:
@@ -194,6 +199,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         inbound=settings.inbound,
         metrics=settings.metrics,
         files=settings.files,
+        data=settings.data,
         threads=settings.threads,
         max_upload=settings.max_upload,
         max_download=settings.max_download,
@@ -265,8 +271,9 @@ def _child_command(device: str, link: str, settings: PeerSettings, devices: int)
     folder = settings.data_dir / f"gpu-{index}"
     command = [sys.executable, "-m", "swarm.cli.main", "join", link, "--gpu", index, "--dir", str(folder)]
     command += ["--listen", settings.listen.rpartition(":")[0] + ":0", "--log-level", settings.log_level]
-    if settings.files is not None:
-        command += ["--files", str(settings.files)]
+    for option, folder in (("--files", settings.files), ("--data", settings.data)):
+        if folder is not None:
+            command += [option, str(folder)]
     if settings.ticket:
         command += ["--ticket", settings.ticket]
     command += ["--max-upload", _share(settings.max_upload, devices, "B/s")]

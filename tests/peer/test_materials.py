@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from peer.data import chunk_hashes
+from peer.data import chunk_hashes, tree_of_file
 from peer.materials import Materials
 from peer.network.blobs import BlobStore
 from peer.network.node import Node
 from peer.network.transfer import MissingBlob, Transfer
 from peer.rounds.post import SYNC, Post
-from swarm.errors import DiskFull
+from swarm.errors import DataInvalid, DiskFull
 from swarm.identity import Identity
-from swarm.manifest import Tree
+from swarm.manifest import Data, Shard, Tree
 from swarm.merkle import root_of
 from swarm.messages import parse
 from swarm.rpc.v1.peer_pb2 import SyncReply, SyncRequest
@@ -140,6 +140,72 @@ def test_local_files_are_used_and_checked(tmp_path: Path) -> None:
     assert not alone.take_local(tree)
     assert not alone.path(tree).exists()
     assert Materials(tmp_path / "mine", tmp_path / "given").take_local(tree)
+
+
+def private_data(folder: Path) -> Data:
+    """Data with two private shards for training, of which the first one's file is in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    row = 9 * 2
+
+    def shard(byte: int, **more: object) -> Shard:
+        (folder / "new").write_bytes(bytes([byte, 0]) * 9 * 50)
+        tree = tree_of_file(folder / "new")
+        (folder / "new").rename(folder / tree.root)
+        return Shard(**tree.model_dump(), samples=tree.size_bytes // row, **more)
+
+    held, others, public = shard(1, private=True), shard(2, private=True), shard(3)
+    (folder / others.root).unlink()
+    (folder / public.root).rename(folder.with_name("public.shard"))
+    return Data(sequence_length=8, train=(held, others), validation=(public,))
+
+
+async def test_a_private_shard_is_served_to_nobody(tmp_path: Path, network) -> None:
+    """Its holder uses it where it lies, and has neither the list of its chunks nor a chunk for a peer that asks for them."""
+    data = private_data(tmp_path / "mine")
+    holder, other = await network(tmp_path / "a"), await network(tmp_path / "b")
+    holder.materials.private = tmp_path / "mine"
+    holder.materials.take_private(data)
+    held = data.train[0]
+    assert holder.materials.path(held).resolve() == tmp_path / "mine" / held.root
+    assert not holder.materials.path(data.train[1]).exists()
+    peers = introduce(other, holder)
+    tree = Tree(**held.model_dump(include={"root", "size_bytes", "chunk_bytes"}))
+    with pytest.raises(MissingBlob):
+        await other.materials.fetch(tree, peers, other.post, other.transfer, None)
+    chunk = chunk_hashes(tmp_path / "mine" / held.root, held.chunk_bytes)[0]
+    with pytest.raises(MissingBlob):
+        await other.transfer.fetch(peers[0], {chunk: held.size_bytes})
+    for peer in (holder, other):
+        with pytest.raises(ValueError, match="is private"):
+            peer.materials.take_local(held)
+        with pytest.raises(ValueError, match="is private"):
+            await peer.materials.fetch(held, peers, peer.post, peer.transfer, None)
+    assert list((tmp_path / "b").glob("*")) == []
+
+
+def test_a_private_shard_is_used_only_where_its_holder_says(tmp_path: Path) -> None:
+    """Without the folder of the start before it is not there any more, damaged it is refused, and its file is never touched."""
+    data, mine, files = private_data(tmp_path / "mine"), tmp_path / "mine", tmp_path / "files"
+    Materials(files, private=mine).take_private(data)
+    Materials(files, private=mine).take_private(data)
+    assert [path.name for path in files.iterdir()] == [data.train[0].root]
+    with pytest.raises(DataInvalid, match="none of the run's private shards") as caught:
+        Materials(files).take_private(data)
+    assert "--data" in caught.value.hint
+    assert list(files.iterdir()) == []
+    Materials(mine, private=mine).take_private(data)
+    assert not (mine / data.train[0].root).is_symlink()
+    (mine / data.train[0].root).write_bytes(bytes(data.train[0].size_bytes))
+    with pytest.raises(DataInvalid, match="damaged"):
+        Materials(files, private=mine).take_private(data)
+
+
+def test_a_holders_word_counts_more_than_the_manifests(tmp_path: Path) -> None:
+    """A run in which others would fetch what lies in the holder's folder of private shards isn't joined."""
+    data = private_data(tmp_path / "mine")
+    shown = data.model_copy(update={"train": tuple(shard.model_copy(update={"private": False}) for shard in data.train)})
+    with pytest.raises(DataInvalid, match="others would fetch it"):
+        Materials(tmp_path / "files", private=tmp_path / "mine").take_private(shown)
 
 
 def test_space_is_checked_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

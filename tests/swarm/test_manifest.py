@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,56 @@ def taught_data(**teacher: object) -> dict[str, object]:
     sizes = [shard["samples"] * data["sequence_length"] * (3 * 4 + 2) for shard in data["train"]]
     shards = [{"root": "11" * 32, "size_bytes": size} for size in sizes]
     return {**data, "teacher": {"shards": shards, "top_k": 3, **teacher}}
+
+
+PRIVATE = {"admission": {"kind": "invitation"}, "audit": {"rate": 0.0, "first": 0}}
+
+
+def private_data(*, validation: bool = False) -> dict[str, Any]:
+    """The tiny manifest's data with two shards for training, of which the first is private."""
+    data: dict[str, Any] = manifest().model_dump(mode="json")["data"]
+    first = data["train"][0]
+    data["train"] = [{**first, "private": True}, {**first, "root": "03" * 32}]
+    data["validation"][0]["private"] = validation
+    return data
+
+
+def test_private_shards_are_none_of_the_files_that_travel() -> None:
+    """A run without any keeps its id; those that a peer lacks are none of its samples."""
+    data = manifest().model_dump(mode="json")["data"]
+    for shard in (*data["train"], *data["validation"]):
+        shard["private"] = False
+    assert parse(data=data).run_id == manifest().run_id
+    run = parse(data=private_data(validation=True), **PRIVATE)
+    private, public = run.data.train
+    assert run.files == (run.tokenizer, public)
+    assert run.data.private_trees == (private, *run.data.validation)
+    assert run.data.held(lambda tree: False).train == (public,)
+    assert run.data.held(lambda tree: tree == private).train == (private, public)
+    assert run.data.held(lambda tree: False).validation == ()
+
+
+def test_what_a_teacher_expects_in_a_private_shard_is_private_too() -> None:
+    """It tells what is in it, and goes with the shard."""
+    data = private_data()
+    per_token = 2 * 4 + 2
+    lesson = {"size_bytes": 100 * data["sequence_length"] * per_token}
+    data["teacher"] = {"shards": [{**lesson, "root": "0a" * 32}, {**lesson, "root": "0b" * 32}], "top_k": 2}
+    run = parse(data=data, distillation={}, **PRIVATE)
+    assert [tree.root[:2] for tree in run.data.private_trees] == ["01", "0a"]
+    held = run.data.held(lambda tree: False)
+    assert held.teacher is not None
+    assert [tree.root[:2] for tree in held.teacher.shards] == ["0b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"admission": {"kind": "open"}}, "by invitation"), ({"audit": {"rate": 0.1, "first": 0}}, "nobody can audit")],
+)
+def test_private_shards_are_for_people_who_know_each_other(changes: dict[str, object], problem: str) -> None:
+    """An open run, or one that promises audits, can't have any."""
+    with pytest.raises(ManifestInvalid, match=problem):
+        parse(data=private_data(), **{**PRIVATE, **changes})
 
 
 def test_a_teacher_and_distillation_are_there_together() -> None:
