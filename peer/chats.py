@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from peer.corpus import END_OF_TEXT
-from peer.documents import Counts, read_records
+from peer.documents import Counts, Record
 from peer.marks import Values, marked
 from swarm.errors import DataInvalid
 
@@ -144,12 +144,12 @@ def _text(path: Path) -> str:
         raise DataInvalid(f"{path} is no template: {error}") from error
 
 
-def read_chats(files: Iterable[Path], counts: Counts, on_file: Callable[[], None] = lambda: None) -> Iterator[str]:
-    """The chats in JSON lines and Parquet files, each as one line of JSON; those without an answer are counted as empty.
+def read_chats(records: Iterable[Record], counts: Counts) -> Iterator[str]:
+    """The chats in records, each as one line of JSON; those without an answer are counted as empty.
 
     Raises `DataInvalid`, with the place, for what is no chat.
     """
-    for place, record in read_records(files, counts, on_file):
+    for place, record in records:
         try:
             messages = messages_of(record)
         except (KeyError, TypeError, ValueError) as error:

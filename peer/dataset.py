@@ -11,8 +11,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
-from peer.chats import asked_in, format_of, texts_in
+from peer.chats import TEMPLATE_FILE, asked_in, format_of, texts_in
 from peer.corpus import (
+    TOKENIZER,
     build_marked_shards,
     build_shards,
     byte_level_tokenizer,
@@ -56,19 +57,49 @@ class Plan:
     description: str = ""
     kind: Literal["text", "chat"] = "text"
     chat_template: Path | None = None
+    private: bool = False
 
 
 def make_tokenizer(name: str, documents: Iterable[str]) -> Tokenizer:
-    """`bytes`, `bpe:SIZE` trained on the documents, or a tokenizer's file. Raises `UsageError` or `DataInvalid`."""
+    """`bytes`, `bpe:SIZE` trained on the documents, or that of a file or folder. Raises `UsageError` or `DataInvalid`."""
     if name == BYTES:
         return byte_level_tokenizer()
-    if not name.startswith(BPE):
-        loaded: Tokenizer = load_tokenizer(Path(name)).backend_tokenizer
+    path = tokenizer_path(name)
+    if path is not None:
+        loaded: Tokenizer = load_tokenizer(path).backend_tokenizer
         return loaded
     size = name.removeprefix(BPE)
     if not size.isdecimal() or int(size) < LEAST_VOCABULARY:
         raise UsageError(f"{name!r} is no vocabulary", f"a BPE tokenizer has {LEAST_VOCABULARY} tokens or more, like bpe:8192")
     return train_bpe_tokenizer(documents, int(size))
+
+
+def tokenizer_path(name: str) -> Path | None:
+    """The file of a tokenizer that is named by it, or by the folder that it lies in; None for one that is made here."""
+    if name == BYTES or name.startswith(BPE):
+        return None
+    path = Path(name)
+    return path / TOKENIZER if path.is_dir() else path
+
+
+def train_tokenizer(documents: Shuffled, to: Path, vocabulary_size: int, plan: Plan) -> Tokenizer:
+    """Write a tokenizer trained on the documents that `plan` doesn't hold out into `to`, all or nothing.
+
+    One for chats has ChatML's markers, and the template beside it. Raises `DataInvalid` and `UsageError`.
+    """
+    with appearing(to) as unfinished:
+        tokenizer = make_tokenizer(f"{BPE}{vocabulary_size}", _learned_from(documents, plan))
+        if plan.kind == "chat":
+            (unfinished / TEMPLATE_FILE).write_text(format_of(tokenizer, None, plan.chat_template).template)
+        tokenizer.save(str(unfinished / TOKENIZER))
+    return tokenizer
+
+
+def _learned_from(documents: Shuffled, plan: Plan) -> Iterator[str]:
+    """What a tokenizer is trained on."""
+    if plan.kind == "chat":
+        return texts_in(_side(documents, plan.held_out, held_out=False, by=asked_in))
+    return _side(documents, plan.held_out, held_out=False)
 
 
 def build(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None] = lambda: None) -> Dataset:
@@ -83,14 +114,15 @@ def build(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document
 def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
     if plan.kind == "chat":
         return _write_chats(documents, to, plan, counts, on_document)
-    tokenizer = make_tokenizer(plan.tokenizer, _side(documents, plan.held_out, held_out=False))
+    tokenizer = make_tokenizer(plan.tokenizer, _learned_from(documents, plan))
     end, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
 
     def shards(held_out: bool) -> tuple[Shard, ...]:
         texts = _told(_side(documents, plan.held_out, held_out=held_out), on_document)
         encoded = encode_bytes(texts) if plan.tokenizer == BYTES else encode_documents(tokenizer, texts)
         with _named(held_out):
-            return build_shards(encoded, to, sequence_length=plan.sequence_length, end_of_text=end, vocabulary_size=size)
+            made = build_shards(encoded, to, sequence_length=plan.sequence_length, end_of_text=end, vocabulary_size=size)
+            return _as_planned(made, plan)
 
     data = Data(
         sequence_length=plan.sequence_length,
@@ -105,16 +137,16 @@ def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_documen
 
 def _write_chats(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
     """The same of chats; each side's rows are counted as well as its documents."""
-    tokenizer = make_tokenizer(plan.tokenizer, texts_in(_side(documents, plan.held_out, held_out=False, by=asked_in)))
-    is_made_here = plan.tokenizer == BYTES or plan.tokenizer.startswith(BPE)
-    chats = format_of(tokenizer, None if is_made_here else Path(plan.tokenizer), plan.chat_template)
+    tokenizer = make_tokenizer(plan.tokenizer, _learned_from(documents, plan))
+    chats = format_of(tokenizer, tokenizer_path(plan.tokenizer), plan.chat_template)
     end = end_of_text_id(tokenizer)
 
     def shards(held_out: bool) -> tuple[tuple[Shard, ...], int]:
         texts = _told(_side(documents, plan.held_out, held_out=held_out, by=asked_in), on_document)
         values = chats.documents(texts, plan.sequence_length + 1, counts)
         with _named(held_out):
-            return build_marked_shards(values, to, sequence_length=plan.sequence_length, end_of_text=end)
+            made, counted = build_marked_shards(values, to, sequence_length=plan.sequence_length, end_of_text=end)
+            return _as_planned(made, plan), counted
 
     (train, counted), (validation, _) = shards(held_out=False), shards(held_out=True)
     data = Data(
@@ -130,6 +162,10 @@ def _write_chats(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_d
     size = tokenizer.get_vocab_size()
     made = Dataset(tokenizer=save_tokenizer(tokenizer, to), data=data, vocabulary_size=size, end_of_text=end)
     return _described(made, to, plan, counts, documents.copies)
+
+
+def _as_planned(shards: tuple[Shard, ...], plan: Plan) -> tuple[Shard, ...]:
+    return tuple(shard.model_copy(update={"private": plan.private}) for shard in shards)
 
 
 @contextmanager
@@ -154,7 +190,12 @@ def _described(made: Dataset, to: Path, plan: Plan, counts: Counts, copies: int)
 
 def read(folder: Path) -> Dataset:
     """What `build` has left in a folder. Raises `DataInvalid`."""
-    return described(Dataset, folder / FILE, f"make it with: swarm data build SOURCE --to {folder}", "build the data anew")
+    return read_description(folder / FILE)
+
+
+def read_description(path: Path) -> Dataset:
+    """The same from the file that describes the folder, which may have been sent here without it. Raises `DataInvalid`."""
+    return described(Dataset, path, f"make it with: swarm data build SOURCE --to {path.parent}", "build the data anew")
 
 
 def _side(
@@ -172,6 +213,12 @@ def _chats_row(counts: Counts, plan: Plan) -> dict[str, str]:
     }
 
 
+def _source_row(counts: Counts) -> dict[str, str]:
+    if counts.origin:
+        return {"source": counts.origin}
+    return {"files": f"{counts.files:,}, {len(counts.unreadable):,} of them skipped because they are no UTF-8 text"}
+
+
 def _told(documents: Iterable[str], on_document: Callable[[], None]) -> Iterator[str]:
     for text in documents:
         yield text
@@ -182,7 +229,7 @@ def _card(made: Dataset, plan: Plan, counts: Counts, copies: int) -> str:
     samples = {name: sum(shard.samples for shard in getattr(made.data, name)) for name in ("train", "validation")}
     rows = {
         "licence": made.data.license,
-        "files": f"{counts.files:,}, {len(counts.unreadable):,} of them skipped because they are no UTF-8 text",
+        **_source_row(counts),
         "documents": f"{counts.documents:,}, {copies:,} of them copies that were left out",
         **_chats_row(counts, plan),
         "bytes of text": f"{counts.bytes_read:,}",
@@ -190,6 +237,8 @@ def _card(made: Dataset, plan: Plan, counts: Counts, copies: int) -> str:
         "training samples": f"{samples['train']:,} of {made.data.sequence_length:,} tokens",
         "held-out samples": f"{samples['validation']:,}, from documents of their own",
     }
+    if plan.private:
+        rows["private"] = "yes: these shards stay where they are"
     if made.data.layout == "marked":
         share = made.data.counted_per_sample / made.data.sequence_length
         rows["tokens with a loss"] = (

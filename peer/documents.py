@@ -25,10 +25,13 @@ MAX_DOCUMENT_BYTES = 1 << 28
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
 PARQUET = ".parquet"
 
+Record = tuple[str, dict[str, Any]]
+"""A row of a table or an object, with the place that it is from."""
+
 
 @dataclass
 class Counts:
-    """What reading came to. `bytes_read` are the texts' own; whatever isn't text is `unreadable`.
+    """What reading came to. `bytes_read` are the texts' own; whatever isn't text is `unreadable`; `origin` is a hub's data set.
 
     `too_long` and `not_split` are chats that were left out when they were packed.
     """
@@ -40,6 +43,7 @@ class Counts:
     too_long: int = 0
     not_split: int = 0
     unreadable: list[str] = field(default_factory=list)
+    origin: str = ""
 
 
 def files_of(sources: Sequence[Path]) -> list[Path]:
@@ -65,22 +69,35 @@ def read_documents(
     """
     for path in files:
         counts.files += 1
-        for text in _texts_in(path, text_field, counts):
-            if not text.strip():
-                counts.empty += 1
-                continue
-            size = len(text.encode())
-            if size > MAX_DOCUMENT_BYTES:
-                raise DataInvalid(f"{path} has a document of {size:,} bytes", f"split it: at most {MAX_DOCUMENT_BYTES:,}")
-            counts.documents += 1
-            counts.bytes_read += size
-            yield text
+        yield from _counted(str(path), _texts_in(path, text_field, counts), counts)
         on_file()
 
 
-def read_records(
-    files: Iterable[Path], counts: Counts, on_file: Callable[[], None] = lambda: None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def texts_of(records: Iterable[Record], text_field: str, counts: Counts) -> Iterator[str]:
+    """The texts under a field of records. Raises `DataInvalid` for one without it, with its place."""
+    for place, record in records:
+        if not isinstance(record.get(text_field), str):
+            known = ", ".join(name for name, value in record.items() if isinstance(value, str)) or "none"
+            hint = f"name another with --column; it has {known}"
+            raise DataInvalid(f"{place} has no text under {text_field!r}", hint)
+        yield from _counted(place, [record[text_field]], counts)
+
+
+def _counted(place: str, texts: Iterable[str], counts: Counts) -> Iterator[str]:
+    """Those that aren't empty."""
+    for text in texts:
+        if not text.strip():
+            counts.empty += 1
+            continue
+        size = len(text.encode())
+        if size > MAX_DOCUMENT_BYTES:
+            raise DataInvalid(f"{place} has a document of {size:,} bytes", f"split it: at most {MAX_DOCUMENT_BYTES:,}")
+        counts.documents += 1
+        counts.bytes_read += size
+        yield text
+
+
+def read_records(files: Iterable[Path], counts: Counts, on_file: Callable[[], None] = lambda: None) -> Iterator[Record]:
     """The objects in JSON lines and the rows of Parquet files, each with its place; other files are skipped and counted.
 
     Raises `DataInvalid` for a line that is no object, with its place.

@@ -43,6 +43,7 @@ LATE_SHARE = 0.2  # an exchange of up to this share of a round can overlap with 
 QUIET_SHARE = 0.05  # below this share waiting costs less than a late result
 FEW_ROUNDS = 24  # with fewer, late results were worse by 4 % of the loss: more than the wait is worth
 FRESH_FROM_STEPS = 10  # rounds of 12 steps that each begin with a fresh inner state cost 2 % of the loss
+UNSEEN = "kept, as nobody audits"
 FRESH = "fresh in every round, so that others can compute a contribution again; it costs about 2 % of the loss"
 BY_LOSS = "audits go by what a contribution does to the loss"
 LONG_RUN_STEPS = 20_000  # from here on `sparse` had enough rounds to pay in the literature
@@ -78,6 +79,7 @@ class Draft(Frozen):
     )
     codec: Literal["fp16", "int8", "int4", "int2", "sparse"] | None = Field(None, description="decided already")
     inner_steps: int | None = Field(None, ge=1, le=10_000, description="decided already: inner steps of a round")
+    audited: bool = Field(True, description="whether others shall check contributions; not where the data are private")
 
     @property
     def steps(self) -> int:
@@ -165,7 +167,7 @@ def plan(draft: Draft) -> Plan:
     first, *later = _phases(segments)
     most, most_reason = _most_peers(draft, rung)
     overlap: Literal["off", "auto"] = "off" if share <= QUIET_SHARE or rounds < FEW_ROUNDS else "auto"
-    kept_reason = _why_kept(overlap, rounds, rung.inner_steps)
+    kept_reason = _why_kept(overlap, rounds, rung.inner_steps) if draft.audited else UNSEEN
     strategy = DiLoCo(
         inner_steps=first.inner_steps,
         batch_samples=draft.batch_samples,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,36 +14,113 @@ from swarm.cli.output import print_fields, print_json
 from swarm.errors import UsageError
 
 if TYPE_CHECKING:
-    from peer.documents import Counts
+    from peer.documents import Counts, Record, Shuffled
 
-app = typer.Typer(help="Make a run's data from texts: build, teach.", no_args_is_help=True, rich_markup_mode=None)
+Bar = Callable[[str, int | None], Callable[[], None]]
+app = typer.Typer(
+    help="Make a run's data from texts: tokenizer, build, combine, teach.", no_args_is_help=True, rich_markup_mode=None
+)
+
+KINDS = ("text", "chat")
+SourcesArgument = Annotated[
+    list[Path] | None, typer.Argument(help="Text files, JSON lines, Parquet files, or folders of them.", show_default=False)
+]
+HubOption = Annotated[
+    str, typer.Option("--hub", help="Instead of files: a hub's data set, owner/name, or a local folder in a hub's layout.")
+]
+ConfigOption = Annotated[str | None, typer.Option("--config", help="With --hub: its configuration, where it has several.")]
+SplitOption = Annotated[str, typer.Option("--split", help="With --hub: which of its splits.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="With --hub: only so many of its rows, the first ones.")]
+FieldOption = Annotated[
+    str, typer.Option("--field", "--column", help="Where a JSON line, a Parquet row or a hub's row has its text.")
+]
+KindOption = Annotated[str, typer.Option("--kind", help="text, or chat: loss on what the assistant says only.")]
+TemplateOption = Annotated[
+    Path | None, typer.Option("--chat-template", help="A Jinja file instead of the tokenizer's own, or ChatML.")
+]
+HeldOutOption = Annotated[
+    float, typer.Option("--held-out", min=0.001, max=0.5, help="Share of the documents that is kept for validation.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Another order of the same documents.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 
 
 @app.callback()
 def data() -> None:
-    """Make a run's data from texts: build, and teach for what a larger model makes of them."""
+    """Make a run's data from texts: build, and before it perhaps a tokenizer, after it combine and teach."""
+
+
+@app.command()
+def tokenizer(
+    sources: SourcesArgument = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder for the tokenizer; new or empty.")] = Path("tokenizer"),
+    vocabulary: Annotated[
+        int, typer.Option("--vocabulary", min=257, max=1 << 20, help="How many tokens it has; ChatML's markers come on top.")
+    ] = 8192,
+    held_out: HeldOutOption = 0.05,
+    kind: KindOption = "text",
+    chat_template: TemplateOption = None,
+    field: FieldOption = "text",
+    hub: HubOption = "",
+    config: ConfigOption = None,
+    split: SplitOption = "train",
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on texts, for several builds, or several people, that need the same one.
+
+    It doesn't see what `swarm data build` with the same --held-out keeps for validation.
+
+    Examples:
+
+      swarm data tokenizer ./texts --vocabulary 8192 --to tokenizer
+
+      swarm data build ./texts --tokenizer tokenizer --to data
+    """
+    from peer.dataset import Plan, train_tokenizer
+
+    source = Source(sources or [], kind, field, Hub(hub, config, split, limit))
+    to = new_folder(to)
+    with source.opened(to.parent) as (documents, counts, _):
+        plan = Plan(held_out=held_out, kind="chat" if kind == "chat" else "text", chat_template=chat_template)
+        made = train_tokenizer(documents, to, vocabulary, plan)
+    fields: dict[str, object] = {
+        "directory": str(to),
+        "documents": counts.documents,
+        "vocabulary_size": made.get_vocab_size(),
+    }
+    if as_json:
+        print_json(fields)
+        return
+    print_fields(fields)
+    typer.echo(f"next: swarm data build SOURCE --tokenizer {to}")
 
 
 @app.command()
 def build(
-    sources: Annotated[list[Path], typer.Argument(help="Text files, JSON lines, Parquet files, or folders of them.")],
+    sources: SourcesArgument = None,
     to: Annotated[Path, typer.Option("--to", help="Folder for tokenizer and shards; new or empty.")] = Path("data"),
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", help="bytes, bpe:8192 to train one of that size, or a tokenizer.json.")
+        str, typer.Option("--tokenizer", help="bytes, bpe:8192 to train one of that size, a tokenizer.json or its folder.")
     ] = "bytes",
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens of a sample.")] = 128,
-    held_out: Annotated[
-        float, typer.Option("--held-out", min=0.001, max=0.5, help="Share of the documents that is kept for validation.")
-    ] = 0.05,
-    kind: Annotated[str, typer.Option("--kind", help="text, or chat: loss on what the assistant says only.")] = "text",
-    chat_template: Annotated[
-        Path | None, typer.Option("--chat-template", help="A Jinja file instead of the tokenizer's own, or ChatML.")
-    ] = None,
-    field: Annotated[str, typer.Option("--field", help="Where a JSON line or a Parquet row has its text.")] = "text",
-    license_: Annotated[str, typer.Option("--license", help="The data's licence, for the manifest and the card.")] = "unknown",
+    held_out: HeldOutOption = 0.05,
+    kind: KindOption = "text",
+    chat_template: TemplateOption = None,
+    field: FieldOption = "text",
+    hub: HubOption = "",
+    config: ConfigOption = None,
+    split: SplitOption = "train",
+    limit: LimitOption = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="The shards stay here: peers that have them train on them, nobody is sent them.")
+    ] = False,
+    license_: Annotated[
+        str, typer.Option("--license", "--licence", help="The data's, for the manifest and the card; by default a hub's own.")
+    ] = "",
     description: Annotated[str, typer.Option("--description", help="One paragraph about the data.")] = "",
-    seed: Annotated[int, typer.Option("--seed", help="Another order of the same documents.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Tokenise, shuffle and pack texts into shards that are named by their content; copies are left out.
 
@@ -55,22 +133,25 @@ def build(
       swarm data build articles.jsonl --field body --to data
 
       swarm data build chats.jsonl --kind chat --tokenizer base/tokenizer.json --sequence-length 2048
+
+      swarm data build --hub roneneldan/TinyStories --column text --limit 100000 --tokenizer bpe:8192
     """
-    from peer.chats import read_chats
     from peer.dataset import FILE, Plan
     from peer.dataset import build as build_dataset
-    from peer.documents import Counts, Shuffled, files_of, read_documents
 
-    if kind not in ("text", "chat"):
-        raise UsageError(f"no such kind of data: {kind}", "choose text or chat")
+    source = Source(sources or [], kind, field, Hub(hub, config, split, limit))
     to = new_folder(to)
-    counts, files = Counts(), files_of(sources)
-    plan = Plan(tokenizer, sequence_length, held_out, license_, description, "chat" if kind == "chat" else "text", chat_template)
-    with ExitStack() as stack:
-        bar = stack.enter_context(_bars())
-        on_file = bar("reading", len(files))
-        read = read_chats(files, counts, on_file) if kind == "chat" else read_documents(files, field, counts, on_file)
-        documents = stack.enter_context(Shuffled(read, seed, to.parent))
+    with source.opened(to.parent, seed) as (documents, counts, bar):
+        plan = Plan(
+            tokenizer,
+            sequence_length,
+            held_out,
+            license_ or source.license or "unknown",
+            description,
+            "chat" if kind == "chat" else "text",
+            chat_template,
+            private,
+        )
         made = build_dataset(documents, to, plan, counts, bar("packing", counts.documents))
         copies = documents.copies
     fields: dict[str, object] = {
@@ -79,9 +160,44 @@ def build(
         "copies": copies,
         "skipped_files": len(counts.unreadable),
         "vocabulary_size": made.vocabulary_size,
+        "license": made.data.license,
         **_left_out(kind, counts),
-        "train_samples": sum(shard.samples for shard in made.data.train),
+        "train_samples": made.data.train_samples,
         "held_out_samples": sum(shard.samples for shard in made.data.validation),
+    }
+    if as_json:
+        print_json(fields)
+        return
+    print_fields(fields)
+    after = f"send that file to the run's owner, and join with: --data {to}" if private else f"swarm run init --data {to}"
+    typer.echo(f"{to / FILE} written; next: {after}")
+
+
+@app.command()
+def combine(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders made by `swarm data build`; of private data dataset.yaml alone will do.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder for what they are together; new or empty.")] = Path("combined"),
+    as_json: JsonOption = False,
+) -> None:
+    """Put the data of several people together for one run: private shards are only named, all others copied.
+
+    Examples:
+
+      swarm data combine anna/dataset.yaml ben/dataset.yaml ./public --to data
+    """
+    from peer.combining import combine as put_together
+    from peer.dataset import FILE
+
+    to = new_folder(to)
+    made = put_together(sources, to)
+    fields: dict[str, object] = {
+        "directory": str(to),
+        "train_samples": made.data.train_samples,
+        "private_samples": sum(shard.samples for shard in made.data.train if shard.private),
+        "held_out_samples": sum(shard.samples for shard in made.data.validation),
+        "license": made.data.license,
     }
     if as_json:
         print_json(fields)
@@ -139,6 +255,67 @@ def new_folder(to: Path) -> Path:
     return to
 
 
+@dataclass(frozen=True)
+class Hub:
+    """Which rows of which data set of a hub; none without a name."""
+
+    name: str = ""
+    config: str | None = None
+    split: str = "train"
+    limit: int | None = None
+
+
+@dataclass
+class Source:
+    """Where documents come from: files, or a hub. `license` is what a hub says, once it is opened."""
+
+    paths: Sequence[Path]
+    kind: str
+    field: str
+    hub: Hub
+    license: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"no such kind of data: {self.kind}", "choose text or chat")
+        if bool(self.paths) == bool(self.hub.name):
+            raise UsageError("name files, or a data set with --hub", "for example: swarm data build ./texts")
+
+    @contextmanager
+    def opened(self, folder: Path, seed: int = 0) -> Iterator[tuple[Shuffled, Counts, Bar]]:
+        """The documents, shuffled in temporary files in a folder; what reading came to; and what adds further bars."""
+        from peer.documents import Counts, Shuffled
+
+        counts = Counts()
+        with _bars() as bar, Shuffled(self._documents(counts, bar), seed, folder) as documents:
+            yield documents, counts, bar
+
+    def _documents(self, counts: Counts, bar: Bar) -> Iterator[str]:
+        from peer.chats import read_chats
+        from peer.documents import files_of, read_documents, read_records, texts_of
+
+        if self.hub.name:
+            records = self._rows(counts, bar)
+            return read_chats(records, counts) if self.kind == "chat" else texts_of(records, self.field, counts)
+        files = files_of(self.paths)
+        on_file = bar("reading", len(files))
+        if self.kind == "chat":
+            return read_chats(read_records(files, counts, on_file), counts)
+        return read_documents(files, self.field, counts, on_file)
+
+    def _rows(self, counts: Counts, bar: Bar) -> Iterator[Record]:
+        from peer.hub import open_data
+
+        hub = self.hub
+        found = open_data(hub.name, hub.config, hub.split)
+        self.license, counts.origin = found.license, found.origin
+        total = min(filter(None, (found.rows, hub.limit)), default=None)
+        on_row = bar("reading", total)
+        for record in found.records(hub.limit):
+            yield record
+            on_row()
+
+
 def _left_out(kind: str, counts: Counts) -> dict[str, object]:
     """The chats that can't be trained on; told on standard error where there are some."""
     if kind == "text":
@@ -156,7 +333,7 @@ def _left_out(kind: str, counts: Counts) -> dict[str, object]:
 
 
 @contextmanager
-def _bars() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+def _bars() -> Iterator[Bar]:
     """Bars on the terminal; nothing where there is none. `bar(what, total)` adds one, and gives what moves it on by one."""
     from rich.console import Console
     from rich.progress import Progress
@@ -164,7 +341,7 @@ def _bars() -> Iterator[Callable[[str, int], Callable[[], None]]]:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def bar(what: str, total: int) -> Callable[[], None]:
+        def bar(what: str, total: int | None) -> Callable[[], None]:
             task = progress.add_task(what, total=total)
             return lambda: progress.advance(task)
 

@@ -22,7 +22,7 @@ from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import AdamW, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, Sync
+from swarm.manifest import UNAUDITED, AdamW, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, Sync
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
@@ -87,6 +87,13 @@ TEMPLATE: dict[str, Any] = {
     "credit": {"flops_per_token": 350_997_504, "hold_rounds": 3},
     "audit": {"rate": 0.05, "first": 10, "within_rounds": 10},
 }
+
+PRIVATE: dict[str, Any] = {
+    "merge": {"kind": "mean"},
+    "admission": {**TEMPLATE["admission"], "kind": "invitation"},
+    "audit": {**TEMPLATE["audit"], **UNAUDITED},
+}
+"""What a run with private data has instead: people who know each other, as nobody can audit what they train on."""
 
 app = typer.Typer(help="Describe a training run: init, validate, show, sign.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -154,6 +161,7 @@ def init(
         "upload_mbit": upload_mbit,
         "download_mbit": download_mbit,
         "step_s": step_s,
+        "audited": values["audit"] != PRIVATE["audit"],
     }
     budget |= {"batch_samples": batch_samples, "traffic_share": traffic_share, "codec": codec, "inner_steps": inner_steps}
     values, why = with_strategy(values, strategy, budget)
@@ -163,6 +171,8 @@ def init(
         raise UsageError(f"can't write {path}: {error.strerror}", "choose another path") from error
     for reason in why:
         typer.echo(reason)
+    if values["admission"]["kind"] == "invitation":
+        typer.echo("admission: by invitation, as the data are private; swarm run invite makes tickets")
     typer.echo(f"{path} written; next: swarm run validate {path}")
 
 
@@ -439,6 +449,7 @@ def _filled(made: Dataset, model: Model) -> dict[str, Any]:
         "data": made.data.model_dump(mode="json"),
         **distillation,
         "credit": {**TEMPLATE["credit"], "flops_per_token": flops},
+        **(PRIVATE if made.data.private_trees else {}),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from peer.chats import CHATML, Format, asked_in, format_of, messages_of, read_chats, texts_in
 from peer.corpus import END_OF_TEXT, byte_level_tokenizer
-from peer.documents import Counts
+from peer.documents import Counts, read_records
 from peer.marks import NO_LOSS, STARTS, token_ids
 from swarm.errors import DataInvalid
 
@@ -31,6 +31,11 @@ def learned(form: Format, values: np.ndarray) -> str:
     """The text of the tokens that count."""
     ids = token_ids(values)[values & NO_LOSS == 0]
     return str(form.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+
+def chats_in(paths: list[Path], counts: Counts) -> list[str]:
+    """What is read from files."""
+    return list(read_chats(read_records(paths, counts), counts))
 
 
 def packed(form: Format, *chats: str, longest: int = 1000) -> tuple[list[np.ndarray], Counts]:
@@ -77,7 +82,7 @@ def test_a_line_that_is_no_chat_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": HELLO}) + "\n" + line + "\n")
     with pytest.raises(DataInvalid, match="line 2"):
-        list(read_chats([path], Counts()))
+        chats_in([path], Counts())
 
 
 def test_chats_without_an_answer_are_counted(tmp_path: Path) -> None:
@@ -93,7 +98,7 @@ def test_chats_without_an_answer_are_counted(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
     counts = Counts()
-    assert [json.loads(text) for text in read_chats([path, other], counts)] == [HELLO]
+    assert [json.loads(text) for text in chats_in([path, other], counts)] == [HELLO]
     assert (counts.documents, counts.empty, counts.unreadable) == (1, 4, [str(other)])
 
 
@@ -104,10 +109,10 @@ def test_parquet_rows_are_chats(tmp_path: Path) -> None:
 
     path = tmp_path / "chats.parquet"
     parquet.write_table(pyarrow.table({"messages": [HELLO, TWO_TURNS], "source": ["a", "b"]}), path)
-    assert [json.loads(text) for text in read_chats([path], Counts())] == [HELLO, TWO_TURNS]
+    assert [json.loads(text) for text in chats_in([path], Counts())] == [HELLO, TWO_TURNS]
     parquet.write_table(pyarrow.table({"text": ["a"]}), path)
     with pytest.raises(DataInvalid, match="row 1"):
-        list(read_chats([path], Counts()))
+        chats_in([path], Counts())
 
 
 def test_only_what_the_assistant_says_counts() -> None:

@@ -65,6 +65,70 @@ def _texts_in(manifest: Manifest, folder: Path, side: str) -> str:
     return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_tokenizer_of_its_own_is_that_of_a_build(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is the one that a build with bpe:SIZE trains, and a build takes its folder."""
+    monkeypatch.chdir(tmp_path)
+    source = str(write_chats(tmp_path / "chats.jsonl") if kind == "chat" else texts)
+    options = (source, "--kind", kind, "--held-out", "0.3")
+    assert run(["data", "tokenizer", *options, "--vocabulary", "300", "--to", "own", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["vocabulary_size"] == (302 if kind == "chat" else 300)
+    length = ("--sequence-length", "64")
+    first = built(capsys, *options, *length, "--tokenizer", "bpe:300", "--to", "first")
+    second = built(capsys, *options, *length, "--tokenizer", "own", "--to", "second")
+    assert first["vocabulary_size"] == second["vocabulary_size"]
+    assert read(tmp_path / "first").data == read(tmp_path / "second").data
+
+
+def test_from_a_hubs_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a split, the licence that its card names, and where they are from; other words only where they are given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    rows = [{"story": f"story {number}: " + " ".join(str(number * factor) for factor in range(60))} for number in range(50)]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "set" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    options = ("--hub", "set", "--column", "story", "--held-out", "0.3", "--sequence-length", "32")
+    answer = built(capsys, *options, "--limit", "40")
+    assert (answer["documents"], answer["license"]) == (40, "cc-by-4.0")
+    card = (tmp_path / "data" / "README.md").read_text()
+    assert "| licence | cc-by-4.0 |" in card
+    assert "| source | set, split train |" in card
+    assert built(capsys, *options, "--licence", "mine", "--to", "other")["license"] == "mine"
+    wrong = {
+        ("--hub", "set"): "it has story",
+        ("--hub", "set", "texts"): "name files, or a data set",
+        (): "name files, or a data set",
+    }
+    for arguments, words in wrong.items():
+        assert run(["data", "build", *arguments, "--to", "wrong"]) in (2, 22)
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_private_data_of_two_people_make_a_run(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their descriptions are enough for a manifest that is by invitation, isn't audited and merges by the mean."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("anna", "1"), ("ben", "2")):
+        mine = tmp_path / f"{name}-texts"
+        mine.mkdir()
+        for path in sorted(texts.glob("*.txt")):
+            (mine / path.name).write_text(f"{name}: {path.read_text()}")
+        built(capsys, str(mine), "--private", "--to", name, "--seed", seed, "--held-out", "0.3", "--sequence-length", "32")
+    assert run(["data", "combine", "anna/dataset.yaml", "ben/dataset.yaml", "--to", "both", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["private_samples"] == answer["train_samples"] > 0
+    assert run(["run", "init", "--data", "both", "--hidden-size", "64", "--layers", "2", "--tokens", "1000000"]) == 0
+    assert run(["run", "validate", "run.yaml", "--files", "both"]) == 0
+    manifest = Manifest.read(tmp_path / "run.yaml")
+    assert (manifest.admission.kind, manifest.is_audited, manifest.merge.kind) == ("invitation", False, "mean")
+    assert manifest.files == (manifest.tokenizer,)
+
+
 def write_chats(path: Path, count: int = 60) -> Path:
     """So many chats, one of them too long and one without an answer."""
     records = [{"prompt": f"what is {number}?", "response": f"it is {number}"} for number in range(count)]
