@@ -66,13 +66,14 @@ def _byte_characters() -> list[str]:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The id that ends a document. Raises `DataInvalid` for a tokenizer without one."""
-    found = _ends_of_text(tokenizer)
+    found = ends_of_text(tokenizer)
     if not found:
         raise DataInvalid(f"the tokenizer has no token that ends a text: none of {', '.join(ENDS_OF_TEXT)}")
     return found[0][1]
 
 
-def _ends_of_text(tokenizer: Tokenizer) -> list[tuple[str, int]]:
+def ends_of_text(tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    """The tokens that it may end a text with, and their ids; the first is what `build_shards` is given."""
     ids = ((name, tokenizer.token_to_id(name)) for name in ENDS_OF_TEXT)
     return [(name, number) for name, number in ids if number is not None]
 
@@ -92,7 +93,7 @@ def load_tokenizer(path: Path) -> Any:
         fast = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself
         raise DataInvalid(f"{path} is not a tokenizer: {error}") from error
-    ends = _ends_of_text(fast)
+    ends = ends_of_text(fast)
     special = {"eos_token": ends[0][0]} if ends else {}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **special)
 
@@ -242,7 +243,9 @@ def _pack(
     pending: list[NDArray[np.int64]] = []
     length = 0
     for document in documents:
-        ids = np.append(np.asarray(document, dtype=np.int64), end_of_text)
+        ids = np.asarray(document, dtype=np.int64)
+        if not ids.size or ids[-1] != end_of_text:
+            ids = np.append(ids, end_of_text)
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary_size:
             raise DataInvalid(f"a document has a token outside the vocabulary of {vocabulary_size}")
         pending.append(ids)

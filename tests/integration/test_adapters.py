@@ -30,6 +30,8 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
 }
 
 

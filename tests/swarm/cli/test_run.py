@@ -182,7 +182,8 @@ def test_validate_builds_the_model(path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_pretrained_model_becomes_a_run_with_an_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Base, data in its tokens, manifest, and a check of all files; data in other tokens are refused."""
-    save_checkpoint(Path("checkpoint"), {**LLAMA, "vocab_size": 257}, byte_level_tokenizer())
+    ends = {"bos_token_id": 256, "eos_token_id": 256}
+    save_checkpoint(Path("checkpoint"), {**LLAMA, "vocab_size": 257, **ends}, byte_level_tokenizer())
     Path("texts").mkdir()
     for number in range(40):
         Path(f"texts/{number}.txt").write_text(f"document {number} says something else than the others do\n" * 9)
