@@ -92,8 +92,8 @@ class Noting(Daemon):
             rss_bytes=psutil.Process().memory_info().rss,
         )
 
-    def _wire(self, run: RunInfo, node: Node, coordination: Coordination) -> Parts:
-        parts = super()._wire(run, node, coordination)
+    def _wire(self, run: RunInfo, node: Node, coordination: Coordination, materials: Materials) -> Parts:
+        parts = super()._wire(run, node, coordination, materials)
         plain = parts.checkpoints
         prepared = Prepared(plain.directory, plain.run_id, plain.layout, plain.snapshots, saves=self.saves)
         prepared.initial = lambda: self._first_state(run.manifest)

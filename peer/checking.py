@@ -105,15 +105,17 @@ def _read(manifest: Manifest, shard: Shard, files: Path) -> None:
 def _plain_problem(rows: Values, ends: list[int]) -> tuple[NDArray[np.bool_], str]:
     """Which rows have two ends of a text with nothing between."""
     is_end = np.isin(rows, ends)
-    return (is_end[:, 1:] & is_end[:, :-1]).any(axis=1), "has an empty document"
+    empty: NDArray[np.bool_] = np.any(is_end[:, 1:] & is_end[:, :-1], axis=1)
+    return empty, "has an empty document"
 
 
 def _marked_problem(rows: Values) -> tuple[NDArray[np.bool_], str]:
     """Which rows go on with a document of the row before, or else which teach nothing."""
-    cut = rows[:, 0] & STARTS == 0
+    cut: NDArray[np.bool_] = rows[:, 0] & STARTS == 0
     if cut.any():
         return cut, "doesn't begin with a document: one is longer than a sample"
-    return (rows[:, 1:] & NO_LOSS != 0).all(axis=1), "has no token with a loss: its documents are empty"
+    dull: NDArray[np.bool_] = np.all(rows[:, 1:] & NO_LOSS != 0, axis=1)
+    return dull, "has no token with a loss: its documents are empty"
 
 
 def _read_teacher(manifest: Manifest, teacher: Teacher, shard: Shard, tree: Tree, files: Path) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peer.corpus import save_tokenizer
 from peer.data import tree_path, verify_tree_file
-from peer.dataset import CARD, FILE, Dataset, read, read_description
+from peer.dataset import CARD, FILE, Dataset, make_tokenizer, read, read_description
 from peer.folders import appearing, describe
 from swarm.errors import DataInvalid
 from swarm.manifest import Data, Teacher, Tree
@@ -29,18 +30,21 @@ ALIKE: dict[str, Callable[[Dataset], object]] = {
 """What data of one run have in common."""
 
 
-def combine(sources: Sequence[Path], to: Path) -> Dataset:
+def combine(sources: Sequence[Path], to: Path, tokenizer: str = "") -> Dataset:
     """Write what several folders of data, or their `dataset.yaml` alone, are together into `to`, all or nothing.
 
-    Raises `DataInvalid` where they don't fit together, and where a file is missing that isn't private.
+    Without a `tokenizer`, named as `make_tokenizer` takes it, it is copied from one of the folders. Raises `DataInvalid` where
+    they don't fit together, and where a file is missing that isn't private.
     """
     parts = [read(source) if source.is_dir() else read_description(source) for source in sources]
     _check_alike(sources, parts)
     made = parts[0].model_copy(update={"data": _together([part.data for part in parts])})
     folders = [source if source.is_dir() else source.parent for source in sources]
     with appearing(to) as unfinished:
-        for tree in (made.tokenizer, *made.data.trees):
+        for tree in (*([] if tokenizer else [made.tokenizer]), *made.data.trees):
             _copy(tree, folders, unfinished)
+        if tokenizer and save_tokenizer(make_tokenizer(tokenizer, ()), unfinished) != made.tokenizer:
+            raise DataInvalid(f"{tokenizer} isn't the tokenizer of {sources[0]}", "name the one that the data were built with")
         describe(unfinished / FILE, made)
         (unfinished / CARD).write_text(_card(made, len(parts)))
     return made
@@ -78,7 +82,8 @@ def _together(parts: Sequence[Data]) -> Data:
 def _copy(tree: Tree, folders: Sequence[Path], to: Path) -> None:
     found = next((path for folder in folders if (path := tree_path(folder, tree)).exists()), None)
     if found is None:
-        raise DataInvalid(f"nobody's folder has {tree.root[:12]}, which isn't private", "name the folder that it lies in")
+        hint = "name the folder that it lies in, or the tokenizer with --tokenizer"
+        raise DataInvalid(f"none of the folders has {tree.root[:12]}, which isn't private", hint)
     verify_tree_file(found, tree)
     shutil.copyfile(found, tree_path(to, tree))
 

@@ -179,19 +179,24 @@ def combine(
         list[Path], typer.Argument(help="Folders made by `swarm data build`; of private data dataset.yaml alone will do.")
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder for what they are together; new or empty.")] = Path("combined"),
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="Where none of the folders has it: bytes, a tokenizer.json or its folder.")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Put the data of several people together for one run: private shards are only named, all others copied.
 
     Examples:
 
-      swarm data combine anna/dataset.yaml ben/dataset.yaml ./public --to data
+      swarm data combine anna.yaml ben.yaml ./public --to data
+
+      swarm data combine anna.yaml ben.yaml --tokenizer tokenizer --to data
     """
     from peer.combining import combine as put_together
     from peer.dataset import FILE
 
     to = new_folder(to)
-    made = put_together(sources, to)
+    made = put_together(sources, to, tokenizer)
     fields: dict[str, object] = {
         "directory": str(to),
         "train_samples": made.data.train_samples,

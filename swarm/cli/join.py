@@ -271,9 +271,9 @@ def _child_command(device: str, link: str, settings: PeerSettings, devices: int)
     folder = settings.data_dir / f"gpu-{index}"
     command = [sys.executable, "-m", "swarm.cli.main", "join", link, "--gpu", index, "--dir", str(folder)]
     command += ["--listen", settings.listen.rpartition(":")[0] + ":0", "--log-level", settings.log_level]
-    for option, folder in (("--files", settings.files), ("--data", settings.data)):
-        if folder is not None:
-            command += [option, str(folder)]
+    for option, given in (("--files", settings.files), ("--data", settings.data)):
+        if given is not None:
+            command += [option, str(given)]
     if settings.ticket:
         command += ["--ticket", settings.ticket]
     command += ["--max-upload", _share(settings.max_upload, devices, "B/s")]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from peer.combining import combine
+from peer.corpus import train_bpe_tokenizer
 from peer.dataset import FILE, Dataset, Plan, build, read
 from peer.documents import Counts, Shuffled
 from swarm.errors import DataInvalid
@@ -38,6 +39,18 @@ def test_private_shards_are_only_named(tmp_path: Path) -> None:
     assert f"{anna.data.train_samples + ben.data.train_samples:,} of them private" in (tmp_path / "all/README.md").read_text()
 
 
+def test_a_description_that_came_alone(tmp_path: Path) -> None:
+    """Its tokenizer is named; it has to be the very one."""
+    anna = made_by(tmp_path, "anna", private=True)
+    sent = tmp_path / "sent.yaml"
+    sent.write_bytes((tmp_path / "anna" / FILE).read_bytes())
+    with pytest.raises(DataInvalid, match="none of the folders has") as caught:
+        combine([sent], tmp_path / "all")
+    assert "--tokenizer" in caught.value.hint
+    assert combine([sent], tmp_path / "all", "bytes") == anna
+    assert (tmp_path / "all" / anna.tokenizer.root).exists()
+
+
 def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     """Another length of samples, the same shard twice, and a public shard without its file."""
     made_by(tmp_path, "anna")
@@ -50,4 +63,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path) -> None:
     (tmp_path / "club" / club.data.train[0].root).unlink()
     with pytest.raises(DataInvalid, match="isn't private"):
         combine([tmp_path / "anna", tmp_path / "club"], tmp_path / "all")
+    train_bpe_tokenizer(["another"], 257).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataInvalid, match="isn't the tokenizer of"):
+        combine([tmp_path / "anna"], tmp_path / "all", str(tmp_path / "tokenizer.json"))
     assert not (tmp_path / "all").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from peer.optimizer import lr_factor, make_inner
 from peer.sketch import Sketcher, sketch_seed
 from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer
 from swarm.errors import DataInvalid, OutOfMemory
-from swarm.manifest import DiLoCo, Manifest
+from swarm.manifest import UNAUDITED, DiLoCo, Manifest, Shard
 
 CPU = torch.device("cpu")
 PEER = "12D3KooWpeer"
@@ -79,6 +80,30 @@ def test_different_peers_and_rounds_use_different_samples(small_run: Runs) -> No
     updates = [one.train_round(theta, number, peer, 4, 0).update for number, peer in ((0, "a"), (0, "b"), (1, "a"))]
     assert not np.array_equal(updates[0], updates[1])
     assert not np.array_equal(updates[0], updates[2])
+
+
+def test_a_peer_trains_on_the_private_shards_that_it_has(small_run: Runs, tmp_path: Path) -> None:
+    """The update is the one of a run that has nothing but these."""
+    run = small_run("sync")
+    first, second = run.manifest.data.train[:2]
+    (tmp_path / second.root).symlink_to(run.directory / second.root)
+
+    def holding(*train: Shard) -> Trainer:
+        data = {**run.manifest.data.model_dump(mode="json"), "train": train, "order": "same"}
+        for shard in data["validation"]:
+            shard["private"] = True
+        people = {"admission": {"kind": "invitation"}, "audit": UNAUDITED, "data": data}
+        manifest = Manifest.model_validate({**run.manifest.model_dump(mode="json"), **people})
+        return Trainer.open(manifest, CPU, tmp_path, micro_batch=4)
+
+    theta = theta_of(run)
+    updates = [
+        holding(*(shard.model_copy(update={"private": True}) for shard in train)).train_round(theta, 1, "me", 8, 0).update
+        for train in ((first, second), (second,))
+    ]
+    assert updates[0].any()
+    assert np.array_equal(*updates)
+    assert math.isnan(holding(second).evaluate(theta))
 
 
 def test_runs_of_one_order_draw_the_same_samples(small_run: Runs) -> None:
