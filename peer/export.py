@@ -18,14 +18,25 @@ from peer.corpus import load_tokenizer
 from peer.data import tree_path
 from peer.folders import appearing
 from peer.model import FlatParameters, build_model
+from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import UsageError
-from swarm.manifest import Manifest
+from swarm.manifest import Data, Manifest
 
 Vector = NDArray[np.float32]
 
 MAX_NAME_CHARACTERS = 80
 MAX_LISTED = 1000
 TEMPERATURE, TOP_P = 0.7, 0.95
+
+
+@dataclass(frozen=True)
+class Contributor:
+    """Somebody's share in a run, as the ledger has it; `flops` are verified and final ones."""
+
+    name: str
+    flops: int
+    rounds: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Provenance:
     tokens: int
     state_root: str
     ledger_root: str = ""
-    contributors: Sequence[str] = ()
+    ledger_size: int = 0
+    contributors: Sequence[Contributor] = ()
     validation_loss: float | None = None
 
 
@@ -89,16 +101,42 @@ def model_card(run: Manifest, provenance: Provenance) -> str:
     loss = (
         "" if provenance.validation_loss is None else f"| validation loss, nats per token | {provenance.validation_loss:.4f} |\n"
     )
-    names = [f"- {_plain(name)}" for name in list(provenance.contributors)[:MAX_LISTED]] or ["- not recorded"]
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n# {run.name}\n\n{_plain(run.description, 2000)}\n\n"
         "Trained together by volunteers with `swarm`.\n\n| | |\n| --- | --- |\n"
         f"| run | `{run.run_id}` |\n| rounds | {provenance.round} |\n| tokens | {provenance.tokens} |\n"
         f"| trained parameters | {run.model.parameters} |\n{_origin(run)}| state root | `{provenance.state_root}` |\n"
-        f"| ledger root | `{_plain(provenance.ledger_root) or 'not recorded'}` |\n{loss}\n"
-        f"## Data\n\n{_plain(run.data.description, 2000) or 'Not described.'}\n\nLicense: {_plain(run.data.license)}\n\n"
-        "## Contributors\n\n" + "\n".join(names) + "\n"
+        f"| ledger | {_ledger(provenance)} |\n{loss}\n{_data_card(run.data)}\n{_contributors(provenance.contributors)}"
     )
+
+
+def _ledger(provenance: Provenance) -> str:
+    if not provenance.ledger_root:
+        return "not recorded"
+    return f"{provenance.ledger_size} entries, root `{_plain(provenance.ledger_root)}`"
+
+
+def _data_card(data: Data) -> str:
+    """What was trained on: how much, under which licence, and what of it nobody else has seen."""
+    private = sum(shard.samples for shard in data.train if shard.private)
+    rows = {
+        "licence": _plain(data.license, 200),
+        "training samples": f"{data.train_samples} of {data.sequence_length} tokens",
+        "held-out samples": f"{sum(shard.samples for shard in data.validation)}",
+        "private training samples": f"{private}, which stayed with those who have them" if private else "",
+        "tokens with a loss": f"{data.counted_tokens}" if data.counted_tokens else "",
+        "teacher": f"{_plain(data.teacher.name) or 'unnamed'}, {data.teacher.top_k} tokens" if data.teacher is not None else "",
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
+    return f"## Data\n\n{_plain(data.description, 2000) or 'Not described.'}\n\n| | |\n| --- | --- |\n{table}"
+
+
+def _contributors(contributors: Sequence[Contributor]) -> str:
+    lines = [
+        f"- {_plain(one.name)}: {one.flops / FLOPS_PER_CREDIT:.6g} credits, {one.rounds} rounds, {one.tokens} tokens"
+        for one in contributors[:MAX_LISTED]
+    ]
+    return "## Contributors\n\n" + "\n".join(lines or ["- not recorded"]) + "\n"
 
 
 def _origin(run: Manifest) -> str:

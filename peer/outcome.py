@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from peer.export import Provenance, export_model, generate_sample
+from peer.export import Contributor, Provenance, export_model, generate_sample
 from peer.model import initial_theta
 from peer.state import Layout, Snapshot, load_newest
 from peer.trainer import Trainer, Vector
 from swarm.errors import CheckpointCorrupt, UsageError
 from swarm.manifest import Manifest
+from swarm.rpc.v1.coordinator_pb2 import Balance, GetProgressResponse
 
 CHECKPOINTS = "checkpoints"
 EVIDENCE = "evidence"
@@ -40,6 +42,18 @@ def newest_weights(directory: Path, run: Manifest) -> Snapshot:
         reasons = "; ".join(f"{item.path.name}: {item.reason}" for item in loaded.skipped) or "no checkpoint yet"
         raise CheckpointCorrupt(f"nothing to export in {directory}: {reasons}", "let the peer finish a round first")
     return loaded.snapshot
+
+
+def provenance_of(
+    snapshot: Snapshot, standing: GetProgressResponse | None, balances: Iterable[Balance], loss: float | None = None
+) -> Provenance:
+    """What the card of these weights says: `standing` and `balances` are the coordinator's words, where it has been asked."""
+    contributors = [
+        Contributor(one.account or one.peer_id, int(one.verified_flops) + int(one.final_flops), one.rounds, one.tokens)
+        for one in balances
+    ]
+    root, size = ("", 0) if standing is None else (standing.ledger_root.hex(), standing.ledger_size)
+    return Provenance(snapshot.round, snapshot.state.tokens, snapshot.root_hex, root, size, contributors, loss)
 
 
 def held_out_losses(run: Manifest, files: Path, theta: Vector, samples: int) -> Losses:

@@ -190,7 +190,7 @@ def find_link(argument: str | None) -> JoinLink:
     Raises `LinkError`.
     """
     text = argument or os.environ.get(LINK_VARIABLE) or str(_file_table(PeerSettings.table).get("link", ""))
-    text = text or _remembered_link(load(PeerSettings).data_dir)
+    text = text or remembered_link(load(PeerSettings).data_dir)
     if not text:
         raise LinkError("no join link", f"give one as argument, in {LINK_VARIABLE}, or as `link` in {config_path()}")
     return JoinLink.parse(text)
@@ -203,7 +203,8 @@ def remember_link(data_dir: Path, link: JoinLink) -> None:
     temporary.replace(data_dir / LINK_FILE)
 
 
-def _remembered_link(data_dir: Path) -> str:
+def remembered_link(data_dir: Path) -> str:
+    """The link of the run that was joined last with this folder; empty if there is none."""
     try:
         return (data_dir / LINK_FILE).read_text()
     except (OSError, UnicodeDecodeError):

@@ -176,20 +176,12 @@ class Demo:
             return await process.wait() == 0
 
     def _evaluate(self, manifest: Manifest, balances: Sequence[Balance], progress: GetProgressResponse) -> dict[str, Any]:
-        from peer.export import Provenance
-        from peer.outcome import export, held_out_losses, newest_weights, sample
+        from peer.outcome import export, held_out_losses, newest_weights, provenance_of, sample
 
         files = self.directory / "files"
         snapshot = newest_weights(self.directory / "peer-0", manifest)
         losses = held_out_losses(manifest, files, snapshot.state.theta, VALIDATION_SAMPLES)
-        provenance = Provenance(
-            snapshot.round,
-            snapshot.state.tokens,
-            snapshot.root_hex,
-            progress.ledger_root.hex(),
-            [balance.peer_id for balance in balances],
-            losses.last,
-        )
+        provenance = provenance_of(snapshot, progress, balances, losses.last)
         model = export(manifest, files, snapshot, self.directory / "model", provenance)
         return {"losses": losses, "model": model, "sample": sample(model)}
 

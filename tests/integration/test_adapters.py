@@ -91,6 +91,9 @@ async def test_two_peers_teach_an_adapter_to_answer(tmp_path: Path) -> None:
         assert sent < values["model"]["base"]["size_bytes"] / 2
         await swarm("export", "--to", str(tmp_path / "adapter"), "--dir", str(peers[1].directory))
         await swarm("export", "--merged", "--to", str(tmp_path / "merged"), "--dir", str(peers[1].directory))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.count(" credits, ") == 2
+    assert "not recorded" not in card
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor([[51, 32, 112, 108, 117, 115]])

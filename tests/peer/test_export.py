@@ -11,12 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peer.export import Provenance, export_model, generate_sample, model_card
+from peer.export import Contributor, Provenance, export_model, generate_sample, model_card
 from peer.model import FlatParameters, initial_theta
 from swarm.errors import DataInvalid, UsageError
+from swarm.manifest import Teacher, Tree
 
 PROVENANCE = Provenance(
-    round=12, tokens=3456, state_root="ab" * 32, ledger_root="cd" * 32, contributors=("alice", "bob"), validation_loss=1.25
+    round=12,
+    tokens=3456,
+    state_root="ab" * 32,
+    ledger_root="cd" * 32,
+    ledger_size=184,
+    contributors=(Contributor("alice", 25 * 10**14, 12, 2000), Contributor("bob", 10**12, 11, 1456)),
+    validation_loss=1.25,
 )
 
 
@@ -77,15 +84,33 @@ def test_the_card_names_run_ledger_and_contributors(small_run: Callable[..., Any
     """Whoever finds the model can check where it comes from."""
     run = small_run()
     card = model_card(run.manifest, PROVENANCE)
-    for expected in (run.manifest.run_id, "cd" * 32, "ab" * 32, "- alice", "- bob", "CC0-1.0", "1.2500", "3456"):
+    for expected in (run.manifest.run_id, "cd" * 32, "184 entries", "ab" * 32, "1.2500", "3456"):
         assert expected in card
+    assert "- alice: 2.5 credits, 12 rounds, 2000 tokens\n- bob: 0.001 credits, 11 rounds, 1456 tokens" in card
+
+
+def test_the_card_says_what_was_trained_on(small_run: Callable[..., Any]) -> None:
+    """Licence and counts; of private shards that they stayed, of a teacher who it was."""
+    run = small_run().manifest
+    card = model_card(run, PROVENANCE)
+    assert "| licence | CC0-1.0 |" in card
+    assert f"| training samples | {run.data.train_samples} of 32 tokens |" in card
+    assert "private" not in card
+    first, *others = run.data.train
+    train = (first.model_copy(update={"private": True}), *others)
+    teacher = Teacher(shards=tuple(Tree(root="0a" * 32, size_bytes=1) for _ in train), top_k=4, name="large|<b>")
+    changed = run.model_copy(update={"data": run.data.model_copy(update={"train": train, "teacher": teacher})})
+    card = model_card(changed, PROVENANCE)
+    assert f"| private training samples | {first.samples}, which stayed" in card
+    assert "| teacher | largeb, 4 tokens |" in card
 
 
 def test_strangers_names_cant_shape_the_card(small_run: Callable[..., Any]) -> None:
     """Markup in a contributor's name ends up as plain characters."""
-    hostile = Provenance(1, 1, "00", contributors=("<script>x</script>\n# owned", "[click](javascript:1) | `x`", "a" * 500))
+    names = ("<script>x</script>\n# owned", "[click](javascript:1) | `x`", "a" * 500)
+    hostile = Provenance(1, 1, "00", contributors=[Contributor(name, 1, 1, 1) for name in names])
     card = model_card(run_manifest := small_run().manifest, hostile)
     assert run_manifest.name in card
     listed = card.split("## Contributors")[1]
     assert not set("<>[]|`#") & set(listed)
-    assert max(len(line) for line in listed.splitlines()) < 100
+    assert max(len(line) for line in listed.splitlines()) < 140
