@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "evidence": Command("swarm.cli.evidence:app", "What was proven against peers: list, verify."),
     "identity": Command("swarm.cli.identity:app", "Make, show, back up and restore your key."),
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
+    "publish": Command("swarm.cli.publish:command", "Send an exported model to a hub."),
     "generate": Command("swarm.cli.generate:command", "See what a trained model writes."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
     "attack": Command("swarm.cli.attack:command", "See what an attack does to a swarm, on this machine."),
