@@ -27,7 +27,7 @@ from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
 from peer.device import choose_devices, free_host_bytes, hardware_class
 from peer.finding import Finder
 from peer.materials import chunks_in, chunks_request
-from peer.model import build_model
+from peer.model import build_model, frozen_bytes
 from peer.network.blobs import BlobStore
 from peer.network.dialback import DIAL, port_of
 from peer.network.node import Node, PeerFailure
@@ -58,7 +58,6 @@ from swarm.rpc.v1.peer_pb2 import RelayReply, RelayRequest, SyncReply
 
 NEWEST_PYTHON = (3, 14)
 RESERVE_BYTES = 256 << 20
-FROZEN_PER_STORED = 2  # fp32 in memory, mostly two bytes in the file
 BYTES_PER_PARAMETER = 4 * 8
 PROBE_BYTES, PROBES = 1 << 20, 4
 CONNECT_S, CALL_S = 10.0, 20.0
@@ -408,9 +407,7 @@ def version(manifest: Manifest) -> Finding:
 def memory(manifest: Manifest, free_bytes: int) -> Finding:
     """Weights, gradients, snapshots and optimizer state fit."""
     model = manifest.model
-    needed = model.parameters * BYTES_PER_PARAMETER
-    if model.base is not None and model.adapter is not None:
-        needed += FROZEN_PER_STORED * model.base.size_bytes
+    needed = model.parameters * BYTES_PER_PARAMETER + frozen_bytes(model)
     text = f"{needed / 1e9:.1f} GB needed, {free_bytes / 1e9:.1f} GB free of {psutil.virtual_memory().total / 1e9:.0f} GB"
     if free_bytes < needed:
         return failed("memory", OutOfMemory(text, "close other programs, or join a run with a smaller model"))

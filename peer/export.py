@@ -18,6 +18,7 @@ from peer.corpus import load_tokenizer
 from peer.data import tree_path
 from peer.folders import appearing
 from peer.model import FlatParameters, build_model
+from peer.nf4 import unpack_layers
 from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import UsageError
 from swarm.manifest import Data, Manifest
@@ -75,6 +76,7 @@ def _write(run: Manifest, theta: Vector, files: Path, directory: Path, provenanc
     network: Any = build_model(run.model, files)
     FlatParameters(network).write(network, theta)
     if adapts and merged:
+        unpack_layers(network)
         network = network.merge_and_unload()
     tokenizer = load_tokenizer(tree_path(files, run.tokenizer))
     end = tokenizer.eos_token_id
@@ -141,7 +143,8 @@ def _contributors(contributors: Sequence[Contributor]) -> str:
 
 def _origin(run: Manifest) -> str:
     base, adapter = run.model.base, run.model.adapter
-    rows = "" if base is None else f"| base | {_plain(base.name) or 'unnamed'}, file root `{base.root}` |\n"
+    stored = ", in 4 bits (NF4)" if base is not None and base.stored == "nf4" else ""
+    rows = "" if base is None else f"| base | {_plain(base.name) or 'unnamed'}{stored}, file root `{base.root}` |\n"
     return rows if adapter is None else rows + f"| adapter | LoRA, rank {adapter.rank}, alpha {adapter.alpha} |\n"
 
 

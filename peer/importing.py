@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from peer.chats import TEMPLATE_FILE
 from peer.corpus import TOKENIZER, name_by_root, save_tokenizer
+from peer.data import tree_path
 from peer.folders import appearing, describe
-from peer.model import check_parameters
-from peer.pretrained import FILE, Pretrained
+from peer.model import check_parameters, skeleton
+from peer.nf4 import layers_of, packed_weights
+from peer.pretrained import FILE, LARGEST, PACKED, Pretrained
 from swarm.errors import DataInvalid
 from swarm.manifest import FORBIDDEN_MODEL_KEYS, Base, Model
 
@@ -54,6 +59,32 @@ def import_pretrained(source: str, to: Path, dtype: str = "") -> Pretrained:
             (unfinished / TEMPLATE_FILE).write_text(tokenizer.chat_template)
         describe(unfinished / FILE, made)
     return made
+
+
+def in_four_bits(
+    made: Pretrained, folder: Path, to: Path, advanced: Callable[[int, int], None] = lambda done, total: None
+) -> Base:
+    """Write a base, which lies in `folder`, into `to` with its linear layers in 4 bits; tells how many tensors are done of all.
+
+    Raises `DataInvalid` for a model whose layers don't fit, or that is in 4 bits already.
+    """
+    if made.base.stored != "plain":
+        raise DataInvalid(f"{made.base.name} is in 4 bits already")
+    layers = {f"{name}.weight" for name in layers_of(skeleton(made.config))}
+    values: dict[str, torch.Tensor] = {}
+    with safe_open(tree_path(folder, made.base), framework="pt") as file, tempfile.TemporaryDirectory(dir=to) as temporary:
+        names = sorted(file.keys())
+        for index, name in enumerate(names):
+            if name in layers:
+                stem = name.removesuffix("weight")
+                values[stem + PACKED], values[stem + LARGEST] = packed_weights(file.get_tensor(name))
+            else:
+                values[name] = file.get_tensor(name)
+            advanced(index + 1, len(names))
+        weights = Path(temporary) / "weights"
+        save_file(values, weights)
+        weights.chmod(0o644)
+        return Base(**name_by_root(weights, to).model_dump(), name=made.base.name, stored="nf4")
 
 
 def _load(source: str) -> tuple[Any, Any]:

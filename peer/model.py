@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peer.adapters import adapted, deviation, is_first
 from peer.buffers import buffers
 from peer.data import tree_path
+from peer.nf4 import BYTES_PER_WEIGHT, layers_of, pack_layers
 from peer.pretrained import read_weights
 from swarm import manifest
 from swarm.errors import DataInvalid
@@ -66,7 +68,7 @@ def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
     check_parameters(model)
     if model.base is None:
         return _random_model(model)
-    network: nn.Module = _instantiate(model.config, seed=model.seed)
+    network = _packed_model(model) if model.base.stored == "nf4" else _instantiate(model.config, seed=model.seed)
     refuse_changing_buffers(network)
     if model.adapter is not None:
         if files is not None:
@@ -78,10 +80,27 @@ def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
 
 def check_parameters(model: manifest.Model) -> None:
     """Raise `DataInvalid` unless the model can be built and has as many trained parameters as the manifest says."""
+    if model.base is not None and model.base.stored == "nf4":
+        layers_of(skeleton(model.config))
     found = count_parameters(model.config, model.adapter)
     if found != model.parameters:
         trained = "trains" if model.adapter is not None else "has"
         raise DataInvalid(f"the model {trained} {found} parameters, the manifest says {model.parameters}")
+
+
+def _packed_model(model: manifest.Model) -> nn.Module:
+    """A model of zeros whose linear layers are in 4 bits; its weights have never been there in full."""
+    with init_empty_weights(include_buffers=False):
+        network = _instantiate(model.config, seed=model.seed)
+    network.tie_weights()
+    pack_layers(network)
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.zeros(parameter.shape))
+            setattr(module, name, made[parameter])
+    return network  # type: ignore[no-any-return]
 
 
 def _random_model(model: manifest.Model) -> nn.Module:
@@ -107,7 +126,7 @@ def initial_theta(model: manifest.Model, files: Path | None = None) -> Vector:
 
 def count_parameters(config: Mapping[str, Any], adapter: manifest.Lora | None = None) -> int:
     """Number of trained parameters, tied ones once: the adapter's where there is one. Allocates nothing."""
-    network = _skeleton(config)
+    network = skeleton(config)
     if adapter is not None:
         with torch.device("meta"):
             network = adapted(network, adapter)
@@ -121,7 +140,7 @@ def flops_per_token(config: Mapping[str, Any], sequence_length: int, adapter: ma
     and the output head counted even where it is tied. Of a mixture of experts only those that a token visits count. With an
     adapter the frozen parameters count 4 times, as they have no gradients of their own, and those of the adapter 6 times.
     """
-    network = _skeleton(config)
+    network = skeleton(config)
     settings = network.config.get_text_config()
     heads = int(settings.num_attention_heads)
     width = heads * int(getattr(settings, "head_dim", None) or settings.hidden_size // heads)
@@ -130,6 +149,17 @@ def flops_per_token(config: Mapping[str, Any], sequence_length: int, adapter: ma
     if adapter is not None:
         return 4 * active + 6 * count_parameters(config, adapter) + attention
     return 6 * active + attention
+
+
+def frozen_bytes(model: manifest.Model) -> int:
+    """What the frozen weights beneath an adapter take in memory, before a device halves them; 0 where everything is trained."""
+    if model.base is None or model.adapter is None:
+        return 0
+    network = skeleton(model.config)
+    layers = layers_of(network).values() if model.base.stored == "nf4" else ()
+    packed = sum(layer.weight.numel() for layer in layers)
+    whole = sum(parameter.numel() for parameter in network.parameters()) - packed
+    return int(4 * whole + BYTES_PER_WEIGHT * packed)
 
 
 def _active_matrix_parameters(network: Any, settings: Any) -> int:
@@ -146,7 +176,8 @@ def _active_matrix_parameters(network: Any, settings: Any) -> int:
     return int(total)
 
 
-def _skeleton(config: Mapping[str, Any]) -> Any:
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """The network of a configuration without memory for its weights. Raises `DataInvalid` as `build_model`."""
     with torch.device("meta"):
         return _instantiate(config, seed=0)
 

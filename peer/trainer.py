@@ -40,6 +40,7 @@ from peer.experts import balance_coefficient, balance_losses
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.marks import IGNORED, STARTS, Lesson, lesson
 from peer.model import FlatParameters, build_model
+from peer.nf4 import Nf4Linear
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
 from peer.sketch import Sketcher
 from swarm import manifest
@@ -800,7 +801,7 @@ def _store_frozen(network: nn.Module, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     for module in network.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and not isinstance(module, Nf4Linear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)
 
 

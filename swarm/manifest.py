@@ -102,9 +102,17 @@ class Shard(Tree):
 
 
 class Base(Tree):
-    """The safetensors file of a pretrained model: every parameter of `model.config`, in fp32, fp16 or bf16."""
+    """The safetensors file of a pretrained model: every parameter of `model.config`, in fp32, fp16 or bf16.
+
+    In `nf4` the weights of linear layers other than the output head are in 4 bits, which only an adapter can be trained on.
+    """
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"stored"})
 
     name: str = Field("", max_length=200, description="what it is called where it comes from, for model cards")
+    stored: Literal["plain", "nf4"] = Field(
+        "plain", description="`nf4`: 4 bits and a scale for each 64 weights (QLoRA, 2305.14314)"
+    )
 
 
 class Lora(Frozen):
@@ -144,6 +152,8 @@ class Model(Frozen):
     def _adapts_something(self) -> Model:
         if self.adapter is not None and self.base is None:
             raise ValueError("an adapter needs a base")
+        if self.adapter is None and self.base is not None and self.base.stored == "nf4":
+            raise ValueError("a base in 4 bits (nf4) needs an adapter, as its own weights can't be trained")
         return self
 
     @field_validator("config")

@@ -22,13 +22,14 @@ from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import UNAUDITED, AdamW, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, Sync
+from swarm.manifest import UNAUDITED, AdamW, Base, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, Sync
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
 
 if TYPE_CHECKING:
     from peer.dataset import Dataset
+    from peer.pretrained import Pretrained
 
 OWNER_KEY_HELP = "The run's owner; made at first use in your data folder."
 TITLE = "# A training run of swarm. Check it with: swarm run validate\n# Every field: docs/reference/manifest.md\n"
@@ -130,6 +131,9 @@ def init(
     lora_targets: Annotated[
         str, typer.Option("--lora-targets", help="With --lora: layers to adapt, by the end of their names.")
     ] = LORA_TARGETS,
+    base_bits: Annotated[
+        int, typer.Option("--base-bits", help="With --lora: 4 has peers fetch and hold the base in 4 bits (QLoRA); 0 = as it is.")
+    ] = 0,
     strategy: Annotated[str, typer.Option("--strategy", help="auto, diloco (the same in all rounds) or sync.")] = auto.AUTO,
     codec: Annotated[
         str | None, typer.Option("--codec", help="fp16, int8, int4, int2 or sparse instead of a chosen one.")
@@ -154,7 +158,8 @@ def init(
     if demo:
         values = _demo(data or Path("data"))
     elif data is not None:
-        values = _with_data(data, hidden_size, layers) if base is None else _with_base(data, base, lora, lora_targets)
+        adapter = _adapter(lora, lora_targets, base_bits)
+        values = _with_data(data, hidden_size, layers) if base is None else _with_base(data, base, adapter, base_bits)
     budget: dict[str, Any] = {
         "tokens": tokens,
         "peers": peers,
@@ -419,7 +424,16 @@ def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
     return _filled(made, Model(config=config, parameters=count_parameters(config)))
 
 
-def _with_base(folder: Path, base: Path, rank: int, targets: str) -> dict[str, Any]:
+def _adapter(rank: int, targets: str, base_bits: int) -> Lora | None:
+    """The adapter that is asked for. Raises `UsageError` for a base that can't be held in so many bits."""
+    if base_bits not in (0, 4):
+        raise UsageError(f"a base can't be held in {base_bits} bits", "choose 4, or leave --base-bits out")
+    if base_bits and not rank:
+        raise UsageError("a base in 4 bits can't be trained itself", "train an adapter on it, with --lora 8")
+    return Lora(rank=rank, alpha=2 * rank, targets=tuple(targets.split(","))) if rank else None
+
+
+def _with_base(folder: Path, base: Path, adapter: Lora | None, base_bits: int) -> dict[str, Any]:
     """The template with a folder's data and a pretrained model, whose file is put beside the data. Raises `UsageError`."""
     from peer.data import tree_path
     from peer.dataset import read
@@ -430,10 +444,26 @@ def _with_base(folder: Path, base: Path, rank: int, targets: str) -> dict[str, A
     if made.tokenizer.root != pretrained.tokenizer.root:
         hint = f"build the data with --tokenizer {tree_path(base, pretrained.tokenizer)}"
         raise UsageError(f"the data in {folder} are not in the tokens of {pretrained.base.name}", hint)
-    adapter = Lora(rank=rank, alpha=2 * rank, targets=tuple(targets.split(","))) if rank else None
     parameters = count_parameters(pretrained.config, adapter)
-    _put(tree_path(base, pretrained.base), tree_path(folder, pretrained.base))
-    return _filled(made, Model(config=pretrained.config, parameters=parameters, base=pretrained.base, adapter=adapter))
+    if base_bits:
+        file = _quantised(pretrained, base, folder)
+    else:
+        file = pretrained.base
+        _put(tree_path(base, file), tree_path(folder, file))
+    return _filled(made, Model(config=pretrained.config, parameters=parameters, base=file, adapter=adapter))
+
+
+def _quantised(made: Pretrained, base: Path, folder: Path) -> Base:
+    """The base in 4 bits, beside the data; how far it has come is shown on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from peer.importing import in_four_bits
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("quantising")
+        return in_four_bits(made, base, folder, lambda done, total: progress.update(task, completed=done, total=total))
 
 
 def _filled(made: Dataset, model: Model) -> dict[str, Any]:

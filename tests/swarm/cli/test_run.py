@@ -197,6 +197,18 @@ def test_a_pretrained_model_becomes_a_run_with_an_adapter(home: Path, capsys: py
     made = yaml.safe_load(Path("run.yaml").read_text())["model"]
     assert made["parameters"] == 2 * 2 * (8 + 8)
     assert made["adapter"]["targets"] == ["q_proj", "v_proj"]
+    assert run(["run", "init", "small.yaml", "--base", "base", "--data", "data", *adapter, "--base-bits", "4"]) == 0
+    assert run(["run", "validate", "small.yaml", "--files", "data"]) == 0
+    small = yaml.safe_load(Path("small.yaml").read_text())["model"]
+    assert small["base"]["stored"] == "nf4"
+    assert small["base"]["root"] != made["base"]["root"]
+    assert small["parameters"] == made["parameters"]
+    capsys.readouterr()
+    assert run(["run", "init", "none.yaml", "--base", "base", "--data", "data", "--base-bits", "4"]) == 2
+    assert run(["run", "init", "none.yaml", "--base", "base", "--data", "data", *adapter, "--base-bits", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "with --lora 8" in told
+    assert "can't be held in 3 bits" in told
     assert run(["data", "teach", "data", "--teacher", "checkpoint", "--top-k", "4", "--to", "taught"]) == 0
     assert run(["run", "init", "taught.yaml", "--base", "base", "--data", "taught", *adapter]) == 0
     assert run(["run", "validate", "taught.yaml", "--files", "taught"]) == 0
