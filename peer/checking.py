@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peer.architectures import check_positions
 from peer.corpus import ends_of_text, load_tokenizer
 from peer.data import ShardReader, tree_path, verify_tree_file
 from peer.distillation import TeacherReader
 from peer.marks import NO_LOSS, STARTS, Values
-from peer.model import check_parameters, initial_theta
+from peer.model import check_parameters, initial_theta, skeleton
 from swarm.errors import DataInvalid
 from swarm.manifest import Data, Manifest, Shard, Teacher, Tree
 
@@ -29,7 +30,7 @@ def problems_of(manifest: Manifest, files: Path | None) -> list[str]:
 
     Private shards are looked at where they are there.
     """
-    found = _problems([partial(check_parameters, manifest.model), partial(_check_length, manifest)])
+    found = _problems([partial(check_parameters, manifest.model)]) or _problems([partial(_check_length, manifest)])
     if found or files is None:
         return found
     data = manifest.data.held(lambda tree: tree_path(files, tree).exists())
@@ -61,10 +62,7 @@ def _contents(manifest: Manifest, data: Data, files: Path) -> Iterator[Check]:
 
 
 def _check_length(manifest: Manifest) -> None:
-    config, length = manifest.model.config, manifest.data.sequence_length
-    longest = config.get("max_position_embeddings", config.get("n_positions"))
-    if isinstance(longest, int) and length > longest:
-        raise DataInvalid(f"samples have {length} tokens, the model reads {longest} at once")
+    check_positions(skeleton(manifest.model.config).config.get_text_config(), manifest.data.sequence_length)
 
 
 def _check_tokenizer(manifest: Manifest, files: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from peer.architectures import DESCRIBES_THE_FILE, QUANTISED
 from peer.chats import TEMPLATE_FILE
 from peer.corpus import TOKENIZER, name_by_root, save_tokenizer
 from peer.data import tree_path
@@ -22,15 +23,10 @@ from peer.model import check_parameters, skeleton
 from peer.nf4 import layers_of, packed_weights
 from peer.pretrained import FILE, LARGEST, PACKED, Pretrained
 from swarm.errors import DataInvalid
-from swarm.manifest import FORBIDDEN_MODEL_KEYS, Base, Model
+from swarm.manifest import Base, Model
 
 GGUF = ".gguf"
-QUANTISED = "quantization_config"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DESCRIBES_THE_FILE = frozenset(
-    {"architectures", "dtype", "torch_dtype", "transformers_version", "name_or_path", "use_cache", *FORBIDDEN_MODEL_KEYS}
-)
-"""Keys of a configuration that say how a checkpoint was made, not what the model is."""
 SOURCE_HINT = "name a hub's model, a folder with config.json and safetensors, or a .gguf file"
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peer.adapters import adapted, deviation, is_first
+from peer.architectures import attention_of, check_kind, check_looks_back
 from peer.buffers import buffers
 from peer.data import tree_path
 from peer.nf4 import BYTES_PER_WEIGHT, layers_of, pack_layers
@@ -41,6 +42,7 @@ FORBIDDEN_KEYS = frozenset(
     }
 )
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+VISITED_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
     if model.base is None:
         return _random_model(model)
     network = _packed_model(model) if model.base.stored == "nf4" else _instantiate(model.config, seed=model.seed)
-    refuse_changing_buffers(network)
     if model.adapter is not None:
         if files is not None:
             read_weights(network, tree_path(files, model.base))
@@ -80,9 +81,11 @@ def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
 
 def check_parameters(model: manifest.Model) -> None:
     """Raise `DataInvalid` unless the model can be built and has as many trained parameters as the manifest says."""
+    network = skeleton(model.config)
+    refuse_changing_buffers(network)
     if model.base is not None and model.base.stored == "nf4":
-        layers_of(skeleton(model.config))
-    found = count_parameters(model.config, model.adapter)
+        layers_of(network)
+    found = _count(network, model.adapter)
     if found != model.parameters:
         trained = "trains" if model.adapter is not None else "has"
         raise DataInvalid(f"the model {trained} {found} parameters, the manifest says {model.parameters}")
@@ -109,7 +112,6 @@ def _random_model(model: manifest.Model) -> nn.Module:
     random_names = {
         name for (name, value), other in zip(_samples(network), samples, strict=True) if not torch.equal(value, other)
     }
-    refuse_changing_buffers(network)
     _initialise(network, random_names, model.seed)
     return network
 
@@ -126,7 +128,10 @@ def initial_theta(model: manifest.Model, files: Path | None = None) -> Vector:
 
 def count_parameters(config: Mapping[str, Any], adapter: manifest.Lora | None = None) -> int:
     """Number of trained parameters, tied ones once: the adapter's where there is one. Allocates nothing."""
-    network = skeleton(config)
+    return _count(skeleton(config), adapter)
+
+
+def _count(network: Any, adapter: manifest.Lora | None) -> int:
     if adapter is not None:
         with torch.device("meta"):
             network = adapted(network, adapter)
@@ -142,9 +147,7 @@ def flops_per_token(config: Mapping[str, Any], sequence_length: int, adapter: ma
     """
     network = skeleton(config)
     settings = network.config.get_text_config()
-    heads = int(settings.num_attention_heads)
-    width = heads * int(getattr(settings, "head_dim", None) or settings.hidden_size // heads)
-    attention = 12 * int(settings.num_hidden_layers) * width * sequence_length
+    attention = 12 * _attention_width(settings) * sequence_length
     active = _active_matrix_parameters(network, settings)
     if adapter is not None:
         return 4 * active + 6 * count_parameters(config, adapter) + attention
@@ -162,16 +165,33 @@ def frozen_bytes(model: manifest.Model) -> int:
     return int(4 * whole + BYTES_PER_WEIGHT * packed)
 
 
+def _attention_width(settings: Any) -> int:
+    """Layers x heads x head size; 0 for an architecture without attention."""
+    heads = int(getattr(settings, "num_attention_heads", None) or 0)
+    if not heads:
+        return 0
+    return int(settings.num_hidden_layers) * heads * int(getattr(settings, "head_dim", None) or settings.hidden_size // heads)
+
+
+def experts_of(settings: Any) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token visits; both 1 for a model without."""
+    places = [place for place in (settings, getattr(settings, "ffn_config", None)) if place is not None]
+    experts, visited = (
+        next((int(getattr(place, key)) for place in places for key in keys if getattr(place, key, None)), 1)
+        for keys in (EXPERT_COUNT_KEYS, VISITED_KEYS)
+    )
+    return (experts, visited) if experts > 1 else (1, 1)
+
+
 def _active_matrix_parameters(network: Any, settings: Any) -> int:
-    experts = next((int(getattr(settings, key)) for key in EXPERT_COUNT_KEYS if getattr(settings, key, None)), 1)
-    visited = int(getattr(settings, "num_experts_per_tok", None) or 1) if experts > 1 else 1
+    experts, visited = experts_of(settings)
     lookups = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     head = network.get_output_embeddings().weight
     total = head.numel()
     for name, parameter in network.named_parameters():
         if parameter.ndim < 2 or id(parameter) in lookups or parameter is head:
             continue
-        is_expert = ".experts." in name
+        is_expert = ".experts." in name or (parameter.ndim == 3 and parameter.shape[0] == experts)
         total += parameter.numel() * visited // experts if is_expert else parameter.numel()
     return int(total)
 
@@ -186,16 +206,19 @@ def _instantiate(config: Mapping[str, Any], seed: int) -> Any:
     _check_values(config)
     values = dict(config)
     kind = values.pop("model_type", None)
+    check_kind(kind)
     try:
         settings = AutoConfig.for_model(kind, **values)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+            network = AutoModelForCausalLM.from_config(settings, attn_implementation=attention_of(settings), dtype=torch.float32)
     except Exception as error:  # what transformers raises for nonsense has no common base
         problem = " ".join(str(error).split())[:200]
         raise DataInvalid(
             f"transformers can't build a {kind!r} model: {problem}", "check model.config in the manifest"
         ) from error
+    check_looks_back(network.config)
+    return network
 
 
 def _check_values(config: Mapping[str, Any]) -> None:

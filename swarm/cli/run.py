@@ -122,6 +122,10 @@ def init(
     ] = None,
     hidden_size: Annotated[int, typer.Option("--hidden-size", min=32, help="With --data: width of the Llama.")] = 512,
     layers: Annotated[int, typer.Option("--layers", min=1, help="With --data: its layers.")] = 8,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="With --data: the model's config.json, of any causal model of transformers, not a Llama."),
+    ] = None,
     base: Annotated[
         Path | None, typer.Option("--base", help="With --data: begin with the model in this folder, made by `swarm run base`.")
     ] = None,
@@ -151,12 +155,23 @@ def init(
 
     With `--strategy auto` the budget, the slowest link and the slowest device decide on inner steps, codec and overlap; the
     reasons are printed, and what is written is explicit.
+
+    Examples:
+
+      swarm run init --data data --tokens 1000000000
+
+      swarm run init --data data --config config.json
     """
     if path.exists():
         raise UsageError(f"{path} exists already", "choose another path, or remove the file")
     values = TEMPLATE
+    changed: tuple[str, ...] = ()
+    if config is not None and (demo or data is None or base is not None):
+        raise UsageError("--config is for a model that begins from scratch", "give --data with it, and neither --demo nor --base")
     if demo:
         values = _demo(data or Path("data"))
+    elif data is not None and config is not None:
+        values, changed = _with_config(data, config)
     elif data is not None:
         adapter = _adapter(lora, lora_targets, base_bits)
         values = _with_data(data, hidden_size, layers) if base is None else _with_base(data, base, adapter, base_bits)
@@ -174,7 +189,7 @@ def init(
         path.write_text(commented(values))
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}", "choose another path") from error
-    for reason in why:
+    for reason in (*changed, *why):
         typer.echo(reason)
     if values["admission"]["kind"] == "invitation":
         typer.echo("admission: by invitation, as the data are private; swarm run invite makes tickets")
@@ -422,6 +437,18 @@ def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
     made = read(folder)
     config = llama_config(made.vocabulary_size, made.data.sequence_length, hidden_size, layers, made.end_of_text)
     return _filled(made, Model(config=config, parameters=count_parameters(config)))
+
+
+def _with_config(folder: Path, path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The template with a folder's data and a model by its configuration, and what had to be changed in that."""
+    from peer.architectures import check_positions, fitted, read_config
+    from peer.dataset import read
+    from peer.model import count_parameters, skeleton
+
+    made = read(folder)
+    config, changed = fitted(read_config(path), made.vocabulary_size, made.end_of_text)
+    check_positions(skeleton(config).config.get_text_config(), made.data.sequence_length)
+    return _filled(made, Model(config=config, parameters=count_parameters(config))), changed
 
 
 def _adapter(rank: int, targets: str, base_bits: int) -> Lora | None:

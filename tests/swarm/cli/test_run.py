@@ -180,6 +180,34 @@ def test_validate_builds_the_model(path: Path, capsys: pytest.CaptureFixture[str
     assert "the model has 728 parameters, the manifest says 5" in capsys.readouterr().err
 
 
+def test_a_configuration_becomes_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any causal model of transformers on a folder's data, in its tokens; what doesn't fit is told with what to do."""
+    Path("texts").mkdir()
+    for number in range(40):
+        Path(f"texts/{number}.txt").write_text(f"document {number} says something else than the others do\n" * 9)
+    assert run(["data", "build", "texts", "--to", "data", "--sequence-length", "16", "--held-out", "0.2"]) == 0
+    values = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16, "eos_token_id": 50256}
+    Path("config.json").write_text(json.dumps(values | {"auto_map": {"AutoConfig": "evil.Code"}}))
+    assert run(["run", "init", "run.yaml", "--data", "data", "--config", "config.json"]) == 0
+    assert "eos_token_id is 256 instead of 50256" in capsys.readouterr().out
+    assert run(["run", "validate", "run.yaml", "--files", "data"]) == 0
+    made = yaml.safe_load(Path("run.yaml").read_text())["model"]["config"]
+    assert (made["model_type"], made["vocab_size"], "auto_map" in made) == ("gpt2", 257, False)
+    wrong = {
+        "did you mean gpt2 or": values | {"model_type": "gpt2x"},
+        "the model's vocab_size is 100": values | {"vocab_size": 100},
+        "the model has positions for 8": values | {"n_positions": 8},
+        "sees the tokens that it is to tell": {**LLAMA, "model_type": "bert", "vocab_size": 300},
+    }
+    for problem, config in wrong.items():
+        Path("config.json").write_text(json.dumps(config))
+        assert run(["run", "init", "no.yaml", "--data", "data", "--config", "config.json"]) != 0
+        assert problem in " ".join(capsys.readouterr().err.split())
+    assert run(["run", "init", "no.yaml", "--config", "config.json"]) == 2
+    assert "give --data" in capsys.readouterr().err
+    assert not Path("no.yaml").exists()
+
+
 def test_a_pretrained_model_becomes_a_run_with_an_adapter(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Base, data in its tokens, manifest, and a check of all files; data in other tokens are refused."""
     ends = {"bos_token_id": 256, "eos_token_id": 256}
