@@ -328,9 +328,14 @@ class Sync(Frozen):
 class Codec(Frozen):
     """How an update travels."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"leave_out_zeros"})
+
     kind: Literal["fp16", "int8", "int4", "int2", "sparse"] = "fp16"
     part_values: int = Field(1 << 17, ge=1 << 12, le=1 << 21, description="values per part; a multiple of 4096")
     density_top_k: int = Field(64, ge=4, le=1024, description="`sparse`: how many of 4096 values travel")
+    leave_out_zeros: bool = Field(
+        False, description="`sparse`: chunks of 4096 that are all zero don't travel, such as those of experts that nobody visited"
+    )
 
     @field_validator("part_values")
     @classmethod

@@ -73,7 +73,7 @@ def make_codec(codec: manifest.Codec, parameters: int) -> Codec:
         case "int2":
             return Int2(parameters, codec.part_values)
         case "sparse":
-            return Sparse(parameters, codec.part_values, codec.density_top_k)
+            return Sparse(parameters, codec.part_values, codec.density_top_k, codec.leave_out_zeros)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import structlog
@@ -95,6 +96,8 @@ def encode_parts(codec: Codec, values: Tensor) -> tuple[list[bytes], Tensor]:
     """
     if isinstance(codec, Sparse):
         rows, decoded = _encode_sparse(codec, values)
+        if codec.leave_out_zeros:
+            return _without_zeros(codec, values, _received(rows)), decoded
     else:
         rows, decoded = _encode_grouped(_grouped(codec), values)
     return [row.tobytes() for row in _received(rows)], decoded
@@ -103,6 +106,8 @@ def encode_parts(codec: Codec, values: Tensor) -> tuple[list[bytes], Tensor]:
 def decode_parts(codec: Codec, parts: Sequence[bytes], device: torch.device) -> Tensor:
     """The values of as many whole parts, [parts, part values]. Raises `Rejected("bad_part")` with the place among these."""
     size = codec.part_size_limit(0)
+    if isinstance(codec, Sparse) and codec.leave_out_zeros:
+        return _decode_without_zeros(codec, parts, device)
     if any(len(part) != size for part in parts):
         return _decode_plainly(codec, parts)
     scales = [checked_scale(HEADER.unpack_from(part)[0], index) for index, part in enumerate(parts)]
@@ -326,6 +331,36 @@ def _decode_sparse(codec: Sparse, rows: Tensor, scales: Sequence[float]) -> Tens
         return None
     chosen = pairs.view(chunks, section.kept, VALUE_BITS).bool()
     return _placed(indices, _signed(factors, chosen[..., 0], chosen[..., 1])).view(count, -1)
+
+
+def _without_zeros(codec: Sparse, values: Tensor, rows: NDArray[np.uint8]) -> list[bytes]:
+    """The bytes of parts, [parts, part values], whose zeros are left out; `rows` are what all chunks of each take.
+
+    Experts are large: of most parts all chunks travel, or none. The others are left to the plain codec.
+    """
+    is_whole = (values.view(len(rows), -1, CHUNK_VALUES) != 0).any(dim=2).all(dim=1).tolist()
+    bits, parts = _all_travel(codec), list[bytes]()
+    for place, row in enumerate(rows):
+        if is_whole[place]:
+            parts.append(row[: HEADER.size].tobytes() + bits + row[HEADER.size :].tobytes())
+        else:
+            parts.append(codec.encode_part(values[place].cpu().numpy(), 0))
+    return parts
+
+
+def _decode_without_zeros(codec: Sparse, parts: Sequence[bytes], device: torch.device) -> Tensor:
+    bits = _all_travel(codec)
+    end = HEADER.size + len(bits)
+    if all(part[HEADER.size : end] == bits for part in parts):
+        return decode_parts(replace(codec, leave_out_zeros=False), [part[: HEADER.size] + part[end:] for part in parts], device)
+    decoded = [codec.decode_part(part, index) for index, part in enumerate(parts)]
+    return torch.from_numpy(np.stack(decoded)).to(device)
+
+
+def _all_travel(codec: Sparse) -> bytes:
+    """The bits of a whole part that has no chunk of zeros."""
+    chunks = codec.part_values // CHUNK_VALUES
+    return np.packbits(np.ones(chunks, dtype=np.uint8), bitorder="little").tobytes()
 
 
 def _section(codec: Sparse) -> Section:

@@ -13,6 +13,9 @@ last one, four tables, each of them filled up with zero bits to a byte, first bi
 3. per value the `l` low bits of its index, l = floor(log2(chunk length / values of the chunk));
 4. per chunk the high rests h of its indices: a one at h + i for the i-th value, zeros elsewhere.
 
+Where zeros are left out (`leave_out_zeros`) one bit per chunk follows the scale, the first least significant and filled up with
+zeros to a byte: 1 for a chunk that has a value other than zero. The tables are of those chunks only.
+
 Levels are the means of the magnitudes on both sides of a threshold, which starts at their mean and moves halfway between the
 levels three times (Lloyd, 1982). Sums are by halving (`peer.merge`), so that the bytes don't depend on the processor.
 """
@@ -91,12 +94,14 @@ class Sparse(Parts):
     """`top_k` of 4096 values; the others are zero."""
 
     top_k: int = TOP_K
+    leave_out_zeros: bool = False
     kind: str = "sparse"
     topology: Literal["all_gather"] = "all_gather"
 
     def part_size_limit(self, index: int) -> int:
-        """The exact number of bytes of part `index`."""
-        return HEADER.size + sum(section.size_bytes for section in self._sections(index))
+        """The number of bytes of part `index`: the exact one, or where zeros are left out the largest."""
+        length = self.part_length(index)
+        return self._tables_start(length) + sum(section.size_bytes for section in self._sections(length))
 
     def encode_part(self, values: Vector, index: int) -> bytes:
         """The bytes of part `index`. Raises `ValueError` for values that are not finite or too few."""
@@ -104,7 +109,13 @@ class Sparse(Parts):
         magnitudes = np.abs(values)
         scale = math.ldexp(1.0, scale_exponent(largest_magnitude(magnitudes)))
         pieces = [HEADER.pack(scale)]
-        for section in self._sections(index):
+        if self.leave_out_zeros:
+            travels = _has_values(magnitudes)
+            pieces.append(_packed(travels))
+            if not travels.all():
+                places = np.repeat(travels, CHUNK_VALUES)[: values.size]
+                values, magnitudes = values[places], magnitudes[places]
+        for section in self._sections(values.size):
             span = slice(section.start, section.start + section.chunks * section.length)
             pieces += _encode(section, values[span], magnitudes[span], scale)
         return b"".join(pieces)
@@ -119,24 +130,55 @@ class Sparse(Parts):
 
     def decode_pairs(self, data: bytes | bytearray | memoryview, index: int) -> tuple[Indices, Vector]:
         """Strictly ascending places within part `index`, and the values there. Raises `Rejected("bad_part")`."""
-        self.check_size(len(data), index)
-        view = memoryview(data)
+        length, view = self.part_length(index), memoryview(data)
+        starts = self._starts(view, index)
+        travelling = int(np.minimum(length - starts, CHUNK_VALUES).sum())
+        sections, rest = list(self._sections(travelling)), view[self._tables_start(length) :]
+        size = sum(section.size_bytes for section in sections)
+        if len(rest) != size:
+            raise Rejected("bad_part", f"part {index} has {len(view)} bytes instead of {self._tables_start(length) + size}")
         scale = checked_scale(HEADER.unpack_from(view)[0], index)
-        rest = view[HEADER.size :]
-        places, values = [], []
-        for section in self._sections(index):
+        places, values = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
+        for section in sections:
             section_places, section_values = _decode(section, rest[: section.size_bytes], scale, index)
             places.append(section_places)
             values.append(section_values)
             rest = rest[section.size_bytes :]
-        return np.concatenate(places), np.concatenate(values)
+        found = np.concatenate(places)
+        if travelling < length:
+            found = starts[found // CHUNK_VALUES] + found % CHUNK_VALUES
+        return found, np.concatenate(values)
 
-    def _sections(self, index: int) -> Iterator[Section]:
-        chunks, rest = divmod(self.part_length(index), CHUNK_VALUES)
+    def _tables_start(self, length: int) -> int:
+        """Where the tables of a part of so many values begin."""
+        chunks = -(-length // CHUNK_VALUES)
+        return HEADER.size + (-(-chunks // 8) if self.leave_out_zeros else 0)
+
+    def _starts(self, view: memoryview, index: int) -> Indices:
+        """Where the chunks that travel begin, once the part is long enough to tell. Raises `Rejected("bad_part")`."""
+        length = self.part_length(index)
+        starts: Indices = np.arange(0, length, CHUNK_VALUES)
+        if not self.leave_out_zeros:
+            self.check_size(len(view), index)
+            return starts
+        end = self._tables_start(length)
+        if len(view) < end:
+            raise Rejected("bad_part", f"part {index} has {len(view)} bytes instead of {end} or more")
+        return starts[_unpacked(view[HEADER.size : end], starts.shape, index).view(np.bool_)]
+
+    def _sections(self, length: int) -> Iterator[Section]:
+        chunks, rest = divmod(length, CHUNK_VALUES)
         if chunks:
             yield Section(0, chunks, CHUNK_VALUES, self.top_k)
         if rest:
             yield Section(chunks * CHUNK_VALUES, 1, rest, -(-rest * self.top_k // CHUNK_VALUES))
+
+
+def _has_values(magnitudes: Vector) -> NDArray[np.bool_]:
+    """Which chunks have a value other than zero, [chunks]; the last may be shorter."""
+    starts = np.arange(0, magnitudes.size, CHUNK_VALUES)
+    found: NDArray[np.bool_] = np.maximum.reduceat(magnitudes, starts) > 0
+    return found
 
 
 def _encode(section: Section, values: Vector, magnitudes: Vector, scale: float) -> list[bytes]:

@@ -17,7 +17,7 @@ from swarm.errors import Rejected
 from tests.peer.codec.codec_cases import damaged, finite, normal
 
 PART = 4096
-KINDS = ("int8", "int4", "int2", "sparse")
+KINDS = ("int8", "int4", "int2", "sparse", "sparse without zeros")
 CPU = torch.device("cpu")
 LARGEST = float(np.finfo(np.float32).max)
 devices = pytest.mark.parametrize(
@@ -30,7 +30,12 @@ devices = pytest.mark.parametrize(
 
 
 def made(kind: str, parts: int, part_values: int = PART, top_k: int = 64) -> Codec:
-    values = {"kind": kind, "part_values": part_values, "density_top_k": top_k}
+    values = {
+        "kind": kind.split(maxsplit=1)[0],
+        "part_values": part_values,
+        "density_top_k": top_k,
+        "leave_out_zeros": " " in kind,
+    }
     return make_codec(manifest.Codec.model_validate(values), parts * part_values)
 
 
@@ -62,6 +67,15 @@ def test_the_bytes_are_the_same(kind: str, scale: float, part_values: int, devic
     """For values as of updates, and as small or large as float32 goes."""
     codec = made(kind, 3, part_values)
     check_equal(codec, (normal(3 * part_values, 1, 1.0) * scale).astype(np.float32), device)
+
+
+@devices
+@pytest.mark.parametrize("zeros", [(), (0,), (0, 1, 2), (3, 4, 5), (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+def test_the_same_chunks_are_left_out(zeros: tuple[int, ...], device: str) -> None:
+    """None of a part, some, or all of them."""
+    vector = normal(9 * PART).reshape(9, -1)
+    vector[list(zeros)] = 0
+    check_equal(made("sparse without zeros", 3, 3 * PART), vector.reshape(-1), device)
 
 
 @devices

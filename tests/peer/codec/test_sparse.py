@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from peer.codec import decode, encode
+from peer.codec import decode, encode, make_codec
 from peer.codec import sparse as module
 from peer.codec.sparse import CHUNK_VALUES, Sparse, strongest
 from peer.merge import merge_pairs, merge_part, weighted_mean
+from swarm import manifest
 from swarm.manifest import Mean
 from tests.peer.codec.codec_cases import is_rejected, normal
 
@@ -152,6 +153,73 @@ def test_pairs_are_the_values_that_travelled() -> None:
     places, values = codec.decode_pairs(part, 0)
     assert (np.diff(places) > 0).all()
     assert np.array_equal(codec.decode_part(part, 0)[places], values)
+
+
+# --- zeros left out ---------------------------------------------------------------------------------------------------------
+
+
+def without_zeros(size: int, top_k: int = 64) -> Sparse:
+    return Sparse(size, 1 << 17, top_k, leave_out_zeros=True)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(1, CHUNK_VALUES), densities)
+@example([False], 5, 64)
+@example([True], CHUNK_VALUES, 64)
+@settings(max_examples=60, deadline=None)
+def test_zeros_left_out_change_nothing_but_the_size(travels: list[bool], last: int, top_k: int) -> None:
+    """The values are those of the plain codec; a chunk of zeros takes a bit."""
+    size = (len(travels) - 1) * CHUNK_VALUES + last
+    vector = normal(size)
+    for chunk, travelling in enumerate(travels):
+        if not travelling:
+            vector[chunk * CHUNK_VALUES : (chunk + 1) * CHUNK_VALUES] = 0
+    codec, plain = without_zeros(size, top_k), Sparse(size, 1 << 17, top_k)
+    part, all_of_it = codec.encode_part(vector, 0), plain.encode_part(vector, 0)
+    assert np.array_equal(codec.decode_part(part, 0), plain.decode_part(all_of_it, 0))
+    places, values = codec.decode_pairs(part, 0)
+    assert (np.diff(places) > 0).all()
+    assert np.array_equal(codec.decode_part(part, 0)[places], values)
+    bits = -(-len(travels) // 8)
+    assert len(part) <= codec.part_size_limit(0) == plain.part_size_limit(0) + bits
+    if all(travels):
+        assert part[:4] + part[4 + bits :] == all_of_it
+    if not any(travels):
+        assert len(part) == 4 + bits
+
+
+def test_a_part_of_zeros_takes_a_few_bytes() -> None:
+    """Eight for 131,072 values, where all tables take thousands."""
+    vector = np.zeros(1 << 17, np.float32)
+    assert len(without_zeros(1 << 17).encode_part(vector, 0)) == 8
+    assert len(Sparse(1 << 17, 1 << 17).encode_part(vector, 0)) > 2500
+
+
+def test_bytes_without_zeros_are_golden() -> None:
+    """The second chunk of three is that of the golden one above: bits 010."""
+    codec, vector = without_zeros(3 * CHUNK_VALUES, 4), np.zeros(3 * CHUNK_VALUES, np.float32)
+    vector[CHUNK_VALUES + np.array([3, 7, 100, 4095])] = [8, 2, -2, -8]
+    assert codec.encode_part(vector, 0).hex() == "0000003a02006c0074e1031c40c6ff47"
+
+
+def test_bits_that_do_not_fit_the_tables_are_rejected() -> None:
+    """More or fewer chunks than there are tables for, chunks beyond the part, and parts that end before the bits."""
+    codec = without_zeros(3 * CHUNK_VALUES, 4)
+    part = codec.encode_part(np.concatenate([normal(CHUNK_VALUES), np.zeros(2 * CHUNK_VALUES, np.float32)]), 0)
+    assert part[4] == 0b001
+    for bits in (0b000, 0b011, 0b111):
+        is_rejected(codec, part[:4] + bytes([bits]) + part[5:], "bytes instead of")
+    is_rejected(codec, part[:4] + bytes([0b1001]) + part[5:], "padding")
+    is_rejected(codec, part[:4], "or more")
+    is_rejected(codec, part + b"\0", "bytes instead of")
+
+
+def test_earlier_runs_keep_their_bytes_and_their_id() -> None:
+    """Only a manifest that says so leaves zeros out."""
+    plain = manifest.Codec(kind="sparse")
+    assert "leave_out_zeros" not in plain.model_dump(mode="json")
+    assert make_codec(plain, 9000) == Sparse(9000, plain.part_values)
+    chosen = manifest.Codec(kind="sparse", leave_out_zeros=True)
+    assert make_codec(chosen, 9000) == Sparse(9000, plain.part_values, leave_out_zeros=True)
 
 
 # --- one chunk, top-4: scale 4, levels 4, values 1, low bits 5, high bits 1 byte -------------------------------------------
