@@ -131,7 +131,7 @@ def test_a_tokenizer_of_another_model(make_run: MakeRun, tmp_path: Path) -> None
 def test_samples_that_are_longer_than_the_model_reads(make_run: MakeRun, tmp_path: Path) -> None:
     """Told without any files."""
     run = make_run(config_changes={"max_position_embeddings": LENGTH - 1})
-    assert problem(run, None) == "samples have 16 tokens, the model reads 15 at once"  # type: ignore[arg-type]
+    assert problem(run, None) == "samples have 16 tokens, the model has positions for 15 (max_position_embeddings)"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
