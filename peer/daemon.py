@@ -202,7 +202,9 @@ class Daemon:
         status = Status(PeerMetrics(registry), history=options.directory / HISTORY_NAME)
         usage = Usage.load(options.directory / USAGE_NAME, options.monthly_quota)
         daemon = cls(options, identity, status, registry, Faults.from_environment(), usage)
-        daemon.faults.actions.update(flip_bit=daemon.flip_bit, break_device=break_device, tamper=daemon.tamper)
+        daemon.faults.actions.update(
+            flip_bit=daemon.flip_bit, break_device=break_device, tamper=daemon.tamper, spoil=daemon.spoil
+        )
         return daemon
 
     def flip_bit(self) -> None:
@@ -217,6 +219,12 @@ class Daemon:
         """Merge with the wrong sign in the present round, as a hostile reducer would; only fault scripts ask for it."""
         if self.engine is not None and self.engine.current is not None:
             self.engine.current.exchange.distort = Attack("tamper").merged
+
+    def spoil(self) -> None:
+        """Train on labels that make no sense, as of a damaged file; the next time on the right ones. Only fault scripts ask."""
+        if self.engine is not None:
+            trainer, vocabulary = self.engine.training.trainer, self.engine.services.manifest.model.vocabulary_size
+            trainer.relabel = (lambda labels: vocabulary - 1 - labels) if trainer.relabel is None else None
 
     @property
     def parts(self) -> Parts:

@@ -13,6 +13,9 @@ class PeerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.rounds = Counter("swarm_peer_rounds", "Rounds by outcome.", ["outcome"], registry=registry)
+        self.skipped = Counter(
+            "swarm_peer_rounds_skipped", "Rounds that were spikes of the loss and changed no weights.", registry=registry
+        )
         self.tokens = Counter("swarm_peer_tokens", "Tokens trained on in counted contributions.", registry=registry)
         self.samples = Counter("swarm_peer_samples", "Samples trained on in counted contributions.", registry=registry)
         self.sent = Counter(

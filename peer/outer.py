@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from peer.buffers import buffers
 from peer.merge import arithmetic_is_ieee, norm
 from peer.optimizer import lr_factor
+from peer.spikes import Recent
 from swarm import manifest
 from swarm.errors import SwarmError
 
@@ -34,7 +35,7 @@ class OuterState:
     """Weights, outer buffers and counters after a round. Arrays become read-only.
 
     `theta` and every buffer are float32 [parameters]; `beta1_power` and `beta2_power` are beta^step of AdamW, 1 where
-    there is none.
+    there is none. `recent` is what spikes are told by, in runs that skip them.
     """
 
     theta: Vector
@@ -44,6 +45,7 @@ class OuterState:
     step: int = 0
     beta1_power: float = 1.0
     beta2_power: float = 1.0
+    recent: Recent = Recent()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "buffers", MappingProxyType(dict(self.buffers)))
@@ -69,6 +71,24 @@ def buffer_names(strategy: manifest.Sync | manifest.DiLoCo) -> tuple[str, ...]:
 def initial_state(strategy: manifest.Sync | manifest.DiLoCo, theta: Vector) -> OuterState:
     """The state before the first round."""
     return OuterState(theta, {name: np.zeros_like(theta) for name in buffer_names(strategy)})
+
+
+def advance(
+    strategy: manifest.Sync | manifest.DiLoCo, state: OuterState, merged: Vector | None, tokens: int, loss: float
+) -> OuterState:
+    """The state after a round, whether or not it changes the weights. `loss` is the round's, in nats per token.
+
+    None is merged where nobody contributed. A spike, where the run skips them, leaves weights and buffers as they are; its tokens
+    count, as they have been used.
+    """
+    if merged is None:
+        return replace(state, round=state.round + 1)
+    if strategy.skip_spikes is None:
+        return apply(strategy, state, merged, tokens)
+    recent = state.recent.after(strategy.skip_spikes, loss, norm(merged))
+    if recent.skipped > state.recent.skipped:
+        return replace(state, round=state.round + 1, tokens=state.tokens + tokens, recent=recent)
+    return replace(apply(strategy, state, merged, tokens), recent=recent)
 
 
 def apply(

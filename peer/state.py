@@ -1,8 +1,8 @@
 """The state of a run after a round as hashed chunks, and as checkpoints on disk.
 
-Chunk 0 is a canonical JSON header with the counters; after it every array, first `theta`, then the outer buffers by
-name, is cut into chunks of 1 MiB of little-endian float32. A chunk's name is its BLAKE2b-256; the state root is the RFC
-6962 root over the names.
+Chunk 0 is a canonical JSON header with the counters and what spikes are told by; after it every array, first `theta`, then the
+outer buffers by name, is cut into chunks of 1 MiB of little-endian float32. A chunk's name is its BLAKE2b-256; the state root is
+the RFC 6962 root over the names.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peer.outer import SECOND_MOMENT, THETA, OuterState, buffer_names
+from peer.spikes import Recent
 from swarm import manifest
 from swarm.errors import CheckpointCorrupt, DiskFull, Rejected
 from swarm.merkle import HASH_BYTES, blob_hash, root_of
@@ -41,6 +42,16 @@ CHECKPOINT_FORMAT = "swarm-checkpoint-1"
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+class _Recent(BaseModel):
+    """The last rounds' figures, in runs that skip spikes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    losses: list[float]
+    norms: list[Annotated[float, Field(ge=0)]]
+    skipped: int = Field(ge=0, le=MAX_COUNTER)
+
+
 class _Header(BaseModel):
     """Chunk 0."""
 
@@ -54,23 +65,29 @@ class _Header(BaseModel):
     beta2_power: float = Field(ge=0, le=1)
     chunk_bytes: int = CHUNK_BYTES
     arrays: list[tuple[str, int]]
+    recent: _Recent | None = None
 
     def canonical(self) -> bytes:
-        """JSON with sorted keys and no spaces; floats in Python's shortest round-trip form."""
-        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        """JSON with sorted keys and no spaces; floats in Python's shortest round-trip form; what isn't there is left out."""
+        return json.dumps(self.model_dump(exclude_none=True), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a state of a run has to look like, known from the manifest before a byte is fetched."""
+    """What a state of a run has to look like, known from the manifest before a byte is fetched.
+
+    It has figures of the last `window` rounds at most; 0 = it has none, as the run skips no spikes.
+    """
 
     names: tuple[str, ...]
     parameters: int
+    window: int = 0
 
     @classmethod
     def of(cls, run: manifest.Manifest) -> Layout:
         """The layout of a manifest's states."""
-        return cls((THETA, *buffer_names(run.strategy)), run.model.parameters)
+        window = run.strategy.skip_spikes.window if run.strategy.skip_spikes is not None else 0
+        return cls((THETA, *buffer_names(run.strategy)), run.model.parameters, window)
 
     @property
     def chunks_per_array(self) -> int:
@@ -147,6 +164,8 @@ class Snapshot:
 
 
 def _header_of(state: OuterState) -> _Header:
+    recent = state.recent
+    figures = _Recent(losses=list(recent.losses), norms=list(recent.norms), skipped=recent.skipped)
     return _Header(
         round=state.round,
         tokens=state.tokens,
@@ -154,6 +173,7 @@ def _header_of(state: OuterState) -> _Header:
         beta1_power=state.beta1_power,
         beta2_power=state.beta2_power,
         arrays=[(name, array.size) for name, array in state.arrays()],
+        recent=figures if recent != Recent() else None,
     )
 
 
@@ -202,7 +222,10 @@ def to_state(chunks: Sequence[Buffer], layout: Layout) -> OuterState:
     for index in range(1, layout.chunk_count):
         name, start, end = layout.place(index)
         arrays[name][start:end] = _checked_values(chunks[index], name, index)
-    return OuterState(arrays.pop(THETA), arrays, header.round, header.tokens, header.step, header.beta1_power, header.beta2_power)
+    figures = header.recent
+    recent = Recent(tuple(figures.losses), tuple(figures.norms), figures.skipped) if figures is not None else Recent()
+    powers = header.beta1_power, header.beta2_power
+    return OuterState(arrays.pop(THETA), arrays, header.round, header.tokens, header.step, *powers, recent)
 
 
 def _parse_header(raw: bytes, layout: Layout) -> _Header:
@@ -217,7 +240,14 @@ def _parse_header(raw: bytes, layout: Layout) -> _Header:
         raise Rejected("bad_state", "the header is not in its canonical form")
     if header.arrays != [(name, layout.parameters) for name in layout.names]:
         raise Rejected("bad_state", "the arrays are not the manifest's")
+    if header.recent is not None and not _fits(header.recent, layout.window):
+        raise Rejected("bad_state", "the figures of the last rounds are not the manifest's")
     return header
+
+
+def _fits(figures: _Recent, window: int) -> bool:
+    """Whether the figures are there for a reason: canonically, nothing is written in their place."""
+    return len(figures.losses) == len(figures.norms) <= window and bool(window and (figures.losses or figures.skipped))
 
 
 def _checked_values(chunk: Buffer, name: str, index: int) -> Vector:

@@ -48,6 +48,7 @@ class Status:
     samples: int = 0
     rounds_contributed: int = 0
     rounds_followed: int = 0
+    rounds_skipped: int = 0
     tokens_per_s: float = 0.0
     overhead_s: list[float] = field(default_factory=list)
     first_loss: float | None = None
@@ -88,7 +89,7 @@ class Status:
         self.loss, self.first_loss = before.get("loss"), before.get("loss_first")
         self.round_index, self.root = int(before.get("round", 0)), str(before.get("state_root", ""))
         self.overhead_s = list(before.get("round_overhead_s", ()))
-        self.tokens_total = int(before.get("tokens_total", 0))
+        self.tokens_total, self.rounds_skipped = int(before.get("tokens_total", 0)), int(before.get("rounds_skipped", 0))
 
     def refused(self, sender: str, reason: str) -> None:
         """Count a message that broke a rule and name who sent it."""
@@ -147,6 +148,9 @@ class Status:
             self.metrics.samples.inc(report.weight)
         else:
             self.rounds_followed += 1
+        if report.skipped:
+            self.rounds_skipped += 1
+            self.metrics.skipped.inc()
         if report.tokens:
             self.metrics.round_overhead.observe(report.overhead_s)
             self.overhead_s = [*self.overhead_s[-999:], report.overhead_s]
@@ -166,6 +170,7 @@ class Status:
             "overhead_s": report.overhead_s,
             "bytes_sent": moved.sent_bytes,
             "bytes_received": moved.received_bytes,
+            **({"skipped": True} if report.skipped else {}),
         }
         self._remember(line)
         log.info(
@@ -213,6 +218,7 @@ class Status:
             "tokens_per_s": self.tokens_per_s,
             "rounds": self.rounds_contributed,
             "rounds_followed": self.rounds_followed,
+            "rounds_skipped": self.rounds_skipped,
             "round_overhead_s": self.overhead_s[-200:],
             "state_root": self.root,
             "version": __version__,

@@ -405,6 +405,13 @@ class Trainer:
         gc.collect()
         self._empty_cache()
 
+    def forget_inner(self) -> None:
+        """Begin the inner optimizer anew, as after a round that was skipped: what it has seen isn't to count."""
+        strategy = self._manifest.strategy
+        self._kept_inner = None
+        if self._inner is not None and isinstance(strategy, manifest.DiLoCo):
+            self._inner = make_inner(strategy.inner, self._network)
+
     def _load(self) -> None:
         if self._network is not None:
             return

@@ -315,14 +315,26 @@ class Outer(Frozen):
     momentum: Fraction = 0.0
 
 
+class SkipSpikes(Frozen):
+    """A round whose training loss jumps changes nothing: all peers go on from the weights before it (`peer/spikes.py`)."""
+
+    window: int = Field(32, ge=8, le=64, description="rounds that a round is compared with; half of them must be there")
+    deviations: float = Field(
+        6.0, ge=2, le=1000, description="how far above their median the loss may be; half of it where the update is as far off"
+    )
+
+
 class Sync(Frozen):
     """Accumulate gradients until the swarm has `batch_samples`, then one optimizer step that every peer computes alike."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"skip_spikes"})
 
     kind: Literal["sync"] = "sync"
     batch_samples: Positive
     optimizer: AdamW = AdamW()
     schedule: Schedule
     clip_norm: float = Field(1.0, gt=0, le=1e6)
+    skip_spikes: SkipSpikes | None = None
 
 
 class Codec(Frozen):
@@ -356,6 +368,8 @@ class Phase(Frozen):
 class DiLoCo(Frozen):
     """`inner_steps` local optimizer steps of `batch_samples` each, then the difference is averaged (DiLoCo, 2311.08105)."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"skip_spikes"})
+
     kind: Literal["diloco"] = "diloco"
     inner_steps: int = Field(ge=1, le=10_000)
     batch_samples: Positive
@@ -370,6 +384,7 @@ class DiLoCo(Frozen):
     inner_state: Literal["kept", "fresh"] = Field(
         "kept", description="the inner optimizer's between rounds; `fresh` lets others compute a round again, and so audit it"
     )
+    skip_spikes: SkipSpikes | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> DiLoCo:

@@ -24,6 +24,7 @@ def problem_of(state: RoundState, proposal: ProposalFacts) -> str:
         ("no_quorum", bool(names) and (len(names) >= setup.quorum or proposal.grant)),
         ("roster_too_large", 0 < len(members) <= setup.max_peers),
         ("wrong_commit", all(facts.weight == item.weight for facts, item in known)),
+        ("wrong_loss", not misquotes(state, proposal)),
         ("over_quota", not any(setup.is_too_heavy(item.peer, item.weight) for item in proposal.commits)),
         ("wrong_spans", _spans_are_right(state, proposal)),
     )
@@ -34,6 +35,12 @@ def knows(state: RoundState, item: IncludedCommit) -> bool:
     """Whether we have the very commit that a proposal names. A peer that signs two gets in with the one that is proposed."""
     known = state.commits.get(item.peer)
     return known is not None and known.commit_hash == item.commit_hash
+
+
+def misquotes(state: RoundState, proposal: ProposalFacts) -> bool:
+    """Whether a proposal names another loss than a commit that we have, where losses decide."""
+    quoted = ((state.commits[item.peer].loss, item.loss) for item in proposal.commits if knows(state, item))
+    return state.setup.quotes_losses and any(said != told for said, told in quoted)
 
 
 def _spans_are_right(state: RoundState, proposal: ProposalFacts) -> bool:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import structlog
 
-from peer import outer
 from peer.buffers import buffers
 from peer.codec import Codecs, Vector
 from peer.evidence import Verdict
 from peer.network.node import PeerFailure
 from peer.outer import OuterState
+from peer.rounds.applying import applied, loss_of, was_skipped
 from peer.rounds.auditor import Auditor
 from peer.rounds.audits import AuditDesk
 from peer.rounds.disputes import Disputes
@@ -69,7 +70,7 @@ class Place:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """A finished round, for the ledger, the metrics and the log."""
+    """A finished round, for the ledger, the metrics and the log; a `skipped` one was a spike, and changed no weights."""
 
     round_index: int
     proposal: ProposalFacts
@@ -83,6 +84,7 @@ class RoundReport:
     wall_s: float
     overhead_s: float
     roster_size: int
+    skipped: bool = False
 
 
 class Behind(Exception):
@@ -124,7 +126,7 @@ class Engine:
     _download: asyncio.Task[OuterState] | None = None
     _failed_downloads: int = 0
     _train_seconds: float = 0.0
-    _backlog: list[tuple[Vector | None, int]] = field(default_factory=list)
+    _backlog: list[tuple[ProposalFacts, Vector | None]] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _repair: asyncio.Event = field(default_factory=asyncio.Event)
     _results_changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -459,6 +461,7 @@ class Engine:
             newcomers=frozenset(member.peer for member in place.roster if self.services.admissions.is_newcomer(member.peer)),
             new_weight=manifest.audit.new_weight,
             quota_samples=quota_samples(manifest),
+            quotes_losses=manifest.strategy.skip_spikes is not None,
         )
 
     @property
@@ -545,12 +548,11 @@ class Engine:
             pass
         merged = run.exchange.merged(proposal)
         services.faults.reached("merge", run.round_index)
-        tokens = sum(item.weight for item in proposal.commits) * services.manifest.data.sequence_length
         mine = proposal.included(run.setup.me)
         self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
         before = self.state
         with tracing.span("merge", {"swarm.round": run.round_index}):
-            snapshot = await self._apply(run, proposal, merged, tokens)
+            snapshot = await self._apply(run, proposal, merged)
         self.desk.keep(run, before, services.clock.monotonic_s() - started)
         run.exchange.forget_merged()
         del merged
@@ -564,7 +566,8 @@ class Engine:
         self.joiners = {peer: token for peer, token in self.joiners.items() if all(peer != member.peer for member in members)}
         self._observe_pace(run, completed_s)
         self._lapses.note(run.state.dropped - run.state.lost if run.state.leads else (), place.round_index)
-        await self.on_round(self._report(run, proposal, result, root, started))
+        skipped = before is not None and snapshot is not None and was_skipped(before, snapshot.state)
+        await self.on_round(replace(self._report(run, proposal, result, root, started), skipped=skipped))
         self.place = Place(place.round_index + 1, members, root) if here else None
         services.faults.reached("apply", run.round_index)
         self.inbox.advance(place.round_index + 1)
@@ -572,19 +575,30 @@ class Engine:
             self._check_agreement(snapshot)
         services.post.spawn(self.auditor.after(run, proposal))
 
-    async def _apply(self, run: RoundRun, proposal: ProposalFacts, merged: Vector | None, tokens: int) -> Snapshot | None:
+    async def _apply(self, run: RoundRun, proposal: ProposalFacts, merged: Vector | None) -> Snapshot | None:
         """The next state, or None while our own is still being downloaded."""
         self._take_download()
         if self.state is None:
-            self._backlog.append((None if merged is None else merged.copy(), tokens))
+            self._backlog.append((proposal, None if merged is None else merged.copy()))
             if len(self._backlog) > MAX_BACKLOG:
                 raise Behind
             return None
-        state = await self._in_pool(self._next_state, self.state, merged, tokens)
+        before = self.state
+        state = await self._in_pool(self._next_state, before, proposal, merged)
+        if was_skipped(before, state):
+            await self._start_over(proposal, before, state)
         self._begin_next(run, proposal, state)
         snapshot = await self._in_pool(Snapshot.from_state, state)
         self._adopt(snapshot)
         return snapshot
+
+    async def _start_over(self, proposal: ProposalFacts, before: OuterState, after: OuterState) -> None:
+        """The round was a spike: let nothing of our work in it reach the next."""
+        usual = round(statistics.median(before.recent.losses), 4) if before.recent.losses else None
+        loss, skipped = round(loss_of(proposal), 4), after.recent.skipped
+        log.warning("round_skipped", round=before.round, loss=loss, usual=usual, norm=after.recent.norms[-1:], skipped=skipped)
+        self.services.residuals.disown()
+        await self.training.start_over()
 
     def _begin_next(self, run: RoundRun, proposal: ProposalFacts, state: OuterState) -> None:
         """Train from the next state while it is hashed; not where what we show of our work depends on the hash."""
@@ -595,10 +609,8 @@ class Engine:
             return
         self.training.begin(state.theta, following, run.setup.me, quota, state.tokens)
 
-    def _next_state(self, state: OuterState, merged: Vector | None, tokens: int) -> OuterState:
-        if merged is None:
-            return replace(state, round=state.round + 1)
-        return outer.apply(self.services.manifest.strategy, state, merged, tokens)
+    def _next_state(self, state: OuterState, proposal: ProposalFacts, merged: Vector | None) -> OuterState:
+        return applied(self.services.manifest, state, proposal, merged)
 
     def _adopt(self, snapshot: Snapshot) -> None:
         self.state = snapshot.state
@@ -617,8 +629,8 @@ class Engine:
             self._failed_downloads += 1
             raise Behind from error
         self._failed_downloads = 0
-        for merged, tokens in backlog:
-            state = self._next_state(state, merged, tokens)
+        for proposal, merged in backlog:
+            state = self._next_state(state, proposal, merged)
         snapshot = Snapshot.from_state(state)
         if self.place is not None and snapshot.root != self.place.base_root:
             raise Behind
@@ -756,12 +768,11 @@ class Engine:
         before = self.snapshots.previous
         if before is None or Snapshot.from_state(before.state).root != before.root:
             return None
-        tokens = sum(item.weight for item in proposal.commits) * self.services.manifest.data.sequence_length
         try:
             merged = run.exchange.collected_again(proposal, run.state.commits, tuple(run.state.spans.values()))
         except Rejected:
             return None
-        return Snapshot.from_state(self._next_state(before.state, merged, tokens))
+        return Snapshot.from_state(self._next_state(before.state, proposal, merged))
 
     async def _close_rounds(self) -> None:
         self._forget_download()

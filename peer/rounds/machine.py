@@ -15,7 +15,7 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
-from peer.rounds.checks import TERMS_AHEAD, fits, problem_of, unknown_commits
+from peer.rounds.checks import TERMS_AHEAD, fits, misquotes, problem_of, unknown_commits
 from peer.rounds.planning import held_back, quotas_of, spans_of
 from peer.rounds.state import EMPTY, NEVER_S, SILENCE_FLOOR_S, RoundSetup, RoundState
 from peer.rounds.values import (
@@ -478,14 +478,14 @@ def _helpers(state: RoundState) -> tuple[str, ...]:
 
 
 def _reduce_if_possible(state: RoundState) -> Outcome:
-    """Start merging once every included commit is known."""
+    """Start merging once every included commit is known; never for a leader that names losses which they don't have."""
     proposal = state.accepted
     if proposal is None or not proposal.contributors or state.complete or state.reduced or state.reducing:
         return state, []
     mine = proposal.included(state.setup.me)
     if not state.setup.all_gather and (mine is None or not mine.part_span):
         return state, []
-    if unknown_commits(state, proposal):
+    if unknown_commits(state, proposal) or misquotes(state, proposal):
         return state, []
     holders: tuple[str, ...] = ()
     if state.setup.all_gather:
@@ -873,8 +873,12 @@ def _included(state: RoundState) -> tuple[IncludedCommit, ...]:
     facts = [state.commits[peer] for peer in state.usable]
     uploads = {commit.peer: commit.upload_bytes_per_s for commit in facts if commit.weight}
     spans = spans_of(setup.part_count, uploads) if uploads and not setup.all_gather else {}
+    quotes = setup.quotes_losses
     return tuple(
-        IncludedCommit(commit.peer, commit.commit_hash, commit.weight, *spans.get(commit.peer, (0, 0))) for commit in facts
+        IncludedCommit(
+            commit.peer, commit.commit_hash, commit.weight, *spans.get(commit.peer, (0, 0)), commit.loss if quotes else 0.0
+        )
+        for commit in facts
     )
 
 

@@ -58,6 +58,7 @@ class Residuals:
     _average: Vector | None = None
     _own: ErrorFeedback | None = None
     _merged: ErrorFeedback | None = None
+    _before: ErrorFeedback | None = None
     _trees: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
     _parts: dict[bytes, tuple[ErrorFeedback, int]] = field(default_factory=dict)
 
@@ -89,10 +90,17 @@ class Residuals:
         """The round is over. What wasn't sent or didn't count owes nothing; a merge that counted is continued and served."""
         if not included and self._own is not None:
             self._own.reset()
+        self._before = merge.before if merge is not None else None
         self._merged = merge.after if merge is not None else None
         self._trees, self._parts = {}, {}
         if merge is not None:
             self._serve(merge)
+
+    def disown(self) -> None:
+        """The round that was settled changed nothing: our updates owe nothing, and our span what it owed before."""
+        if self._own is not None:
+            self._own.reset()
+        self._average, self._merged = None, self._before
 
     def hashes(self, root: bytes) -> tuple[bytes, ...]:
         """The part hashes of a residual of our last merge; empty for any other root."""

@@ -31,7 +31,8 @@ class RoundSetup:
     """What is fixed for a round. All durations are seconds; they come from recent rounds, never from a constant.
 
     We give no place in the next roster to those who are `barred`, and less work to `newcomers`. `quota_samples` is the samples
-    in a unit of quota: more than its quota nobody may commit to; 0 = as many as anybody likes.
+    in a unit of quota: more than its quota nobody may commit to; 0 = as many as anybody likes. A proposal `quotes_losses` where
+    a round's loss decides whether it changes anything.
     """
 
     me: str
@@ -53,6 +54,7 @@ class RoundSetup:
     newcomers: frozenset[str] = frozenset()
     new_weight: float = 1.0
     quota_samples: int = 0
+    quotes_losses: bool = False
 
     def is_too_heavy(self, peer: str, weight: int) -> bool:
         """Whether a member commits to more samples than its quota."""

@@ -108,6 +108,11 @@ class TrainingThread:
             self._reason = "cancelled"
             await asyncio.gather(*jobs, return_exceptions=True)
 
+    async def start_over(self) -> None:
+        """Give up what was begun early, and begin the inner optimizer anew before whatever is trained next."""
+        await self.drop_early()
+        self._pool.submit(self.trainer.forget_inner)
+
     def _submit(self, work: Callable[[], TrainedUpdate]) -> asyncio.Future[TrainedUpdate]:
         return asyncio.get_running_loop().run_in_executor(self._pool, work)
 

@@ -43,13 +43,17 @@ class CommitFacts:
 
 @dataclass(frozen=True)
 class IncludedCommit:
-    """A commit's place in a proposal; it merges parts `[first_part, first_part + part_span)`."""
+    """A commit's place in a proposal; it merges parts `[first_part, first_part + part_span)`.
+
+    `loss` is the commit's, in nats per token, where the run skips spikes.
+    """
 
     peer: str
     commit_hash: bytes
     weight: int
     first_part: int = 0
     part_span: int = 0
+    loss: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,13 @@ class Checker:
                 ("bad_member", all(_is_peer_id(member.peer) for member in members)),
                 ("bad_quota", all(0 < member.quota <= most for member in members)),
                 ("bad_weight", all(item.weight <= limit for item in proposal.commits)),
+                ("bad_numbers", all(math.isfinite(item.loss) for item in proposal.commits)),
                 ("wrong_spans", all(item.first_part + item.part_span <= part_count for item in proposal.commits)),
             ),
             signed.signer,
         )
         commits = tuple(
-            IncludedCommit(item.peer_id, item.commit_hash, item.weight, item.first_part, item.part_span)
+            IncludedCommit(item.peer_id, item.commit_hash, item.weight, item.first_part, item.part_span, item.loss)
             for item in proposal.commits
         )
         facts = ProposalFacts(
@@ -281,6 +282,7 @@ def build_proposal(
                 weight=item.weight,
                 first_part=item.first_part,
                 part_span=item.part_span,
+                loss=item.loss,
             )
             for item in commits
         ],

@@ -22,7 +22,7 @@ from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import UNAUDITED, AdamW, Base, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, Sync
+from swarm.manifest import UNAUDITED, AdamW, Base, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, SkipSpikes, Sync
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
@@ -42,7 +42,8 @@ COMMENTS = {
     "data": "Shards of token ids, in order; size_bytes = samples x (sequence_length + 1) x token_bytes.",
     "objective": "What is learned.",
     "distillation": "share x divergence from data.teacher + (1 - share) x cross-entropy of the labels.",
-    "strategy": "sync: gradients every step. diloco: inner_steps local steps, then their difference is averaged.",
+    "strategy": "sync: gradients every step. diloco: inner_steps local steps, then their difference is averaged. skip_spikes: a\n"
+    "# round whose loss is so many deviations above the last window's changes nothing; null = every round counts.",
     "codec": "How updates travel.",
     "merge": "How updates become one. centered_clip bounds what a minority can do; mean is for peers that you know.",
     "rounds": "When rounds start and end; total 0 = for ever.",
@@ -185,6 +186,7 @@ def init(
     }
     budget |= {"batch_samples": batch_samples, "traffic_share": traffic_share, "codec": codec, "inner_steps": inner_steps}
     values, why = with_strategy(values, strategy, budget)
+    values["strategy"] |= {"skip_spikes": SkipSpikes().model_dump(mode="json")}
     try:
         path.write_text(commented(values))
     except OSError as error:

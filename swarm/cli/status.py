@@ -147,6 +147,7 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         **({"hint": answer["hint"]} if answer["hint"] and not answer["earning"] else {}),
         **({"waits for": answer["waits_for"]} if answer["waits_for"] else {}),
         "round": f"{answer['round']}, {answer['roster_size']} peers",
+        **({"skipped": f"{answer['rounds_skipped']} rounds whose loss jumped"} if answer.get("rounds_skipped") else {}),
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
         **_traffic(answer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from peer.outer import OuterState
+from peer.spikes import Recent
 from peer.state import (
     CHUNK_BYTES,
     CHUNK_VALUES,
+    MAX_HEADER_BYTES,
     Layout,
     Snapshot,
     check_chunk_hashes,
@@ -62,6 +65,47 @@ def test_the_header_is_golden(snapshot: Snapshot) -> None:
         b'{"arrays":[["theta",300000],["first_moment",300000],["second_moment",300000]],"beta1_power":0.7290000000000001,'
         b'"beta2_power":0.8573749999999999,"chunk_bytes":1048576,"format":"swarm-state-1","round":3,"step":3,"tokens":4096}'
     )
+
+
+def with_figures(count: int, skipped: int = 2) -> OuterState:
+    """A state with figures of so many rounds, written as long as floats can be."""
+    losses = tuple(1.2345678901234567e-300 for _ in range(count))
+    return replace(state(), recent=Recent(losses, losses, skipped))
+
+
+def test_what_spikes_are_told_by_is_part_of_the_state() -> None:
+    """A joiner gets it under the root with everything else, and the largest header has room for it."""
+    layout = Layout(LAYOUT.names, SIZE, window=64)
+    told = Snapshot.from_state(with_figures(64))
+    assert to_state(chunks_of(told), layout).recent == with_figures(64).recent
+    assert len(told.header) <= MAX_HEADER_BYTES
+    assert told.root != Snapshot.from_state(with_figures(63)).root
+    plain = Snapshot.from_state(state())
+    assert to_state(chunks_of(plain), layout).recent == Recent()
+
+
+@pytest.mark.parametrize(
+    "recent",
+    [Recent((1.0,) * 9, (1.0,) * 9), Recent((1.0, 2.0), (1.0,)), Recent((1.0,), (-1.0,)), Recent((), (), -1)],
+)
+def test_figures_that_the_manifest_does_not_allow_are_rejected(recent: Recent) -> None:
+    """More rounds than the window has, half figures, negative norms."""
+    made = Snapshot.from_state(state())
+    values = {**json.loads(made.header), "recent": {"losses": recent.losses, "norms": recent.norms, "skipped": recent.skipped}}
+    raw = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    with pytest.raises(Rejected, match=r"figures|read"):
+        to_state([raw, *chunks_of(made)[1:]], Layout(LAYOUT.names, SIZE, window=8))
+
+
+def test_a_run_that_skips_no_spikes_has_no_figures() -> None:
+    """A donor can't add to a state what the manifest knows nothing of; nor write out figures of no rounds."""
+    with pytest.raises(Rejected, match="figures"):
+        to_state(chunks_of(Snapshot.from_state(with_figures(1))), LAYOUT)
+    made = Snapshot.from_state(state())
+    values = {**json.loads(made.header), "recent": {"losses": [], "norms": [], "skipped": 0}}
+    raw = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    with pytest.raises(Rejected, match="figures"):
+        to_state([raw, *chunks_of(made)[1:]], Layout(LAYOUT.names, SIZE, window=8))
 
 
 def test_the_root_covers_every_chunks_hash(snapshot: Snapshot) -> None:

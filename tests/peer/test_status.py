@@ -55,6 +55,18 @@ def test_one_reason_at_a_time(status: Status, registry: CollectorRegistry) -> No
         assert status.as_dict()["explanation"] == REASONS[reason]
 
 
+def test_skipped_rounds_are_counted(status: Status, registry: CollectorRegistry) -> None:
+    """In status, metrics and history; the round itself counts as any other, and a pause doesn't lose the count."""
+    status.round_done(finished(1))
+    status.round_done(replace(finished(2), skipped=True))
+    assert registry.get_sample_value("swarm_peer_rounds_skipped_total") == 1
+    assert (status.as_dict()["rounds_skipped"], status.as_dict()["rounds"]) == (1, 2)
+    assert [line.get("skipped") for line in history(status.history.parent)] == [None, True]  # type: ignore[union-attr]
+    later = Status(PeerMetrics(CollectorRegistry()))
+    later.carry_on(status.as_dict())
+    assert later.rounds_skipped == 1
+
+
 def test_who_waits_needs_no_torch() -> None:
     """A paused peer's program has metrics and status, and none of what training takes of the memory."""
     look = "import sys, peer.held; print(sorted({'torch', 'transformers', 'hivemind'} & set(sys.modules)))"

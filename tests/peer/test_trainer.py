@@ -322,6 +322,19 @@ def test_inner_state_outlives_a_release(small_run: Runs) -> None:
     assert not np.array_equal(results[0].update, trainer(run).train_round(theta, 1, PEER, 2, 0).update)
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_a_forgotten_inner_state_is_a_fresh_one(small_run: Runs, released: bool) -> None:
+    """After a skipped round the next trains as a peer's first does, also where the model was freed meanwhile."""
+    run = small_run("diloco", inner={"kind": "muon"})
+    theta, one = theta_of(run), trainer(run)
+    one.train_round(theta, 0, PEER, 2, 0)
+    if released:
+        one.release()
+    one.forget_inner()
+    expected = trainer(run).train_round(theta, 1, PEER, 2, 0).update
+    assert np.array_equal(one.train_round(theta, 1, PEER, 2, 0).update, expected)
+
+
 def test_evaluation_is_the_mean_over_the_first_validation_samples(small_run: Runs) -> None:
     """Nats per token over whole samples in order, the same for any micro-batch."""
     run = small_run("sync")

@@ -184,6 +184,7 @@ class CommitReference(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     FIRST_PART_FIELD_NUMBER: _builtins.int
     PART_SPAN_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     commit_hash: _builtins.bytes
     """BLAKE2b-256 of the commit's exact signed payload."""
@@ -191,6 +192,8 @@ class CommitReference(_message.Message):
     first_part: _builtins.int
     """Parts [first_part, first_part + part_span) that this peer merges in the butterfly."""
     part_span: _builtins.int
+    loss: _builtins.float
+    """The commit's loss in nats per token, in runs that skip spikes: so all decide from the same signed figures."""
     def __init__(
         self,
         *,
@@ -199,10 +202,11 @@ class CommitReference(_message.Message):
         weight: _builtins.int = ...,
         first_part: _builtins.int = ...,
         part_span: _builtins.int = ...,
+        loss: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_hash", b"commit_hash", "first_part", b"first_part", "part_span", b"part_span", "peer_id", b"peer_id", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_hash", b"commit_hash", "first_part", b"first_part", "loss", b"loss", "part_span", b"part_span", "peer_id", b"peer_id", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,7 @@ from peer.rounds.values import (
     ProposalFacts,
     Propose,
     ReadyArrived,
+    Reduce,
     Reduced,
     Refuse,
     RequestGrant,
@@ -1286,6 +1287,42 @@ def test_weights_are_the_committed_ones() -> None:
         items = (replace(proposal.commits[0], weight=weight), *proposal.commits[1:])
         _, actions = machine.step(state, ProposalArrived(replace(proposal, commits=items)), 1.0)
         assert Refuse(leader(3), "wrong_commit") in actions
+
+
+def test_losses_are_the_committed_ones_where_they_decide() -> None:
+    """A leader quotes every commit's loss; one that quotes another is refused, or gets no merge once the commit is known."""
+    peers = names(3)
+    me, commits = leader(3, 1), {peer: commit_of(peer, loss=2.5) for peer in names(3)}
+    items = tuple(replace(item, loss=2.5) for item in planned(peers, BallotNumber(), commits).commits)
+    right = replace(planned(peers, BallotNumber(), commits), commits=items)
+    wrong = replace(right, commits=(replace(items[0], loss=99.0), *items[1:]))
+    for proposal, reduces in ((right, True), (wrong, False)):
+        state = machine.begin(setup_of(me, peers, quotes_losses=True), 0.0)
+        state, _ = machine.step(state, ProposalArrived(proposal), 1.0)
+        assert state.accepted == proposal
+        done: list[Action] = []
+        for commit in commits.values():
+            state, actions = machine.step(state, CommitArrived(commit), 1.1)
+            done += actions
+        assert any(isinstance(action, Reduce) for action in done) is reduces
+        known = machine.begin(setup_of(me, peers, quotes_losses=True), 0.0)
+        for commit in commits.values():
+            known, _ = machine.step(known, CommitArrived(commit), 1.0)
+        _, actions = machine.step(known, ProposalArrived(proposal), 1.1)
+        assert (Refuse(leader(3), "wrong_loss") in actions) is not reduces
+
+
+@pytest.mark.parametrize("quotes", [True, False])
+def test_a_leader_quotes_losses_only_where_they_decide(quotes: bool) -> None:
+    """In other runs a proposal is what it always was."""
+    peers = names(3)
+    state = machine.begin(setup_of(leader(3), peers, quotes_losses=quotes), 0.0)
+    done: list[Action] = []
+    for place, peer in enumerate(peers):
+        state, actions = machine.step(state, CommitArrived(commit_of(peer, loss=2.0 + place)), 1.0)
+        done += actions
+    proposed = next(action for action in done if isinstance(action, Propose))
+    assert [item.loss for item in proposed.commits] == ([2.0, 3.0, 4.0] if quotes else [0.0] * 3)
 
 
 def test_a_peer_that_lacks_a_commit_asks_the_leader_for_it() -> None:

@@ -40,6 +40,29 @@ def test_an_update_that_didnt_count_owes_nothing(tmp_path: Path) -> None:
     assert residuals.encode(codec, update) == alone
 
 
+def test_a_round_that_changed_nothing_owes_nothing(tmp_path: Path) -> None:
+    """After a skipped round our update travels alone, and our span goes on from the residual before; both are still shown."""
+    residuals, codec, update = Residuals(tmp_path, RUN), codec_of("int4"), normal(SIZE, 1)
+    alone, parts = residuals.encode(codec, update), range(2)
+    first = residuals.merging(codec, parts)
+    assert first is not None
+    owed = [first.encode_part(update[slice(*codec.part_span(part))], part).residual for part in parts]
+    first.close()
+    residuals.settle(True, first)
+    second = residuals.merging(codec, parts)
+    assert second is not None
+    for part in parts:
+        second.encode_part(3 * update[slice(*codec.part_span(part))], part)
+    second.close()
+    residuals.settle(True, second)
+    residuals.disown()
+    assert residuals.encode(codec, update) == alone
+    third = residuals.merging(codec, parts)
+    assert third is not None
+    assert all(np.array_equal(third.before.residual(part), owed[part]) for part in parts)
+    assert all(residuals.hashes(root) for root in second.roots)
+
+
 def test_the_residual_survives_a_restart(tmp_path: Path) -> None:
     """A peer that starts again owes what it owed; one of another run, or with a damaged file, owes nothing."""
     residuals, codec, update = Residuals(tmp_path, RUN), codec_of("int4"), normal(SIZE, 1)

@@ -24,6 +24,9 @@ class Slow:
     calls: list[tuple[int, int]] = field(default_factory=list)
     stopped: list[str | None] = field(default_factory=list)
 
+    def forget_inner(self) -> None:
+        self.calls.append((0, 0))
+
     def train_round(self, theta: np.ndarray, round_number: int, peer: str, quota: int, tokens: int, *rest: Any) -> TrainedUpdate:
         self.calls.append((round_number, quota))
         should_stop, reason = rest[0], None
@@ -85,3 +88,13 @@ async def test_a_stop_holds_until_it_is_taken_back(thread: TrainingThread) -> No
     assert thread.is_stopped()
     thread.go_on()
     assert (await thread.train(THETA, 4, "me", 5, 100)).weight == 5
+
+
+async def test_after_a_skipped_round_everything_begins_anew(thread: TrainingThread) -> None:
+    """What was begun on its weights is given up, and the inner optimizer forgotten before the next job."""
+    thread.begin(THETA, 3, "me", 10**6, 100)
+    await thread.start_over()
+    contribution = await thread.train(THETA, 3, "me", 5, 100)
+    assert slow(thread).calls == [(3, 10**6), (0, 0), (3, 5)]
+    assert slow(thread).stopped == ["cancelled", None]
+    assert contribution.weight == 5

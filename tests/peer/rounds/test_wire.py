@@ -90,7 +90,7 @@ def proposed(signer: Identity = ALICE, grant: Signed | None = None, **changes: A
         "base_root": BASE,
         "ballot": BallotNumber(1, 2),
         "attempt": bytes(16),
-        "commits": [IncludedCommit(peers[0], b"x" * 32, 5, 0, 2), IncludedCommit(peers[1], b"y" * 32, 3, 2, 1)],
+        "commits": [IncludedCommit(peers[0], b"x" * 32, 5, 0, 2), IncludedCommit(peers[1], b"y" * 32, 3, 2, 1, 2.5)],
         "next_roster": [RosterMember(peer, 4) for peer in peers],
         "roster": roster_hash([]),
         "grant": grant,
@@ -210,7 +210,7 @@ def test_a_good_proposal_survives_the_wire(checker: Checker) -> None:
     signed = proposed()
     number, facts = checker.proposal(signed)
     assert (number, facts.ballot, facts.leader, facts.base_root) == (4, BallotNumber(1, 2), ALICE.peer_id, BASE)
-    assert [(item.weight, item.first_part, item.part_span) for item in facts.commits] == [(5, 0, 2), (3, 2, 1)]
+    assert [(item.weight, item.first_part, item.part_span, item.loss) for item in facts.commits] == [(5, 0, 2, 0), (3, 2, 1, 2.5)]
     assert [member.peer for member in facts.next_roster] == sorted(ADMITTED)
     assert facts.proposal_hash == payload_hash(signed)
     assert not facts.grant
@@ -228,6 +228,8 @@ def test_a_good_proposal_survives_the_wire(checker: Checker) -> None:
         ({"commits": [IncludedCommit(ALICE.peer_id, b"", 1)] * 65}, "roster_too_large"),
         ({"commits": [IncludedCommit(ALICE.peer_id, b"", 9)]}, "bad_weight"),
         ({"commits": [IncludedCommit(ALICE.peer_id, b"", 1, 2, 2)]}, "wrong_spans"),
+        ({"commits": [IncludedCommit(ALICE.peer_id, b"", 1, loss=float("nan"))]}, "bad_numbers"),
+        ({"commits": [IncludedCommit(ALICE.peer_id, b"", 1, loss=float("inf"))]}, "bad_numbers"),
         ({"attempt": b"short"}, "malformed"),
         ({"ballot": BallotNumber(MAX_TERM, 0)}, "bad_ballot"),
         ({"ballot": BallotNumber(0, MAX_TERM)}, "bad_ballot"),

@@ -14,7 +14,7 @@ from swarm.cli.run import COMMENTS, FILL_IN, read_run
 from swarm.errors import ManifestInvalid
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import Manifest
+from swarm.manifest import Manifest, SkipSpikes
 from swarm.messages import payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import from_text, open_ticket
@@ -42,7 +42,8 @@ def test_template_is_complete(home: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(["run", "validate", "new.yaml"]) == 20
     assert capsys.readouterr().err.count("root: string should match") == text.count(FILL_IN) == 3
     filled = text.replace(FILL_IN, f"'{'a' * 64}'")
-    assert Manifest.parse(filled.encode()).name == "my-run"
+    filled_in = Manifest.parse(filled.encode())
+    assert (filled_in.name, filled_in.strategy.skip_spikes) == ("my-run", SkipSpikes())
     assert all(comment in text for name, comment in COMMENTS.items() if f"\n{name}:" in text)
     assert set(COMMENTS) == set(Manifest.model_fields)
 
