@@ -35,6 +35,7 @@ from peer.finding import Finder
 from peer.governor import Governor, device_uuid
 from peer.gpu import Sensors, lower_disk_priority, lower_session_priority, lower_thread_priority, open_card
 from peer.held import Held, check_snooze
+from peer.history import HISTORY, Keeper, check_limit
 from peer.holds import Hold, Holds
 from peer.lock import only_one
 from peer.materials import Materials
@@ -56,6 +57,7 @@ from peer.rounds.audits import AuditDesk
 from peer.rounds.docket import Docket
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
+from peer.rounds.keeping import Keeping
 from peer.rounds.planting import Planter
 from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
 from peer.rounds.residuals import Residuals, save_quietly
@@ -116,7 +118,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class DaemonOptions:
-    """What the command line decides. Addresses are host:port; rates are bytes per second, 0 = no limit."""
+    """What the command line decides. Addresses are host:port; rates are bytes per second, 0 = no limit.
+
+    `keep_history` is the bytes of disk for past rounds, 0 = keep none.
+    """
 
     link: JoinLink
     directory: Path
@@ -132,6 +137,7 @@ class DaemonOptions:
     max_upload: int = 0
     max_download: int = 0
     monthly_quota: int = 0
+    keep_history: int = 0
     check_traffic: float = 0.02
     plant: bool = False
     ticket: Signed | None = None
@@ -438,6 +444,8 @@ class Daemon:
         self.run = await coordination.describe()
         _check_version(self.run.manifest)
         _check_memory(self.run.manifest)
+        if options.keep_history:
+            check_limit(options.keep_history, Layout.of(self.run.manifest).size_limit_bytes)
         materials = Materials(options.directory / FILES, options.files, options.data)
         await asyncio.to_thread(materials.take_private, self.run.manifest.data)
         await self._await_quota()
@@ -604,6 +612,9 @@ class Daemon:
         self.engine = Engine(
             parts.services, training, parts.snapshots, entry, auditor, desk, self._on_round, parts.coordination.nudge
         )
+        if self.options.keep_history:
+            keeper = await asyncio.to_thread(Keeper, self.options.directory / HISTORY, manifest.run_id, self.options.keep_history)
+            self.engine.keeping = Keeping(parts.services, keeper, self.status.metrics.history_gaps.inc)
         if self.options.plant:
             self.engine.planter = Planter(parts.services, auditor, parts.coordination.connected)
 

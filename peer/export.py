@@ -62,13 +62,18 @@ def export_model(
     adapter alone is written, in peft's format, or with `merged` the whole model with the adapter in it. Raises `UsageError` if
     the directory exists and has something in it.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"{directory} exists and isn't empty", "name a new directory")
+    require_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with appearing(directory) as unfinished:
         _write(run, theta, files, unfinished, provenance, merged)
         unfinished.chmod(0o755)
     return directory
+
+
+def require_new(directory: Path) -> None:
+    """Raise `UsageError` if the directory exists and has something in it."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} exists and isn't empty", "name a new directory")
 
 
 def _write(run: Manifest, theta: Vector, files: Path, directory: Path, provenance: Provenance, merged: bool) -> None:

@@ -285,17 +285,17 @@ class _CheckpointHeader(BaseModel):
     state: dict[str, Any]
 
 
-def save_checkpoint(directory: Path, snapshot: Snapshot, run_id: str, keep: int = 2) -> Path:
-    """Write a checkpoint that is either whole or not there, and remove all but the `keep` newest. Returns the header's path.
+def save_checkpoint(directory: Path, snapshot: Snapshot, run_id: str, keep: int | None = 2) -> Path:
+    """Write a checkpoint that is either whole or not there, and remove all but the `keep` newest (None: none). The header's path.
 
     First the safetensors file, then the header that names it by hash: each is written beside its place, fsynced and
     renamed. Raises `DiskFull`.
     """
     stem = f"round-{snapshot.round:012d}"
     data, header = directory / f"{stem}.safetensors", directory / f"{stem}.json"
-    with _disk_errors(directory):
+    with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        digest = _write_whole(data, _safetensors(snapshot))
+        digest = write_whole(data, _safetensors(snapshot))
         values = _CheckpointHeader(
             run_id=run_id,
             round=snapshot.round,
@@ -304,8 +304,9 @@ def save_checkpoint(directory: Path, snapshot: Snapshot, run_id: str, keep: int 
             file_blake2b=digest,
             state=json.loads(snapshot.header),
         )
-        _write_whole(header, iter([values.model_dump_json(indent=1).encode()]))
-        _prune(directory, keep)
+        write_whole(header, iter([values.model_dump_json(indent=1).encode()]))
+        if keep is not None:
+            _prune(directory, keep)
     return header
 
 
@@ -314,13 +315,14 @@ def load_newest(directory: Path, layout: Layout, run_id: str) -> Loaded:
     skipped: list[Skipped] = []
     for path in sorted(directory.glob("round-*.json"), reverse=True):
         try:
-            return Loaded(_load(path, layout, run_id), tuple(skipped))
+            return Loaded(load_checkpoint(path, layout, run_id), tuple(skipped))
         except CheckpointCorrupt as error:
             skipped.append(Skipped(path, error.message))
     return Loaded(None, tuple(skipped))
 
 
-def _load(path: Path, layout: Layout, run_id: str) -> Snapshot:
+def load_checkpoint(path: Path, layout: Layout, run_id: str) -> Snapshot:
+    """The state in a checkpoint, whose header lies at `path`. Raises `CheckpointCorrupt`."""
     try:
         header = _CheckpointHeader.model_validate_json(path.read_bytes())
         data = path.with_name(Path(header.file).name).read_bytes()
@@ -366,7 +368,7 @@ def _chunks_of_file(data: bytes, header: _CheckpointHeader, layout: Layout) -> l
     return chunks
 
 
-def _write_whole(path: Path, pieces: Iterator[Buffer]) -> str:
+def write_whole(path: Path, pieces: Iterator[Buffer]) -> str:
     """Write, fsync, rename, fsync the folder; returns the content's BLAKE2b-256."""
     temporary = path.with_name(f".{path.name}.tmp")
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
@@ -409,12 +411,11 @@ def _prune(directory: Path, keep: int) -> None:
 
 
 @contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Raise `DiskFull` where the body finds no space."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise DiskFull(
-                f"no space left for a checkpoint in {directory}", "free some space; training goes on meanwhile"
-            ) from error
+            raise DiskFull(f"no space left in {directory}", "free some space; training goes on meanwhile") from error
         raise

@@ -80,6 +80,9 @@ class PeerSettings(Settings):
     max_upload: Rate = Field(0, description="most that is sent to other peers, such as 10Mbit/s; 0 = no limit")
     max_download: Rate = Field(0, description="most that is received from other peers, such as 50Mbit/s; 0 = no limit")
     monthly_quota: Size = Field(0, description="sent and received per calendar month (UTC), such as 200GB; 0 = no limit")
+    keep_history: Size = Field(
+        0, description="disk for past rounds, such as 50GB, for swarm export --round; the oldest go first; 0 = keep none"
+    )
     plant: bool = Field(False, description="send contributions that are wrong on purpose, to see whether auditors look")
     check_traffic: float = Field(0.02, ge=0, le=100, description="share of a round's traffic for checking others' merges")
     threads: int = Field(0, ge=0, le=1024, description="processor threads for training; 0 = all")

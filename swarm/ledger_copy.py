@@ -8,8 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from swarm.entries import Confirmation, open_body
 from swarm.errors import LedgerInvalid, Rejected, UsageError
-from swarm.ledger import MAX_ENTRY_BYTES, MAX_NOTE_BYTES, Checkpoint, origin_of, verify_checkpoint
+from swarm.ledger import (
+    MAX_ENTRY_BYTES,
+    MAX_NOTE_BYTES,
+    Checkpoint,
+    LedgerReader,
+    origin_of,
+    parse_entry,
+    verify_checkpoint,
+)
 
 FORMAT = "swarm-ledger-1"
 LENGTH = struct.Struct(">I")
@@ -31,6 +40,21 @@ class LedgerCopy:
             return verify_checkpoint(self.note, origin_of(self.run_id), self.coordinator)
         except Rejected as error:
             raise LedgerInvalid(f"the coordinator's id is none: {error}", "take the ledger from the coordinator again") from error
+
+    def confirmed_roots(self) -> dict[int, bytes]:
+        """The state root after each round that the coordinator has confirmed; of a round that was played again the last.
+
+        Raises `LedgerInvalid` unless these are the entries that it has signed. Rules and balances aren't checked.
+        """
+        reader = LedgerReader()
+        reader.extend(self.entries)
+        reader.check_checkpoint(self.checkpoint())
+        try:
+            bodies = [entry for entry in map(parse_entry, self.entries) if entry.HasField("confirmed")]
+            opened = [open_body(entry, self.coordinator) for entry in bodies]
+        except Rejected as error:
+            raise LedgerInvalid(f"an entry can't be read: {error}", "take the ledger from the coordinator again") from error
+        return {item.round: item.state_root for item in opened if isinstance(item, Confirmation) and item.run_id == self.run_id}
 
     def write(self, path: Path) -> None:
         """Write the file. Raises `UsageError` if that fails."""

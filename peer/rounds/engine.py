@@ -25,6 +25,7 @@ from peer.rounds.audits import AuditDesk
 from peer.rounds.disputes import Disputes
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.inbox import Inbox, read_delivery
+from peer.rounds.keeping import Keeping
 from peer.rounds.lapses import Lapses
 from peer.rounds.pacing import Pacing, first_exchange_s
 from peer.rounds.planting import Planter
@@ -112,6 +113,7 @@ class Engine:
     on_round: Callable[[RoundReport], Awaitable[None]]
     on_entered: Callable[[], None] = lambda: None
     planter: Planter | None = None
+    keeping: Keeping | None = None
     pacing: Pacing = field(init=False)
     disputes: Disputes = field(init=False)
     inbox: Inbox = field(default_factory=Inbox)
@@ -553,6 +555,8 @@ class Engine:
         before = self.state
         with tracing.span("merge", {"swarm.round": run.round_index}):
             snapshot = await self._apply(run, proposal, merged)
+        if self.keeping is not None and snapshot is not None:
+            self.keeping.keep(run, proposal, self.snapshots.previous, snapshot)
         self.desk.keep(run, before, services.clock.monotonic_s() - started)
         run.exchange.forget_merged()
         del merged

@@ -12,10 +12,10 @@ import structlog
 
 from peer.buffers import buffers
 from peer.codec import Codec, Vector
-from peer.codec.sparse import Sparse
-from peer.merge import Scaled, ignore, merge_pairs, merge_part
+from peer.merge import Scaled, ignore
 from peer.network.node import PeerFailure
 from peer.network.transfer import Transfer
+from peer.rounds.parts import Parts
 from peer.rounds.residuals import Residuals, SpanMerge
 from peer.rounds.sharing import relays_of
 from peer.rounds.values import CommitFacts, IncludedCommit, ProposalFacts, SpanFacts
@@ -26,14 +26,6 @@ from swarm.merkle import blob_hash
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-
-
-class Undecodable(Rejected):
-    """A part that its author committed to, and that the codec refuses."""
-
-    def __init__(self, peer: str, part: int, content: bytes, error: Rejected) -> None:
-        super().__init__(error.reason, error.detail, peer)
-        self.part, self.content = part, content
 
 
 @dataclass
@@ -59,6 +51,10 @@ class Exchange:
     _kept: asyncio.Event = field(default_factory=asyncio.Event)
     distort: Callable[[Vector], Vector] = lambda merged: merged
     mangle: Callable[[list[bytes]], list[bytes]] = lambda parts: parts
+    parts: Parts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = Parts(self.codec, self.rule, lambda name: self.transfer.store.get(name))
 
     async def publish(self, update: Vector) -> tuple[bytes, ...]:
         """Encode our update, [parameters], and keep the parts where others can fetch them; their hashes."""
@@ -153,26 +149,7 @@ class Exchange:
         self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], spans: Sequence[SpanFacts]
     ) -> Vector | None:
         """The merged update once more, from stored parts whose hashes are checked again. Raises `Rejected`."""
-        contributors = proposal.contributors
-        if not contributors:
-            return None
-        merged = buffers.empty(self.codec.values)
-        if self.codec.topology == "all_gather":
-            for part in range(self.codec.part_count):
-                for item in contributors:
-                    self._check_stored(item.peer, commits[item.peer].part_hashes[part])
-                merged[slice(*self.codec.part_span(part))] = self._merged_part(contributors, commits, part, ignore)
-            return merged
-        for span in spans:
-            for part, name in enumerate(span.part_hashes, span.first_part):
-                self._check_stored(span.reducer, name)
-                merged[slice(*self.codec.part_span(part))] = self._decoded(span.reducer, name, part, self.codec.decode_part)
-        return merged
-
-    def _check_stored(self, peer: str, name: bytes) -> None:
-        content = self.transfer.store.get(name)
-        if content is None or blob_hash(content) != name:
-            raise Rejected("lost_blob", name.hex()[:12], peer)
+        return self.parts.collected(proposal, commits, spans)
 
     def _encode_all(self, update: Vector) -> list[tuple[bytes, bytes]]:
         return [(blob_hash(part), part) for part in self.mangle(self.residuals.encode(self.codec, update))]
@@ -247,7 +224,7 @@ class Exchange:
     def _merge_part(
         self, proposal: ProposalFacts, commits: Mapping[str, CommitFacts], part: int, publish: bool, merge: SpanMerge | None
     ) -> bytes | None:
-        merged = self._merged_part(proposal.contributors, commits, part, self.on_merged)
+        merged = self.parts.merged(proposal.contributors, commits, part, self.on_merged)
         if not publish:
             self._place(proposal.proposal_hash, part, merged)
             return None
@@ -260,30 +237,10 @@ class Exchange:
         self._place(proposal.proposal_hash, part, self.codec.decode_part(encoded, part))
         return encoded
 
-    def _merged_part(
-        self, contributors: Sequence[IncludedCommit], commits: Mapping[str, CommitFacts], part: int, told: Scaled
-    ) -> Vector:
-        named = [(item.peer, commits[item.peer].part_hashes[part]) for item in contributors]
-        weights = [item.weight for item in contributors]
-        if isinstance(self.codec, Sparse) and isinstance(self.rule, manifest.Mean):
-            pairs = [self._decoded(peer, name, part, self.codec.decode_pairs) for peer, name in named]
-            return merge_pairs(pairs, weights, self.rule, self.codec.part_length(part), told)
-        decoded = [self._decoded(peer, name, part, self.codec.decode_part) for peer, name in named]
-        return merge_part(decoded, weights, self.rule, told)
-
     def _take_span(self, span: SpanFacts) -> None:
         for place, name in enumerate(span.part_hashes):
             part = span.first_part + place
-            self._place(span.proposal_hash, part, self._decoded(span.reducer, name, part, self.codec.decode_part))
-
-    def _decoded(self, peer: str, name: bytes, part: int, decode: Callable[[bytes | memoryview, int], T]) -> T:
-        content = self.transfer.store.get(name)
-        if content is None:
-            raise Rejected("lost_blob", name.hex()[:12], peer)
-        try:
-            return decode(content, part)
-        except Rejected as error:
-            raise Undecodable(peer, part, bytes(content), error) from error
+            self._place(span.proposal_hash, part, self.parts.decoded(span.reducer, name, part, self.codec.decode_part))
 
     def _place(self, proposal_hash: bytes, part: int, values: Vector) -> None:
         if proposal_hash != self._proposal_hash:

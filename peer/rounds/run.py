@@ -24,7 +24,8 @@ from peer.leaves import Leaf, pack
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer
 from peer.rounds import machine
-from peer.rounds.exchange import Exchange, Undecodable
+from peer.rounds.exchange import Exchange
+from peer.rounds.parts import Undecodable
 from peer.rounds.planning import roster_hash
 from peer.rounds.post import Post
 from peer.rounds.residuals import Residuals

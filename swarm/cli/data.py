@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.cli.output import print_fields, print_json
+from swarm.cli.output import Bar, bars, print_fields, print_json
 from swarm.errors import UsageError
 
 if TYPE_CHECKING:
     from peer.documents import Counts, Record, Shuffled
 
-Bar = Callable[[str, int | None], Callable[[], None]]
 app = typer.Typer(
     help="Make a run's data from texts: tokenizer, build, combine, teach.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -235,7 +234,7 @@ def teach(
 
     to = new_folder(to)
     device = choose_devices(gpu or "", cpu=gpu is None)[0]
-    with _bars() as bar:
+    with bars() as bar:
         made = write_lessons(folder, to, teacher, top_k, device, micro_batch, lambda total: bar("teaching", total))
     shards = made.data.teacher.shards if made.data.teacher is not None else ()
     fields: dict[str, object] = {
@@ -292,7 +291,7 @@ class Source:
         from peer.documents import Counts, Shuffled
 
         counts = Counts()
-        with _bars() as bar, Shuffled(self._documents(counts, bar), seed, folder) as documents:
+        with bars() as bar, Shuffled(self._documents(counts, bar), seed, folder) as documents:
             yield documents, counts, bar
 
     def _documents(self, counts: Counts, bar: Bar) -> Iterator[str]:
@@ -335,19 +334,3 @@ def _left_out(kind: str, counts: Counts) -> dict[str, object]:
         if count:
             typer.echo(f"warning: left out {count:,} of the chats, {reasons[name]}", err=True)
     return dict(found)
-
-
-@contextmanager
-def _bars() -> Iterator[Bar]:
-    """Bars on the terminal; nothing where there is none. `bar(what, total)` adds one, and gives what moves it on by one."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def bar(what: str, total: int | None) -> Callable[[], None]:
-            task = progress.add_task(what, total=total)
-            return lambda: progress.advance(task)
-
-        yield bar

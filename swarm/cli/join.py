@@ -65,6 +65,10 @@ def command(
         str | None,
         typer.Option("--monthly-quota", help="Sent and received per calendar month (UTC), such as 200GB; 0 = no limit."),
     ] = None,
+    keep_history: Annotated[
+        str | None,
+        typer.Option("--keep-history", help="Disk for past rounds, such as 50GB, for swarm export --round; 0 = keep none."),
+    ] = None,
     log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")] = None,
 ) -> None:
     """Train with your GPU and earn credits.
@@ -95,6 +99,7 @@ def command(
         "max_upload": max_upload,
         "max_download": max_download,
         "monthly_quota": monthly_quota,
+        "keep_history": keep_history,
         "log_level": log_level,
     }
     settings = load(PeerSettings, flags)
@@ -204,6 +209,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         max_upload=settings.max_upload,
         max_download=settings.max_download,
         monthly_quota=settings.monthly_quota,
+        keep_history=settings.keep_history,
         check_traffic=settings.check_traffic,
         plant=settings.plant,
         traces=settings.traces,
@@ -279,6 +285,7 @@ def _child_command(device: str, link: str, settings: PeerSettings, devices: int)
     command += ["--max-upload", _share(settings.max_upload, devices, "B/s")]
     command += ["--max-download", _share(settings.max_download, devices, "B/s")]
     command += ["--monthly-quota", _share(settings.monthly_quota, devices, "B")]
+    command += ["--keep-history", _share(settings.keep_history, devices, "B")]
     if not settings.inbound:
         command.append("--no-inbound")
     os.makedirs(folder, mode=0o700, exist_ok=True)

@@ -6,7 +6,8 @@ import atexit
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 import structlog
@@ -81,3 +82,23 @@ def configure_logging(level: str) -> LogWriter:
 
 def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+Bar = Callable[[str, int | None], Callable[[], None]]
+"""Adds a bar for so many steps, and gives what moves it on by one."""
+
+
+@contextmanager
+def bars() -> Iterator[Bar]:
+    """Bars on the terminal; nothing where there is none."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def bar(what: str, total: int | None) -> Callable[[], None]:
+            task = progress.add_task(what, total=total)
+            return lambda: progress.advance(task)
+
+        yield bar

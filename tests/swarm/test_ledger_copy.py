@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ from swarm.errors import LedgerInvalid, UsageError
 from swarm.ledger import Checkpoint, LedgerReader, origin_of, sign_checkpoint
 from swarm.ledger_copy import LedgerCopy
 from swarm.merkle import root_of
-from tests.world import COORDINATOR, World, identity
+from tests.world import COORDINATOR, ROOT, World, identity
 
 WORLD = World()
 
@@ -33,6 +34,14 @@ def test_round_trip(tmp_path: Path) -> None:
     again = LedgerCopy.read(tmp_path / "ledger")
     assert again == copy
     assert again.checkpoint().size == len(copy.entries)
+
+
+def test_confirmed_roots_are_those_that_the_coordinator_has_signed() -> None:
+    """One for each confirmed round; none from entries that the checkpoint isn't about."""
+    copy = make_copy()
+    assert copy.confirmed_roots() == {0: ROOT, 1: ROOT}
+    with pytest.raises(LedgerInvalid, match="root"):
+        replace(copy, entries=[*copy.entries[:-1], copy.entries[0]]).confirmed_roots()
 
 
 def test_cut_short(tmp_path: Path) -> None:

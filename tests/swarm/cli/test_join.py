@@ -34,11 +34,13 @@ def after(command: list[str], option: str) -> str:
 def test_devices_share_the_caps(tmp_path: Path, upload: str, download: str, quota: str) -> None:
     """A volunteer's caps are for the machine: each device gets an equal share, and no limit stays no limit."""
     flags = {"data_dir": tmp_path, "max_upload": upload, "max_download": download, "monthly_quota": quota}
+    flags |= {"keep_history": "90GB"}
     settings = load(PeerSettings, flags)
     command = _child_command("cuda:1", "swarm://link", settings, 2)
     assert parse_rate(after(command, "--max-upload")) == settings.max_upload // 2
     assert parse_rate(after(command, "--max-download")) == settings.max_download // 2
     assert parse_size(after(command, "--monthly-quota")) == settings.monthly_quota // 2
+    assert parse_size(after(command, "--keep-history")) == 45 * 10**9
 
 
 @pytest.mark.parametrize(("held", "kept"), [("'a pause'", "[15]"), ("None", "[]")])
