@@ -54,6 +54,24 @@ def chance(codec: Codec, contributors: int, share: float) -> float:
     return 1.0 if check <= SMALL_CHECK_BYTES else min(1.0, share * exchanged / check)
 
 
+@dataclass(frozen=True)
+class Left:
+    """What a reducer's merge of a span left for the next round: after one that was skipped that is what it began with."""
+
+    span: SpanFacts
+    skipped: bool
+
+    @property
+    def root(self) -> bytes:
+        """The root of the residual."""
+        signed = parse(MergedSpan, self.span.signed.payload)
+        return signed.residual_before if self.skipped else signed.residual_after
+
+    def is_of(self, span: SpanFacts) -> bool:
+        """Whether it's about the same parts."""
+        return (self.span.first_part, len(self.span.part_hashes)) == (span.first_part, len(span.part_hashes))
+
+
 @dataclass
 class Auditor:
     """Checks merges, tells the others what it proves, and checks what they say they have proven."""
@@ -63,17 +81,21 @@ class Auditor:
     share: float
     on_proven: Callable[[Verdict], None] = lambda verdict: None
     random: SystemRandom = field(default_factory=SystemRandom)
-    _before: tuple[int, dict[str, SpanFacts]] = field(default_factory=lambda: (-1, {}))
+    _left: tuple[int, dict[str, Left]] = field(default_factory=lambda: (-1, {}))
     _heard: set[bytes] = field(default_factory=set)
     _unbelieved: set[str] = field(default_factory=set)
     _told: set[tuple[str, str]] = field(default_factory=set)
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def after(self, run: RoundRun, proposal: ProposalFacts) -> None:
-        """Perhaps merge a part of a finished round again; and, as its leader, tell those who have come what is proven."""
+    async def after(self, run: RoundRun, proposal: ProposalFacts, skipped: bool | None = False) -> None:
+        """Perhaps merge a part of a finished round again; and, as its leader, tell those who have come what is proven.
+
+        Whether the round was `skipped` as a spike is None where we can't tell yet.
+        """
         if proposal.leader == run.setup.me:
             self._tell(run)
-        before, self._before = self._before, (run.round_index, {span.reducer: span for span in run.state.spans.values()})
+        left = {} if skipped is None else {span.reducer: Left(span, skipped) for span in run.state.spans.values()}
+        before, self._left = self._left, (run.round_index, left)
         contributors = len(proposal.contributors)
         if run.setup.all_gather or self.random.random() >= chance(run.exchange.codec, contributors, self.share):
             return
@@ -84,7 +106,7 @@ class Auditor:
             last = before[1].get(span.reducer) if before[0] == run.round_index - 1 else None
             await self._check(run, proposal, span, place, last)
 
-    async def _check(self, run: RoundRun, proposal: ProposalFacts, span: SpanFacts, place: int, before: SpanFacts | None) -> None:
+    async def _check(self, run: RoundRun, proposal: ProposalFacts, span: SpanFacts, place: int, before: Left | None) -> None:
         """Merge one part again. What can't be had any more proves nothing."""
         part, codec = span.first_part + place, run.exchange.codec
         commits = [run.state.commits.get(item.peer) for item in proposal.contributors]
@@ -149,17 +171,15 @@ class Auditor:
             raise Rejected("wrong_residual", "not the hashes of the residual that it names", reducer)
         return hashes
 
-    def _note_chain(self, run: RoundRun, span: SpanFacts, residual: bytes, before: SpanFacts | None) -> None:
+    def _note_chain(self, run: RoundRun, span: SpanFacts, residual: bytes, before: Left | None) -> None:
         """Say so where a residual is neither what the round before left nor zero; it could bring in whatever its reducer likes.
 
         That is no proof: who falls behind at the wrong moment goes on from an older one.
         """
         if before is None or not any(residual):
             return
-        left = parse(MergedSpan, before.signed.payload).residual_after
         named = parse(MergedSpan, span.signed.payload).residual_before
-        same_place = (before.first_part, len(before.part_hashes)) == (span.first_part, len(span.part_hashes))
-        if same_place and left != named:
+        if before.is_of(span) and before.root != named:
             log.warning("residual_from_elsewhere", round=run.round_index, reducer=span.reducer)
             self.services.observer.refused(span.reducer, "residual_from_elsewhere")
 

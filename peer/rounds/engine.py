@@ -570,14 +570,14 @@ class Engine:
         self.joiners = {peer: token for peer, token in self.joiners.items() if all(peer != member.peer for member in members)}
         self._observe_pace(run, completed_s)
         self._lapses.note(run.state.dropped - run.state.lost if run.state.leads else (), place.round_index)
-        skipped = before is not None and snapshot is not None and was_skipped(before, snapshot.state)
-        await self.on_round(replace(self._report(run, proposal, result, root, started), skipped=skipped))
+        skipped = was_skipped(before, snapshot.state) if before is not None and snapshot is not None else None
+        await self.on_round(replace(self._report(run, proposal, result, root, started), skipped=bool(skipped)))
         self.place = Place(place.round_index + 1, members, root) if here else None
         services.faults.reached("apply", run.round_index)
         self.inbox.advance(place.round_index + 1)
         if snapshot is not None:
             self._check_agreement(snapshot)
-        services.post.spawn(self.auditor.after(run, proposal))
+        services.post.spawn(self.auditor.after(run, proposal, skipped))
 
     async def _apply(self, run: RoundRun, proposal: ProposalFacts, merged: Vector | None) -> Snapshot | None:
         """The next state, or None while our own is still being downloaded."""

@@ -44,6 +44,8 @@ async def test_a_spoilt_round_is_skipped_by_everybody(scenario: Any, tmp_path: P
             assert losses[SPOILT] > 1.3 * losses[SPOILT - 1] > losses[SPOILT + 1]
             assert lines[name][SPOILT]["tokens_total"] > lines[name][SPOILT - 1]["tokens_total"]
             assert (await swarm.peers[name].status())["rounds_skipped"] == 1
+            assert "residual_from_elsewhere" not in swarm.peers[name].log()
+            assert swarm.peers[name].events("merge_checked")
         assert swarm.differing_roots() == []
         assert all(line["weight"] for line in lines["p0"].values() if line["round"])
         past, folder = SPOILT + 1, swarm.peers["p1"].directory
