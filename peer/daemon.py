@@ -352,6 +352,7 @@ class Daemon:
             "waits_for": self._waits_for(),
             "device_free": engine is None or not engine.training.trainer.is_loaded,
             "governor": self.governor.describe(),
+            **({"history": engine.keeping.keeper.describe()} if engine and engine.keeping else {}),
             **self.status.as_dict(),
         }
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -189,7 +190,7 @@ class Keeper:
         here = record.round_index, base_root.hex()
         goes_on = self._end == here
         if not goes_on:
-            self._drop_wrong(record.round_index)
+            self._drop_abandoned(*here)
         if not goes_on or self._is_long():
             if before is None or (before.round, before.root_hex) != here:
                 self._begin(after)
@@ -199,9 +200,10 @@ class Keeper:
         self._end = after.round, after.root_hex
         self._make_room()
 
-    def size_bytes(self) -> int:
-        """What the history takes."""
-        return sum(_sizes(self.directory).values())
+    def describe(self) -> dict[str, Any]:
+        """What is kept, for the status."""
+        size_bytes = sum(_sizes(self.directory).values())
+        return {"rounds": kept_rounds(self.directory), "size_bytes": size_bytes, "limit_bytes": self.limit_bytes}
 
     def _begin(self, snapshot: Snapshot) -> None:
         save_checkpoint(self.directory, snapshot, self.run_id, keep=None)
@@ -215,12 +217,15 @@ class Keeper:
         whole = sum(size for (number, suffix), size in sizes.items() if number == start and suffix != RECORD_SUFFIX)
         return sum(size for (number, suffix), size in sizes.items() if number >= start and suffix == RECORD_SUFFIX) >= whole
 
-    def _drop_wrong(self, rounds: int) -> None:
-        """After a repair the state that was kept last isn't the agreed one."""
-        if self._end is not None and self._end[0] == rounds:
+    def _drop_abandoned(self, rounds: int, root: str) -> None:
+        """Forget what was kept of rounds that all have given up: those from here on, and the last if it came to another state."""
+        for number, suffix in _sizes(self.directory):
+            if number >= rounds:
+                (self.directory / f"round-{number:012d}{suffix}").unlink(missing_ok=True)
+        record = record_path(self.directory, rounds - 1)
+        if record.exists() and self._root_after(rounds) != root:
             log.warning("history_corrected", round=rounds - 1)
-            record_path(self.directory, rounds - 1).unlink(missing_ok=True)
-            checkpoint_path(self.directory, rounds).unlink(missing_ok=True)
+            record.unlink()
 
     def _make_room(self) -> None:
         """Remove whole stretches from the oldest on; the last one too if it is too long by itself, as its end is kept anew."""
@@ -238,16 +243,19 @@ class Keeper:
     def _find_end(self) -> tuple[int, str] | None:
         """The number and root of the last state that is kept."""
         states = kept_states(self.directory)
-        if not states:
-            return None
-        path = record_path(self.directory, states[-1] - 1)
+        root = self._root_after(states[-1]) if states else None
+        return (states[-1], root) if root is not None else None
+
+    def _root_after(self, rounds: int) -> str | None:
+        """The root that the state after so many rounds had, by its record or checkpoint; None where that can't be read."""
+        record, checkpoint = record_path(self.directory, rounds - 1), checkpoint_path(self.directory, rounds)
         try:
-            if path.exists():
-                with path.open("rb") as file:
-                    return states[-1], _read_header(path, file.readline(MAX_HEADER_BYTES)).root
-            return states[-1], str(json.loads(checkpoint_path(self.directory, states[-1]).read_bytes())["root"])
+            if record.exists():
+                with record.open("rb") as file:
+                    return _read_header(record, file.readline(MAX_HEADER_BYTES)).root
+            return str(json.loads(checkpoint.read_bytes())["root"])
         except (CheckpointCorrupt, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("history_begun_anew", error=str(error))
+            log.warning("history_unreadable", round=rounds - 1, error=str(error))
             return None
 
 

@@ -151,12 +151,17 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
         **_traffic(answer),
+        **({"history": _history(answer["history"])} if "history" in answer else {}),
         "credits": ", ".join(f"{value:.6f} {state}" for state, value in earned.items()) or "none yet",
         "reports waiting": answer["reports_waiting"],
         "coordinator": "reachable" if answer["coordinator_reachable"] else "away; reports are kept and sent later",
         **({"warning": answer["warning"]} if answer.get("warning") else {}),
         **({"error": answer["error"]} if answer["error"] else {}),
     }
+
+
+def _history(kept: dict[str, Any]) -> str:
+    return f"{kept['rounds']}; {format_size(kept['size_bytes'])} of {format_size(kept['limit_bytes'])}"
 
 
 def _traffic(answer: dict[str, Any]) -> dict[str, object]:

@@ -304,7 +304,8 @@ def test_a_history_stays_within_its_limit(tmp_path: Path) -> None:
     keeper = Keeper(folder, run.run_id, 4 * state_bytes)
     for record, before, after in rounds.play(losses(60)):
         keeper.keep(record, before.root, before, after)
-        assert keeper.size_bytes() <= keeper.limit_bytes
+        told = keeper.describe()
+        assert told["size_bytes"] <= told["limit_bytes"] == 4 * state_bytes
     states = kept_states(folder)
     assert states[-1] == 60
     assert len(states) > 5
@@ -346,6 +347,22 @@ def test_a_state_that_was_repaired_is_not_kept_as_the_agreed_one(tmp_path: Path)
     keeper.keep(last[0], right.root, right, last[2])
     assert not record_path(folder, record.round_index).exists()
     assert rebuilder(folder, run).after(4).snapshot.root == rounds.roots[4]
+
+
+def test_rounds_that_all_have_given_up_are_forgotten(tmp_path: Path) -> None:
+    """A run that goes on from an earlier state, in another way, is kept in that way alone."""
+    run = run_of("int4")
+    rounds, folder = Rounds(run, tmp_path), tmp_path / "history"
+    keeper = Keeper(folder, run.run_id, NO_LIMIT)
+    steps = list(rounds.play(losses(14)))
+    for record, before, after in steps:
+        keeper.keep(record, before.root, before, after)
+    assert max(numbers_of(folder, CHECKPOINT_SUFFIX)) > 6
+    rounds.snapshot, other = steps[5][1], len(rounds.roots)
+    rounds.keep(keeper, [2.0, 2.1])
+    assert kept_rounds(folder) == "rounds 0-6"
+    assert rebuilder(folder, run).after(6).snapshot.root == rounds.roots[other + 1] != rounds.roots[6]
+    assert rebuilder(folder, run).after(3).snapshot.root == rounds.roots[3]
 
 
 def test_too_small_a_limit_is_told_at_once() -> None:

@@ -48,6 +48,7 @@ async def test_a_spoilt_round_is_skipped_by_everybody(scenario: Any, tmp_path: P
             assert swarm.peers[name].events("merge_checked")
         assert swarm.differing_roots() == []
         assert all(line["weight"] for line in lines["p0"].values() if line["round"])
+        assert (await swarm.peers["p1"].status())["history"]["rounds"].startswith("rounds 0-")
         past, folder = SPOILT + 1, swarm.peers["p1"].directory
         told = await run_command("export", "--round", str(past), "--to", str(tmp_path / "model"), "--dir", str(folder), "--json")
         assert told.code == 0, told.err
