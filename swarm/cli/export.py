@@ -40,8 +40,8 @@ def command(
     """Write the trained model as safetensors, with tokenizer and model card; of an adapter the adapter, as peft loads it.
 
     A running peer is asked for its present weights first; otherwise its newest checkpoint is taken. A past round's weights are
-    rebuilt from the nearest kept checkpoint and the merged updates since, and every state root on the way is checked. For the card
-    the coordinator is asked for contributors, credits and ledger; where it doesn't answer, the card goes without.
+    rebuilt from the nearest kept checkpoint and the merged updates since, and every state root on the way is checked. For the
+    card the coordinator is asked for contributors, credits and ledger; where it doesn't answer, the card goes without.
 
     Examples:
 

@@ -29,7 +29,7 @@ def command(
 
       swarm publish ./model --to owner/name --public
     """
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from peer.publishing import Parcel, publish
 
