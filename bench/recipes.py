@@ -1,4 +1,4 @@
-"""Whether recipes do what they are for: an adapter on a pretrained model, a teacher's logits for a small one, and the speed."""
+"""Whether recipes do what they are for: an adapter on a pretrained model, a teacher's logits, experts, and the speed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench import report
 from bench.adapters import Adapters
 from bench.daemon import OVER_BARE, Daemons
+from bench.mixture import measure_mixture
 from bench.report import Report, workspace
 from bench.single import one_thread
 from peer.corpus import TOKENIZER, standard_library_documents
@@ -162,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "adapter_speed": adapters.bare,
             "speed": speed,
             "distillation": measure_distillation,
+            "mixture": measure_mixture,
         }
         return report.run("recipes", __doc__, sections, argv)
 

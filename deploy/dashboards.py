@@ -650,6 +650,22 @@ PEER_TRAINING = (
         median_and_tail("swarm_peer_round_overhead_seconds", THIS_PEER),
     ),
 )
+PEER_EXPERTS = (
+    Chart(
+        "Load of experts",
+        "suffix: x an even share",
+        "Of a mixture: visits of the busiest and the idlest expert of any layer in the last round; 1 is an even share.",
+        ((f"swarm_peer_expert_load_ratio{{{THIS_PEER}}}", "{{expert}} {{instance}}"),),
+        width=12,
+    ),
+    Chart(
+        "Experts without a token",
+        COUNT,
+        "Of a mixture: how many experts, over all layers, no token of this peer's last round visited.",
+        ((f"swarm_peer_experts_unused{{{THIS_PEER}}}", "{{instance}}"),),
+        width=12,
+    ),
+)
 PEER_NETWORK = (
     Chart(
         "Traffic",
@@ -824,6 +840,7 @@ def peer() -> Dashboard:
     rows = (
         ("Now", PEER_NOW),
         ("Training", PEER_TRAINING),
+        ("Experts", PEER_EXPERTS),
         ("Network", PEER_NETWORK),
         ("Machine", PEER_MACHINE),
     )

@@ -632,7 +632,7 @@ class Daemon:
         if attack is not None:
             trainer.relabel = lambda labels: attack.labels(labels, manifest.model.vocabulary_size)
         trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)
-        return TrainingThread(trainer, self.governor.brake.on_progress)
+        return TrainingThread(trainer, self.governor.brake.on_progress, lambda trained: self.status.routed(trained.experts))
 
     async def _obtain(self, parts: Parts, tree: Tree) -> None:
         """Have one of the run's files, from this disk or from others; wait until somebody has it."""

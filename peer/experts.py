@@ -20,14 +20,21 @@ def balance_coefficient(settings: Any) -> float:
     return float(getattr(settings, COEFFICIENT, None) or 0.0)
 
 
-def balance_losses(router_logits: Sequence[torch.Tensor], samples: int, chosen: int) -> torch.Tensor:
-    """How unevenly each sample is spread over the experts, [samples]: `chosen` where it is spread evenly, more where not.
+def is_routed(settings: Any) -> bool:
+    """Whether a model of this configuration has a balance loss, perhaps with a coefficient of 0, and so tells its routes."""
+    return getattr(settings, COEFFICIENT, None) is not None
 
-    `router_logits` are [samples x tokens, experts] for each layer that has experts; `chosen` is how many a token visits. The
-    number of experts times the sum over them of the share of visits and the mean probability; over all layers together.
+
+def routes_of(router_logits: Sequence[torch.Tensor], samples: int, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How unevenly each sample is spread over the experts, [samples], and the visits of all samples, [layers, experts].
+
+    The first is `chosen` where a sample is spread evenly, more where not: the number of experts times the sum over them of the
+    share of visits and the mean probability; over all layers together. `router_logits` are [samples x tokens, experts] for each
+    layer that has experts; `chosen` is how many a token visits.
     """
     layers = torch.stack([logits.float().view(samples, -1, logits.shape[-1]) for logits in router_logits], dim=1)
     experts = layers.shape[-1]
     probabilities = functional.softmax(layers, dim=-1).flatten(1, 2)  # [samples, layers x tokens, experts]
     visits = functional.one_hot(probabilities.topk(chosen, dim=-1).indices, experts).float().sum(dim=2)
-    return experts * (visits.mean(dim=1) * probabilities.mean(dim=1)).sum(dim=-1)
+    losses = experts * (visits.mean(dim=1) * probabilities.mean(dim=1)).sum(dim=-1)
+    return losses, visits.view(samples, layers.shape[1], -1, experts).sum(dim=(0, 2))

@@ -64,6 +64,15 @@ class PeerMetrics:
             "swarm_peer_train_loss_nats", "Mean training loss of the last round, per token.", registry=registry
         )
         self.validation_loss = Gauge("swarm_peer_validation_loss_nats", "Last held-out loss, per token.", registry=registry)
+        self.expert_load = Gauge(
+            "swarm_peer_expert_load_ratio",
+            "Visits of a mixture's busiest and idlest expert in the last round, over an even share.",
+            ["expert"],
+            registry=registry,
+        )
+        self.experts_unused = Gauge(
+            "swarm_peer_experts_unused", "Experts, over all layers, that no token of the last round visited.", registry=registry
+        )
         self.state = Gauge("swarm_peer_state", "1 for the reason code of the present state.", ["state"], registry=registry)
         self.credits = Gauge("swarm_peer_credits", "Credits of this peer by state.", ["state"], registry=registry)
         self.outbox = Gauge("swarm_peer_outbox_reports", "Reports that wait for the coordinator.", registry=registry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import structlog
 from peer.frauds import FRAUDS
 from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
+from peer.routing import ExpertLoad
 from swarm import __version__
 from swarm.audits import FAILED, PASSED, UNABLE, WITHHELD
 from swarm.clock import Clock, SystemClock
@@ -53,6 +54,7 @@ class Status:
     overhead_s: list[float] = field(default_factory=list)
     first_loss: float | None = None
     root: str = ""
+    experts: ExpertLoad | None = None
     tokens_total: int = 0
     history: Path | None = None
     clock: Clock = SystemClock()
@@ -125,6 +127,15 @@ class Status:
     def audited(self, finding: str) -> None:
         """We have audited a contribution."""
         self.metrics.audits.labels(finding=finding).inc()
+
+    def routed(self, load: ExpertLoad | None) -> None:
+        """A round's tokens were spread like this over the experts, if the model has any."""
+        if load is None:
+            return
+        self.experts = load
+        self.metrics.expert_load.labels(expert="busiest").set(load.busiest)
+        self.metrics.expert_load.labels(expert="idlest").set(load.idlest)
+        self.metrics.experts_unused.set(load.unused)
 
     def phase(self, name: str, seconds: float) -> None:
         """A part of the round took this long."""
@@ -221,5 +232,6 @@ class Status:
             "rounds_skipped": self.rounds_skipped,
             "round_overhead_s": self.overhead_s[-200:],
             "state_root": self.root,
+            "experts": None if self.experts is None else asdict(self.experts),
             "version": __version__,
         }

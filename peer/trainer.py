@@ -36,12 +36,13 @@ from peer.batches import (
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices, tree_path
 from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
 from peer.distillation import Taught, TeacherReader, divergence
-from peer.experts import balance_coefficient, balance_losses
+from peer.experts import balance_coefficient, is_routed, routes_of
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.marks import IGNORED, STARTS, Lesson, lesson
 from peer.model import FlatParameters, build_model
 from peer.nf4 import Nf4Linear
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
+from peer.routing import ExpertLoad
 from peer.sketch import Sketcher
 from swarm import manifest
 from swarm.errors import DataInvalid, OutOfMemory
@@ -77,7 +78,7 @@ class TrainedUpdate:
 
     Losses are in nats per token. `stopped` is the reason why it ended before its quota, `error` why it must not be sent
     (then `update` is zero and `samples` 0). The samples used are the first `samples` positions of the peer's
-    assignment. `leaves` are what others can check, where that was asked for.
+    assignment. `leaves` are what others can check, where that was asked for. `experts` is how a mixture's were used.
     """
 
     update: Vector
@@ -92,6 +93,7 @@ class TrainedUpdate:
     stopped: str | None = None
     error: str | None = None
     leaves: tuple[Leaf, ...] = ()
+    experts: ExpertLoad | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Trainer:
         self._flat: FlatParameters | None = None
         self._inner: InnerOptimizer | None = None
         self._kept_inner: list[dict[str, Any]] | None = None
+        self._visits: torch.Tensor | None = None
         self._scaler = self._new_scaler()
 
     @classmethod
@@ -290,6 +293,7 @@ class Trainer:
         run = _Run(assignment, samples, should_stop, progress, tracer, self.relabel)
         with self._seeded(assignment):
             self._prepare(theta)
+            self._visits = None
             match strategy:
                 case manifest.Sync():
                     update = self._gradient_round(run)
@@ -356,6 +360,7 @@ class Trainer:
         started = time.monotonic()
         assignment = _Assignment(self._manifest.order_key, round_number, peer_id, len(self._reader))
         run = _Run(assignment, quota * strategy.batch_samples, should_stop, progress)
+        self._visits = None
         with self._seeded(assignment):
             update = self._early_round(strategy, run, early, tokens_so_far)
         return self._report(run, update, time.monotonic() - started - early.waited_s)
@@ -713,14 +718,16 @@ class Trainer:
         That is 0, but for a mixture of experts that is trained, of which it is the balance loss, [samples, 1].
         """
         settings = self._network.config.get_text_config()
-        coefficient = balance_coefficient(settings) if self._network.training else 0.0
-        routed = {"output_router_logits": True} if coefficient else {}
+        routed = {"output_router_logits": True} if self._network.training and is_routed(settings) else {}
         with self._autocast():
             out = self._network(input_ids=ids, use_cache=False, **routed, **more)
-        if not coefficient:
+        router_logits = [logits for logits in getattr(out, "router_logits", None) or () if logits is not None]
+        if not routed or not router_logits:
             return out.logits.float(), 0.0
-        balance = balance_losses(out.router_logits, len(ids), int(settings.num_experts_per_tok))
-        return out.logits.float(), coefficient * balance.unsqueeze(1)
+        balance, visits = routes_of(router_logits, len(ids), int(settings.num_experts_per_tok))
+        self._visits = visits if self._visits is None else self._visits + visits
+        coefficient = balance_coefficient(settings)
+        return out.logits.float(), coefficient * balance.unsqueeze(1) if coefficient else 0.0
 
     def _counted(self, batch: Batch) -> int:
         """How many tokens of a batch have a loss."""
@@ -800,6 +807,7 @@ class Trainer:
             stopped=run.stopped,
             error=None if finite else NOT_FINITE,
             leaves=self._leaves(run) if finite and samples else (),
+            experts=None if self._visits is None else ExpertLoad.of(self._visits.tolist()),
         )
 
 

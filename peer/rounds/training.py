@@ -43,6 +43,7 @@ class TrainingThread:
 
     trainer: Trainer
     on_progress: Callable[[Progress], None] = lambda progress: None
+    on_trained: Callable[[TrainedUpdate], None] = lambda trained: None
     _reason: str | None = None
     _held: str | None = None
     _ahead: _Ahead | None = None
@@ -123,6 +124,7 @@ class TrainingThread:
             self._reason = "cancelled"
             await asyncio.wait([job])
             raise
+        self.on_trained(trained)
         return contribution_of(trained, self.trainer.precision)
 
     def is_stopped(self) -> bool:

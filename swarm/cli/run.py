@@ -187,6 +187,8 @@ def init(
     budget |= {"batch_samples": batch_samples, "traffic_share": traffic_share, "codec": codec, "inner_steps": inner_steps}
     values, why = with_strategy(values, strategy, budget)
     values["strategy"] |= {"skip_spikes": SkipSpikes().model_dump(mode="json")}
+    if data is not None and not demo:
+        values = _sparing(values)
     try:
         path.write_text(commented(values))
     except OSError as error:
@@ -510,6 +512,22 @@ def _filled(made: Dataset, model: Model) -> dict[str, Any]:
         "credit": {**TEMPLATE["credit"], "flops_per_token": flops},
         **(PRIVATE if made.data.private_trees else {}),
     }
+
+
+def _sparing(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave zeros out of sparse updates where the model has experts, as some may not be visited in a round."""
+    from peer.model import experts_of, skeleton
+
+    if experts_of(skeleton(values["model"]["config"]).config.get_text_config()) == (1, 1):
+        return values
+
+    def changed(codec: dict[str, Any]) -> dict[str, Any]:
+        return {**codec, "leave_out_zeros": True} if codec["kind"] == "sparse" else codec
+
+    strategy = values["strategy"]
+    if strategy.get("phases"):
+        strategy = {**strategy, "phases": [{**phase, "codec": changed(phase["codec"])} for phase in strategy["phases"]]}
+    return {**values, "strategy": strategy, "codec": changed(values["codec"])}
 
 
 def _put(source: Path, to: Path) -> None:

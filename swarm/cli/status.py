@@ -149,6 +149,7 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         "round": f"{answer['round']}, {answer['roster_size']} peers",
         **({"skipped": f"{answer['rounds_skipped']} rounds whose loss jumped"} if answer.get("rounds_skipped") else {}),
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
+        **_experts(answer.get("experts")),
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
         **_traffic(answer),
         **({"history": _history(answer["history"])} if "history" in answer else {}),
@@ -162,6 +163,14 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
 
 def _history(kept: dict[str, Any]) -> str:
     return f"{kept['rounds']}; {format_size(kept['size_bytes'])} of {format_size(kept['limit_bytes'])}"
+
+
+def _experts(load: dict[str, Any] | None) -> dict[str, object]:
+    """How evenly a mixture's experts are used; nothing for other models."""
+    if load is None:
+        return {}
+    spread = f"busiest {load['busiest']:.2f}, idlest {load['idlest']:.2f} of an even share"
+    return {"experts": f"{spread}; {load['unused']} of {load['experts']} unused in the last round"}
 
 
 def _traffic(answer: dict[str, Any]) -> dict[str, object]:

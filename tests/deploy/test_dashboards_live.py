@@ -17,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from peer.model import count_parameters
 from peer.recipes import tiny_manifest
 from swarm.errors import Rejected, UnknownRun
 from swarm.local import LocalSwarm
@@ -39,6 +40,7 @@ PEERS, STRANGER = 3, identity(7)
 FAULTS = {"p1": "at round 4 after apply: flip_bit"}
 TAMPERING = ("env", "SWARM_ATTACK=tamper")
 ENVIRONMENT = {"SWARM_CHECK_TRAFFIC": "100", "SWARM_MONTHLY_QUOTA": "200GB"}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 AUDITED = {"rate": 0.5, "first": 2, "within_rounds": 10}
 
 pytestmark = [
@@ -139,13 +141,20 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 async def _start(loop: LoopThread, swarm: LocalSwarm, source: Path) -> Run:
     swarm.directory.mkdir()
-    values = tiny_manifest(source / "files", PEERS).model_dump(mode="json")
-    write_run(source, Manifest.model_validate({**values, "audit": AUDITED}))
+    write_run(source, _mixture(source / "files"))
     scenario = Scenario(swarm, source)
     await scenario.start(PEERS, faults=FAULTS)
     await scenario.until_round(6)
     await _call_as_a_stranger(scenario.link)
     return Run(loop, scenario, [swarm.metrics, *[(await peer.status())["metrics"] for peer in swarm.peers]])
+
+
+def _mixture(files: Path) -> Manifest:
+    """An audited run with experts, so that what is told of those is there, too."""
+    values = tiny_manifest(files, PEERS).model_dump(mode="json")
+    config = values["model"]["config"] | EXPERTS
+    model = {**values["model"], "config": config, "parameters": count_parameters(config)}
+    return Manifest.model_validate({**values, "model": model, "audit": AUDITED})
 
 
 async def _call_as_a_stranger(link: JoinLink) -> None:

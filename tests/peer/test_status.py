@@ -16,6 +16,7 @@ from peer.metrics import PeerMetrics
 from peer.network.traffic import Volume
 from peer.rounds.engine import RoundReport
 from peer.rounds.values import BallotNumber, IncludedCommit, ProposalFacts
+from peer.routing import ExpertLoad
 from peer.status import REASONS, TELL_EVERY_S, Status
 from swarm.clock import ManualClock
 from swarm.control import history
@@ -108,6 +109,19 @@ def test_the_history_tells_each_rounds_traffic(status: Status, tmp_path: Path) -
     """Bytes of both directions, framing included, stand beside the round's other figures."""
     status.round_done(finished(1), Volume(1000, 3000))
     assert [(line["bytes_sent"], line["bytes_received"]) for line in history(tmp_path)] == [(1000, 3000)]
+
+
+def test_the_load_of_experts_is_shown(status: Status, registry: CollectorRegistry) -> None:
+    """Two series for the busiest and the idlest, however many experts there are; none, and nothing to tell, for other models."""
+    shown = registry.get_sample_value
+    assert status.as_dict()["experts"] is None
+    assert shown("swarm_peer_expert_load_ratio", {"expert": "busiest"}) is None
+    status.routed(ExpertLoad.of([[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 1.0, 3.0]]))
+    status.routed(None)
+    assert status.as_dict()["experts"] == {"busiest": 3.0, "idlest": 0.0, "unused": 2, "experts": 8}
+    assert shown("swarm_peer_expert_load_ratio", {"expert": "busiest"}) == 3.0
+    assert shown("swarm_peer_expert_load_ratio", {"expert": "idlest"}) == 0.0
+    assert shown("swarm_peer_experts_unused") == 2
 
 
 def test_an_empty_round_changes_no_loss(status: Status) -> None:

@@ -194,6 +194,12 @@ def test_a_configuration_becomes_a_run(home: Path, capsys: pytest.CaptureFixture
     assert run(["run", "validate", "run.yaml", "--files", "data"]) == 0
     made = yaml.safe_load(Path("run.yaml").read_text())["model"]["config"]
     assert (made["model_type"], made["vocab_size"], "auto_map" in made) == ("gpt2", 257, False)
+    experts = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "max_position_embeddings": 16, "vocab_size": 257}
+    Path("mixture.json").write_text(json.dumps(experts))
+    for codec, left_out in (("sparse", True), ("int4", None)):
+        chosen = ["--strategy", "diloco", "--codec", codec]
+        assert run(["run", "init", f"{codec}.yaml", "--data", "data", "--config", "mixture.json", *chosen]) == 0
+        assert yaml.safe_load(Path(f"{codec}.yaml").read_text())["codec"].get("leave_out_zeros") == left_out
     wrong = {
         "did you mean gpt2 or": values | {"model_type": "gpt2x"},
         "the model's vocab_size is 100": values | {"vocab_size": 100},
