@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help venv demo test slow images fuzz lint format types imports deps generated linters wire check proto released docs dashboards clean
+.PHONY: help venv demo test slow images fuzz lint format types imports deps generated linters wire check proto released docs examples dashboards clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -47,7 +47,7 @@ format: $(INSTALLED) ## Lay the code out
 
 types: $(INSTALLED) ## Check types, strictly
 	$(BIN)/mypy
-	$(BIN)/mypy docs/generate.py docs/picture.py .ci/verdict.py
+	$(BIN)/mypy docs/generate.py docs/picture.py examples/make.py .ci/verdict.py
 
 imports: $(INSTALLED) ## Check who imports whom
 	$(BIN)/lint-imports
@@ -83,6 +83,9 @@ released: ## At a release: make the present wire the one that later changes are 
 
 docs: $(INSTALLED) ## Generate docs/reference from the code
 	$(BIN)/python docs/generate.py
+
+examples: $(INSTALLED) ## Make the manifests in examples/ anew, by the commands of docs/recipes
+	$(BIN)/python examples/make.py
 
 dashboards: $(INSTALLED) ## Generate deploy/grafana/dashboards from the code
 	$(BIN)/python -m deploy.dashboards

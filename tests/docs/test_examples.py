@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
+from peer.checking import problems_of
 from swarm.manifest import Manifest
 from swarm.rpc.v1 import coordinator_pb2, ledger_pb2, peer_pb2, signed_pb2
 
@@ -32,6 +38,40 @@ def test_every_message_has_one_example() -> None:
 def test_example_is_such_a_message(name: str, text: str) -> None:
     """Every field of an example exists and has the right type."""
     assert text_format.Parse(text, TYPES[name]()).ByteSize() or name in ("GetRunRequest", "SubmitAuditResponse")
+
+
+def the_maker() -> ModuleType:
+    """`examples/make.py`, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("examples_make", ROOT / "examples" / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKER = the_maker()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """These models are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", MAKER.RECIPES)
+def test_a_recipes_example_is_what_its_commands_make(name: str, tmp_path: Path) -> None:
+    """The manifest in examples/ is theirs, and has no problem with the files that they leave; a page links to it."""
+    path = ROOT / "examples" / f"{name}.yaml"
+    text = MAKER.make(name, tmp_path / name)
+    assert MAKER.comparable(path.read_text()) == MAKER.comparable(text), "python examples/make.py"
+    assert problems_of(Manifest.parse(text.encode()), tmp_path / name / "data") == []
+    assert any(f"examples/{name}.yaml" in page.read_text() for page in (ROOT / "docs").rglob("*.md"))
 
 
 def test_example_manifest_is_valid() -> None:
