@@ -38,10 +38,12 @@ TABLE: dict[str, Rule] = {
     SERVICE + "GetCheckpoint": Rule(Policy.PUBLIC),
     SERVICE + "AddCosignature": Rule(Policy.PUBLIC),  # signed in a format of its own, by keys that the operator names
     SERVICE + "ListAudits": Rule(Policy.PUBLIC),
+    SERVICE + "ListEvaluations": Rule(Policy.PUBLIC),
     SERVICE + "Announce": Rule(Policy.SIGNED_BY_PEER, "announcement"),
     SERVICE + "SubmitReport": Rule(Policy.ADMITTED, "report"),
     SERVICE + "SubmitReports": Rule(Policy.ADMITTED, "report", many="reports"),
     SERVICE + "SubmitAudit": Rule(Policy.ADMITTED, "verdict"),
+    SERVICE + "SubmitEvaluation": Rule(Policy.ADMITTED, "evaluation"),
     SERVICE + "RevokeKey": Rule(Policy.SIGNED_BY_PEER, "revocation"),
     SERVICE + "RequestGrant": Rule(Policy.ADMITTED, "request"),
     ADMIN + "Execute": Rule(Policy.ADMITTED, "command"),  # by a guard of its own, which admits the admins' keys

@@ -40,6 +40,7 @@ _CONFLICT = StatusCode.FAILED_PRECONDITION
 
 CATALOGUE: dict[str, _Line] = {
     "already_done": _Line(_CONFLICT, "the command was carried out already"),
+    "already_evaluated": _Line(_CONFLICT, "the ledger has this peer's loss for this round"),
     "already_granted": _Line(_CONFLICT, "another part of the roster was permitted to go on with this round"),
     "already_proposed": _Line(_CONFLICT, "the proposal is in the ledger already"),
     "already_reported": _Line(_CONFLICT, "another report of this peer for this round is in the ledger"),
@@ -51,8 +52,10 @@ CATALOGUE: dict[str, _Line] = {
     "denied": _Line(_FORBIDDEN, "this method is not open to you"),
     "malformed": _Line(_INVALID, "the message can't be read"),
     "no_audit": _Line(_CONFLICT, "there is no such audit, or it is over"),
+    "no_evaluation": _Line(_CONFLICT, "the round isn't evaluated, or not any more"),
     "not_admitted": _Line(_FORBIDDEN, "this key is not admitted; announce first"),
     "not_an_auditor": _Line(_FORBIDDEN, "the audit is another peer's, or was answered"),
+    "not_an_evaluator": _Line(_FORBIDDEN, "this key isn't drawn to evaluate the round"),
     "not_finite": _Line(_INVALID, "a number is not finite"),
     "not_in_proposal": _Line(_INVALID, "the named proposal doesn't list this commit"),
     "not_in_roster": _Line(_FORBIDDEN, "the peer is not in the round's roster"),
@@ -90,6 +93,7 @@ CATALOGUE: dict[str, _Line] = {
     "wrong_round": _Line(_INVALID, "the message belongs to another round"),
     "wrong_run": _Line(StatusCode.NOT_FOUND, "this coordinator serves another run"),
     "wrong_signer": _Line(StatusCode.UNAUTHENTICATED, "somebody else signed"),
+    "wrong_state": _Line(_CONFLICT, "the round came to another state"),
     "wrong_tokens": _Line(_INVALID, "the tokens don't follow from the weight"),
     "wrong_weight": _Line(_INVALID, "the weight is not the proposed one"),
 }

@@ -30,6 +30,7 @@ from coordinator.state import (
     Append,
     Audited,
     Decision,
+    Evaluated,
     Event,
     GrantAsked,
     Now,
@@ -43,7 +44,18 @@ from swarm import tracing
 from swarm.audits import beacon_of
 from swarm.clock import Clock
 from swarm.credits import CreditState, apply_entry
-from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Opened, Opening, Permission, Revocation
+from swarm.entries import (
+    Admission,
+    Claim,
+    Confirmation,
+    Finding,
+    Measurement,
+    Nomination,
+    Opened,
+    Opening,
+    Permission,
+    Revocation,
+)
 from swarm.errors import DatabaseCorrupt, LedgerInvalid, Rejected
 from swarm.identity import Identity
 from swarm.ledger import Checkpoint, open_manifest, origin_of, sign_checkpoint
@@ -303,6 +315,9 @@ class Journal:
             self.credits.apply(_opened(append, self.run_id, body), body.appended_at_us)
             if isinstance(append, Confirmation):
                 self._metrics.audits_drawn_total.inc(self.credits.drawn_audits(self.run_id, append.round))
+            if isinstance(append, Measurement) and self.credits.is_disputed(self.run_id, append.round):
+                self._metrics.evaluations_disputed_total.inc()
+                log.warning("evaluators_disagree", round=append.round)
             pending.rows.append(self._row(body, _key(append)))
         pending.decision = decision
 
@@ -404,6 +419,8 @@ class Journal:
                 return LedgerEntry(reported=event.report if isinstance(event, Reported) else None)
             case Finding():
                 return LedgerEntry(audited=event.signed if isinstance(event, Audited) else None)
+            case Measurement():
+                return LedgerEntry(evaluated=event.signed if isinstance(event, Evaluated) else None)
             case Confirmation():
                 message = RoundConfirmed(
                     run_id=append.run_id,
@@ -452,6 +469,7 @@ class Journal:
             self._metrics.confirmed_round.set(progress.confirmed_round)
             self._metrics.train_loss_nats.set(progress.loss)
             self._metrics.tokens_verified(progress.tokens, self.manifest.credit.flops_per_token)
+            self._metrics.evaluated(self.credits.agreed_evaluations(self.run_id))
 
 
 def _outcome(result: Outcome | BaseException) -> Outcome | Rejected:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from swarm import __version__
 from swarm.audits import FINDINGS
+from swarm.evaluations import Agreed, best_of
 
 PREFIX = "swarm_coordinator_"
 DURATION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -77,6 +80,24 @@ class Metrics:
         self.suspended_keys = Gauge(
             PREFIX + "suspended_keys", "Keys suspended by audits, and by the operator.", ["by"], registry=registry
         )
+        self.evaluations_total = Counter(
+            PREFIX + "evaluations_total", "Held-out losses that peers told, by outcome.", ["outcome"], registry=registry
+        )
+        self.evaluations_total.labels("accepted")
+        self.evaluations_disputed_total = Counter(
+            PREFIX + "evaluations_disputed_total",
+            "Rounds whose evaluators have all told a loss, and differ.",
+            registry=registry,
+        )
+        self.evaluation_loss_nats = Gauge(
+            PREFIX + "evaluation_loss_nats", "Held-out loss on which a quorum last agreed, per token.", registry=registry
+        )
+        self.best_evaluation_loss_nats = Gauge(
+            PREFIX + "best_evaluation_loss_nats", "Lowest held-out loss on which a quorum agreed, per token.", registry=registry
+        )
+        self.evaluated_round = Gauge(
+            PREFIX + "evaluated_round", "Newest round on whose held-out loss a quorum agreed.", registry=registry
+        )
         self.queue_events = Gauge(PREFIX + "queue_events", "Events that wait for the ledger.", registry=registry)
         self.writer = Gauge(PREFIX + "writer", "Whether this replica writes the ledger: 1 or 0.", registry=registry)
         self.ledger_entries = Gauge(PREFIX + "ledger_entries", "Entries in the ledger.", registry=registry)
@@ -92,6 +113,14 @@ class Metrics:
             registry=registry,
         )
         self._tokens = 0
+
+    def evaluated(self, agreed: Sequence[Agreed]) -> None:
+        """Show the newest and the best held-out loss on which a quorum agrees."""
+        best = best_of(agreed)
+        if best is not None:
+            self.evaluation_loss_nats.set(agreed[-1].loss)
+            self.evaluated_round.set(agreed[-1].round)
+            self.best_evaluation_loss_nats.set(best.loss)
 
     def tokens_verified(self, tokens: int, flops_per_token: int) -> None:
         """Bring the counters of verified work up to the ledger's total."""

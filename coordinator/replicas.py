@@ -147,6 +147,16 @@ class ReplicaService(PeerService):
         """Revocations are written by the writer."""
         return await self._by_writer("RevokeKey", request, context, super().RevokeKey)
 
+    async def SubmitAudit(self, request: pb.SubmitAuditRequest, context: Any) -> pb.SubmitAuditResponse:  # noqa: N802
+        """Findings are written by the writer."""
+        return await self._by_writer("SubmitAudit", request, context, super().SubmitAudit)
+
+    async def SubmitEvaluation(  # noqa: N802
+        self, request: pb.SubmitEvaluationRequest, context: Any
+    ) -> pb.SubmitEvaluationResponse:
+        """Held-out losses are written by the writer."""
+        return await self._by_writer("SubmitEvaluation", request, context, super().SubmitEvaluation)
+
     async def AddCosignature(self, request: pb.AddCosignatureRequest, context: Any) -> pb.AddCosignatureResponse:  # noqa: N802
         """Cosignatures come together at the writer."""
         return await self._by_writer("AddCosignature", request, context, super().AddCosignature)

@@ -19,15 +19,16 @@ from coordinator.metrics import Metrics
 from coordinator.presence import NOT_PLAYING, Sighting
 from coordinator.reports import Opener
 from coordinator.signatures import SignatureChecker
-from coordinator.state import Announced, Audited, Decision, GrantAsked, Reported, RevocationAsked, decide
+from coordinator.state import Announced, Audited, Decision, Evaluated, GrantAsked, Reported, RevocationAsked, decide
 from coordinator.store.interface import Store
 from coordinator.witnesses import Witnessed
 from swarm import __version__, tracing
 from swarm.accounts import open_held
 from swarm.clock import Clock
 from swarm.credits import Balance
-from swarm.entries import open_revocation, open_verdict
+from swarm.entries import open_evaluation, open_revocation, open_verdict
 from swarm.errors import Rejected
+from swarm.evaluations import Agreed
 from swarm.identity import Identity
 from swarm.merkle import HASH_BYTES
 from swarm.messages import open_signed, payload_hash
@@ -40,6 +41,7 @@ from swarm.tickets import open_ticket
 READ_AHEAD_ENTRIES = 512
 DEFAULT_LEADERBOARD = 20
 MAX_SUSPENDED = 256
+DEFAULT_EVALUATIONS, MAX_EVALUATIONS = 64, 1024
 CHECK = "check_signatures"
 M = TypeVar("M", pb.Announcement, pb.GrantRequest)
 
@@ -160,6 +162,36 @@ class PeerService(PeerServiceServicer):
         self._metrics.audits_total.labels(decision.reason).inc()
         _raise_refusal(decision, signed.signer)
         return pb.SubmitAuditResponse()
+
+    async def ListEvaluations(  # noqa: N802
+        self, request: pb.ListEvaluationsRequest, context: Any
+    ) -> pb.ListEvaluationsResponse:
+        """What a peer is asked to measure, and what quorums have agreed on."""
+        self._check_run(request.run_id)
+        ledger, run_id = self._journal.credits, self._journal.run_id
+        limit = min(request.limit or DEFAULT_EVALUATIONS, MAX_EVALUATIONS)
+        panels = ledger.panels(run_id)
+        due = ledger.evaluations_due(run_id, request.peer_id)
+        return pb.ListEvaluationsResponse(
+            duties=[pb.EvaluationDuty(round=panel.round, state_root=panel.state_root) for panel in due],
+            agreed=map(_agreed, ledger.agreed_evaluations(run_id)[-limit:]),
+            drawn_until=panels[-1].round + 1 if panels else 0,
+        )
+
+    async def SubmitEvaluation(  # noqa: N802
+        self, request: pb.SubmitEvaluationRequest, context: Any
+    ) -> pb.SubmitEvaluationResponse:
+        """Append the held-out loss that a peer has measured."""
+        signed = request.evaluation
+        with tracing.span(CHECK):
+            measured = open_evaluation(signed)
+        if measured.run_id != self._journal.run_id:
+            raise Rejected("wrong_run", "evaluation", signed.signer)
+        self._guard.take(signed.signer)
+        decision = (await self._journal.submit(Evaluated(measured, signed))).decision
+        self._metrics.evaluations_total.labels(decision.reason).inc()
+        _raise_refusal(decision, signed.signer)
+        return pb.SubmitEvaluationResponse()
 
     async def GetCredits(self, request: pb.GetCreditsRequest, context: Any) -> pb.GetCreditsResponse:  # noqa: N802
         """One balance, or the leaderboard."""
@@ -323,6 +355,10 @@ def _peer_address(sighting: Sighting, now_s: float) -> pb.PeerAddress:
         age_s=max(0.0, now_s - sighting.heard_s),
         reachable=sighting.reachable,
     )
+
+
+def _agreed(agreed: Agreed) -> pb.AgreedEvaluation:
+    return pb.AgreedEvaluation(round=agreed.round, loss=agreed.loss, evaluators=agreed.evaluators, statements=agreed.statements)
 
 
 def _balance(balance: Balance) -> pb.Balance:

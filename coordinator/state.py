@@ -15,7 +15,7 @@ from coordinator.orders import NO_ORDERS, PAUSED, RUNNING, Orders
 from coordinator.presence import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, Presence
 from swarm.accounts import CLOCK_SLACK_S, Certified
 from swarm.credits import CreditState
-from swarm.entries import Admission, Claim, Confirmation, Finding, Nomination, Permission, Revocation
+from swarm.entries import Admission, Claim, Confirmation, Finding, Measurement, Nomination, Permission, Revocation
 from swarm.errors import Rejected
 from swarm.manifest import Manifest
 from swarm.messages import START_BYTES
@@ -94,7 +94,15 @@ class Audited:
     signed: Signed
 
 
-Event = Announced | Reported | GrantAsked | RevocationAsked | Audited
+@dataclass(frozen=True)
+class Evaluated:
+    """A peer says what held-out loss it has measured."""
+
+    measured: Measurement
+    signed: Signed
+
+
+Event = Announced | Reported | GrantAsked | RevocationAsked | Audited | Evaluated
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Admit:
     invited: Invited | None = None
 
 
-Append = Admit | Nomination | Claim | Confirmation | Permission | Revocation | Finding
+Append = Admit | Nomination | Claim | Confirmation | Permission | Revocation | Finding | Measurement
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ def decide(state: State, event: Event, now: Now) -> Decision:
                 return _decide_revocation(state, event)
             case Audited():
                 return _decide_audited(state, event)
+            case Evaluated():
+                return _decide_evaluated(state, event, now)
     except Rejected as error:
         return Decision(False, error.reason, error.detail)
 
@@ -195,6 +205,14 @@ def _decide_audited(state: State, event: Audited) -> Decision:
     _check_suspended(state, event.finding.auditor)
     state.credits.judge(event.finding)
     return Decision(True, event.finding.finding, append=(event.finding,))
+
+
+def _decide_evaluated(state: State, event: Evaluated, now: Now) -> Decision:
+    measured = event.measured
+    check_fresh(measured.issued_at, now.wall_s, measured.peer_id)
+    _check_suspended(state, measured.peer_id)
+    state.credits.judge(measured)
+    return Decision(True, "accepted", append=(measured,))
 
 
 def _check_suspended(state: State, peer_id: str) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from swarm.audits import Case
 from swarm.entries import Claim, Confirmation, Nomination, Permission
+from swarm.evaluations import Agreed, Panel
 from swarm.history import History
 from swarm.manifest import DiLoCo, Manifest
 
@@ -183,6 +184,19 @@ class AuditTotals:
 
 
 @dataclass(slots=True)
+class Evaluations:
+    """A run's panels of evaluators that are still heard, by round; what earlier ones agreed on, and how many others there were.
+
+    A panel is disputed if all have spoken without an agreement; it has lapsed if some never spoke, and the others had no quorum.
+    """
+
+    open: dict[int, Panel] = field(default_factory=dict)
+    agreed: list[Agreed] = field(default_factory=list)
+    disputed: int = 0
+    lapsed: int = 0
+
+
+@dataclass(slots=True)
 class Member:
     """An admitted key; with a certificate, what it earns goes to an account until it expires or is revoked.
 
@@ -258,6 +272,7 @@ class RunRecord:
     accusers: dict[str, set[str]] = field(default_factory=dict)
     history: History = field(default_factory=History)
     audits: AuditTotals = field(default_factory=AuditTotals)
+    evaluations: Evaluations = field(default_factory=Evaluations)
     certified: dict[str, list[str]] = field(default_factory=dict)
 
     def keys(self, account: str) -> list[str]:

@@ -14,14 +14,26 @@ from typing import Any
 from pydantic import ValidationError
 
 from swarm.audits import Case, Duty
-from swarm.credit_records import AuditTotals, Candidate, Member, RoundRecord, RoundSet, RunRecord, Standings, Tally, Terms
+from swarm.credit_records import (
+    AuditTotals,
+    Candidate,
+    Evaluations,
+    Member,
+    RoundRecord,
+    RoundSet,
+    RunRecord,
+    Standings,
+    Tally,
+    Terms,
+)
 from swarm.credits import CreditState
 from swarm.entries import Claim, Commitment, Confirmation, Nomination, Permission
 from swarm.errors import LedgerInvalid
+from swarm.evaluations import Agreed, Panel, Said
 from swarm.history import History, Point
 from swarm.manifest import Manifest
 
-VERSION = 4
+VERSION = 5
 TALLY = attrgetter(*Tally.__dataclass_fields__)
 
 Json = Any  # what json.loads gives; a snapshot that doesn't have the expected shape is refused as a whole
@@ -64,6 +76,7 @@ def _dump_run(run: RunRecord) -> Json:
         "accusers": {peer_id: sorted(accusers) for peer_id, accusers in run.accusers.items()},
         "history": [run.history.stride, [astuple(point) for point in run.history.points]],
         "audits": astuple(run.audits),
+        "evaluations": _dump_evaluations(run.evaluations),
     }
 
 
@@ -100,6 +113,7 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
         accusers={peer_id: set(accusers) for peer_id, accusers in values["accusers"].items()},
         history=History([Point(*each) for each in points], stride),
         audits=AuditTotals(*values["audits"]),
+        evaluations=_load_evaluations(values["evaluations"]),
         certified=certified,
     )
 
@@ -107,6 +121,23 @@ def _load_run(run_id: bytes, values: Json) -> RunRecord:
 def _dump_member(member: Member) -> Iterable[Json]:
     settings = member.weight_limit, member.reported.bounds, member.expires_at, member.revoked
     return *settings, member.contributions, member.wrong_audits
+
+
+def _dump_evaluations(evaluations: Evaluations) -> Json:
+    panels = [
+        [panel.round, panel.state_root.hex(), panel.evaluators, panel.place, panel.at_us, panel.statements]
+        for panel in evaluations.open.values()
+    ]
+    return [panels, evaluations.agreed, evaluations.disputed, evaluations.lapsed]
+
+
+def _load_evaluations(values: Json) -> Evaluations:
+    panels, agreed, disputed, lapsed = values
+    loaded = {}
+    for number, root, evaluators, place, at_us, statements in panels:
+        said = {peer: Said(loss, tuple(texts), entry) for peer, (loss, texts, entry) in statements.items()}
+        loaded[number] = Panel(number, bytes.fromhex(root), tuple(evaluators), place, at_us, said)
+    return Evaluations(loaded, [Agreed(*each) for each in agreed], disputed, lapsed)
 
 
 def _dump_case(case: Case) -> Json:

@@ -9,6 +9,7 @@
                 which of the commits are audited follows from it
     Audited     by a peer that was drawn: two bad findings void the contribution, or all of the key's that isn't final;
                 or by a peer of the roster that holds proof of a fraud: so many as make a majority count like the latter
+    Evaluated   by a peer that was drawn to measure the held-out loss of what a round came to; it moves no credit
     (later)     once round r + hold_rounds is confirmed, round r's credit is *final*
 
 `apply_entry` either changes the state or raises `LedgerInvalid` with the entry's index and the broken rule, and changes nothing.
@@ -27,6 +28,7 @@ from multiprocessing import get_context
 from swarm.audits import Duty
 from swarm.badges import Deeds
 from swarm.credit_audits import check_suspended, draw_audits, judge_finding, take_finding
+from swarm.credit_evaluations import all_agreed, draw_panel, is_disputed, judge_measurement, take_measurement
 from swarm.credit_records import (
     FLOPS_PER_CREDIT,
     KEPT,
@@ -47,6 +49,7 @@ from swarm.entries import (
     Claim,
     Confirmation,
     Finding,
+    Measurement,
     Nomination,
     Opened,
     Opening,
@@ -56,6 +59,7 @@ from swarm.entries import (
     open_body,
 )
 from swarm.errors import LedgerInvalid, ManifestInvalid, Rejected
+from swarm.evaluations import Agreed, Panel
 from swarm.history import History
 from swarm.ledger import parse_entry
 from swarm.manifest import Manifest
@@ -195,6 +199,28 @@ class CreditState:
         """What became of the run's audits."""
         return self._run(run_id).audits
 
+    def panels(self, run_id: bytes) -> list[Panel]:
+        """The panels of evaluators that are still heard, in the order of their rounds."""
+        return [panel for _, panel in sorted(self._run(run_id).evaluations.open.items())]
+
+    def evaluations_due(self, run_id: bytes, peer_id: str) -> list[Panel]:
+        """Of these, those that a peer is drawn for and has not told its loss."""
+        return [each for each in self.panels(run_id) if peer_id in each.evaluators and peer_id not in each.statements]
+
+    def agreed_evaluations(self, run_id: bytes) -> list[Agreed]:
+        """What quorums agreed on, in the order of the rounds; of very many every other one is forgotten."""
+        return all_agreed(self._run(run_id))
+
+    def is_disputed(self, run_id: bytes, number: int) -> bool:
+        """Whether all evaluators of a round have spoken, and don't agree."""
+        panel = self._run(run_id).evaluations.open.get(number)
+        return panel is not None and is_disputed(self._run(run_id), panel)
+
+    def disputed_evaluations(self, run_id: bytes) -> int:
+        """How many panels didn't agree though all had spoken."""
+        run = self._run(run_id)
+        return run.evaluations.disputed + sum(is_disputed(run, panel) for panel in run.evaluations.open.values())
+
     def history(self, run_id: bytes) -> History:
         """The course of the run over its confirmed rounds."""
         return self._run(run_id).history
@@ -264,6 +290,8 @@ class CreditState:
                 self._judge_revocation(opened)
             case Finding():
                 judge_finding(self._run(opened.run_id), opened)
+            case Measurement():
+                judge_measurement(self._run(opened.run_id), opened)
             case Permission():
                 if opened.round in self._run(opened.run_id).grants:
                     raise Rejected("already_granted", f"round {opened.round}", opened.peer_id)
@@ -296,6 +324,8 @@ class CreditState:
                 self._runs[opened.run_id].members[opened.peer_id].revoked = True
             case Finding():
                 take_finding(self._runs[opened.run_id], opened)
+            case Measurement():
+                take_measurement(self._runs[opened.run_id], opened, self.size)
             case Opening():
                 self._runs[opened.run_id] = RunRecord(opened.manifest, Terms.of(opened.manifest), opened.owner)
         self.size += 1
@@ -552,6 +582,7 @@ def _confirm(run: RunRecord, confirmation: Confirmation, at_us: int) -> None:
     run.newest = confirmation.round if run.newest is None else max(run.newest, confirmation.round)
     heapq.heappush(run.unsettled, confirmation.round)
     draw_audits(run, confirmation, current)
+    draw_panel(run, confirmation, current, at_us)
     while run.unsettled and run.unsettled[0] + run.terms.hold_rounds <= run.newest:
         _finalise(run, heapq.heappop(run.unsettled))
     _prune(run, confirmation.round - 1)

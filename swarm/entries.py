@@ -15,13 +15,24 @@ from google.protobuf.message import Message
 from swarm.accounts import CLOCK_SLACK_S, open_held
 from swarm.audits import FINDINGS, beacon_of
 from swarm.errors import Rejected
+from swarm.evaluations import LARGEST_LOSS, MOST_PROMPTS, MOST_TEXT_BYTES, cleaned
 from swarm.identity import public_key_of
 from swarm.ledger import open_manifest, parse_entry
 from swarm.manifest import Manifest
 from swarm.merkle import HASH_BYTES
 from swarm.messages import DEFAULT_SIZE_LIMIT, KINDS, SIZE_LIMITS, check_signed, open_signed, parse, payload_hash
 from swarm.rpc.v1.ledger_pb2 import LedgerEntry, Report, RoundConfirmed, RunOpened
-from swarm.rpc.v1.signed_pb2 import AdmissionToken, AuditVerdict, Commit, Grant, KeyRevocation, Proposal, Result, Signed
+from swarm.rpc.v1.signed_pb2 import (
+    AdmissionToken,
+    AuditVerdict,
+    Commit,
+    Evaluation,
+    Grant,
+    KeyRevocation,
+    Proposal,
+    Result,
+    Signed,
+)
 from swarm.tickets import Invited, open_ticket
 
 MAX_ROUND = 1 << 48
@@ -34,6 +45,7 @@ SIGNED_BODIES: dict[str, tuple[type[Message], bool]] = {  # the message, and whe
     "granted": (Grant, False),
     "revoked": (KeyRevocation, True),
     "audited": (AuditVerdict, True),
+    "evaluated": (Evaluation, True),
 }
 
 M = TypeVar("M", bound=Message)
@@ -125,6 +137,19 @@ class Finding(NamedTuple):
     reason: str
 
 
+class Measurement(NamedTuple):
+    """The held-out loss of a state, as an evaluator measured it, and what the model wrote."""
+
+    run_id: bytes
+    round: int
+    peer_id: str
+    state_root: bytes
+    samples: int
+    loss: float
+    texts: tuple[str, ...]
+    issued_at: int
+
+
 class Permission(NamedTuple):
     """A coordinator's grant to go on without a quorum."""
 
@@ -135,7 +160,7 @@ class Permission(NamedTuple):
     present: tuple[str, ...]
 
 
-Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission | Revocation | Finding
+Opened = Opening | Admission | Nomination | Claim | Confirmation | Permission | Revocation | Finding | Measurement
 
 
 def open_entry(entry: bytes, coordinator: str, check_signatures: bool = True) -> Opened:
@@ -160,6 +185,8 @@ def open_body(entry: LedgerEntry, coordinator: str, check_signatures: bool = Tru
             return open_revocation(entry.revoked, check_signatures)
         case "audited":
             return open_verdict(entry.audited, check_signatures)
+        case "evaluated":
+            return open_evaluation(entry.evaluated, check_signatures)
         case "run_opened":
             return _open_run(entry.run_opened)
     raise Rejected("malformed", "an entry without a body")
@@ -289,6 +316,21 @@ def open_verdict(signed: Signed, check_signatures: bool = True) -> Finding:
     _check_round(verdict.round, signed.signer)
     return Finding(
         verdict.run_id, verdict.round, verdict.peer_id, verdict.commit_hash, signed.signer, verdict.finding, verdict.reason
+    )
+
+
+def open_evaluation(signed: Signed, check_signatures: bool = True) -> Measurement:
+    """Read what an evaluator has measured. Raises `Rejected`."""
+    said = _open(signed, Evaluation, None, check_signatures)
+    _check_round(said.round, signed.signer)
+    if not 0 <= said.loss <= LARGEST_LOSS:  # false for what is no number
+        raise Rejected("not_finite", "the loss is not one that a model could have", signed.signer)
+    if len(said.texts) > MOST_PROMPTS or any(len(text.encode()) > MOST_TEXT_BYTES for text in said.texts):
+        raise Rejected("too_large", "an evaluation's texts", signed.signer)
+    if any(cleaned(text) != text for text in said.texts):
+        raise Rejected("malformed", "an evaluation's texts have characters that can't be shown", signed.signer)
+    return Measurement(
+        said.run_id, said.round, signed.signer, said.state_root, said.samples, said.loss, tuple(said.texts), said.issued_at
     )
 
 

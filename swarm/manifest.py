@@ -56,6 +56,7 @@ Positive = Annotated[int, Field(gt=0, le=1 << 48)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LayerName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$", max_length=200)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
+Prompt = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Frozen(BaseModel):
@@ -464,6 +465,24 @@ class Audit(Frozen):
     within_rounds: int = Field(10, ge=2, le=100_000, description="an audit has so many rounds; credit isn't final before")
 
 
+class Evaluation(Frozen):
+    """Held-out loss every few rounds, measured by peers that the ledger draws; it counts where a quorum of them agrees."""
+
+    every: int = Field(10, ge=1, le=1_000_000, description="after each round whose number this divides, and after the last")
+    evaluators: int = Field(3, ge=1, le=16, description="peers that measure it")
+    quorum: int = Field(2, ge=1, le=16, description="so many have to agree, and more than half of those who speak")
+    tolerance: float = Field(0.01, gt=0, le=0.5, description="how far from the median, relative to it, agrees with it")
+    samples: int = Field(256, ge=1, le=65_536, description="of `data.validation`, the first ones; all where there are fewer")
+    prompts: tuple[Prompt, ...] = Field((), max_length=4, description="what evaluators let the model go on with")
+    text_tokens: int = Field(32, ge=1, le=128, description="for so many tokens")
+
+    @model_validator(mode="after")
+    def _can_agree(self) -> Evaluation:
+        if self.quorum > self.evaluators:
+            raise ValueError("quorum is larger than evaluators")
+        return self
+
+
 class Distillation(Frozen):
     """Learning from `data.teacher`: (1 - share) x cross-entropy of the labels + share x forward KL divergence from the teacher.
 
@@ -478,7 +497,7 @@ class Distillation(Frozen):
 class Manifest(Frozen):
     """Everything that defines a run."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"distillation"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"distillation", "evaluation"})
 
     version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
@@ -495,6 +514,7 @@ class Manifest(Frozen):
     admission: Admission = Admission()
     credit: Credit
     audit: Audit = Audit()
+    evaluation: Evaluation | None = None
     min_client_version: str = Field("0.1.0", pattern=r"^\d+\.\d+\.\d+$")
 
     @model_validator(mode="after")
@@ -583,6 +603,18 @@ class Manifest(Frozen):
     def is_replayed(self) -> bool:
         """Whether others compute contributions again, for which peers show their work in leaves."""
         return self.audited_by == "replay"
+
+    def is_evaluated(self, round_index: int) -> bool:
+        """Whether peers measure the held-out loss of the state after a round."""
+        if self.evaluation is None:
+            return False
+        return round_index % self.evaluation.every == 0 or round_index == self.rounds.total
+
+    @property
+    def evaluation_samples(self) -> int:
+        """On how many held-out samples they do."""
+        held_out = sum(shard.samples for shard in self.data.validation)
+        return 0 if self.evaluation is None else min(held_out, self.evaluation.samples)
 
     @property
     def hold_rounds(self) -> int:

@@ -25,6 +25,7 @@ from swarm.rpc.v1.signed_pb2 import (
     AuditVerdict,
     Commit,
     Complaint,
+    Evaluation,
     EvidenceNotice,
     Grant,
     HeldCertificate,
@@ -56,6 +57,7 @@ KINDS: dict[type[Message], str] = {
     AuditVerdict: KIND_PREFIX + "audit-verdict.v1",
     Commit: KIND_PREFIX + "commit.v1",
     Complaint: KIND_PREFIX + "complaint.v1",
+    Evaluation: KIND_PREFIX + "evaluation.v1",
     EvidenceNotice: KIND_PREFIX + "evidence-notice.v1",
     Grant: KIND_PREFIX + "grant.v1",
     GrantRequest: KIND_PREFIX + "grant-request.v1",
@@ -81,6 +83,7 @@ SIZE_LIMITS: dict[type[Message], int] = {
     Proposal: 1 << 20,
     Report: 1 << 16,
     MergedSpan: 1 << 19,
+    Evaluation: 1 << 13,
 }
 DEFAULT_SIZE_LIMIT = 1 << 15
 

@@ -16,6 +16,7 @@ from swarm.rpc.v1.signed_pb2 import (
     Ballot,
     Commit,
     CommitReference,
+    Evaluation,
     Member,
     Proposal,
     Result,
@@ -186,6 +187,12 @@ class World:
         number = Commit.FromString(commit.payload).round
         values: dict[str, object] = {"run_id": self.run_id, "round": number, "peer_id": commit.signer, "finding": finding}
         return entry(audited=seal(auditor, AuditVerdict(**(values | {"commit_hash": payload_hash(commit)} | changes))))
+
+    def evaluation(self, peer: Identity, number: int, loss: float = 2.0, **changes: object) -> Signed:
+        """What a peer says about the held-out loss after a round."""
+        values: dict[str, object] = {"run_id": self.run_id, "round": number, "state_root": ROOT, "loss": loss}
+        values |= {"samples": self.manifest.evaluation_samples, "issued_at": int(NOW_S)}
+        return seal(peer, Evaluation(**(values | changes)))
 
     def ledger(self, peers: Sequence[Identity], rounds: int, weight: int = 4) -> list[bytes]:
         """A valid ledger of `rounds` complete rounds."""

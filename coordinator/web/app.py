@@ -71,6 +71,7 @@ class Site:
             Route("/ledger/{index:int}", explorer.entry),
             Route("/api/ledger/{index:int}", explorer.proof),
             Route("/api/consistency", explorer.consistency),
+            Route("/api/evaluations", pages.evaluations),
             Route("/checkpoint", explorer.checkpoint),
             Route("/events", listen),
             static,

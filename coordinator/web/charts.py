@@ -14,6 +14,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from coordinator.web.words import LAST_SECOND, counted, quantity, utc
+from swarm.evaluations import Agreed
 from swarm.history import History, Point, halved
 
 DRAWN_POINTS = 256
@@ -25,6 +26,8 @@ LARGEST_LOSS = 1e6  # nats per token; nothing that is trained comes near
 SPREADS = 3
 MANY = 20
 HOUR_S, DAY_S = 3600, 86_400
+
+DOTS = "Dots: held-out loss on which a quorum of peers agreed."
 
 Place = Callable[[Point], float]
 
@@ -56,8 +59,8 @@ class Row(NamedTuple):
     peers: str
 
 
-def charts(history: History, by_time: bool) -> list[Chart]:
-    """Loss, tokens, peers and pace over the run, by time or by the number of confirmed rounds."""
+def charts(history: History, by_time: bool, held_out: Sequence[Agreed] = ()) -> list[Chart]:
+    """Loss, tokens, peers and pace over the run, by time or by the number of confirmed rounds; held-out losses as dots."""
     points = drawn(history.points)
     xs = [point.at_us / 1e6 for point in points] if by_time else list(_sums(point.rounds for point in points))
     tokens = list(_sums(point.tokens for point in points))
@@ -69,7 +72,11 @@ def charts(history: History, by_time: bool) -> list[Chart]:
         ("peers", "Peers in a round", "peers, mean", peers, True),
         ("pace", "Time for a round", "seconds, mean", list(_pace(points)), True),
     ]
-    return [_chart(name, title, unit, xs, ys, from_zero, by_time, stands_for) for name, title, unit, ys, from_zero in made]
+    dots = fitting([each.at_us / 1e6 if by_time else each.place + 1 for each in held_out], [each.loss for each in held_out])
+    return [
+        _chart(name, title, unit, xs, ys, from_zero, by_time, stands_for, dots.points if name == "loss" else ())
+        for name, title, unit, ys, from_zero in made
+    ]
 
 
 def table(history: History) -> list[Row]:
@@ -146,16 +153,33 @@ def _pace(points: Sequence[Point]) -> Iterator[float | None]:
 
 
 def _chart(
-    name: str, title: str, unit: str, xs: Sequence[float], ys: Sequence[float | None], from_zero: bool, by_time: bool, note: str
+    name: str,
+    title: str,
+    unit: str,
+    xs: Sequence[float],
+    ys: Sequence[float | None],
+    from_zero: bool,
+    by_time: bool,
+    note: str,
+    dots: Sequence[tuple[float, float]] = (),
 ) -> Chart:
     series = fitting(xs, ys)
     newest = f"{quantity(series.points[-1][1])} {unit}" if series.points else "nothing yet"
     missing = f"{counted(series.left_out, 'point')} without a figure to draw." if series.left_out > (name == "pace") else ""
-    return Chart(name, title, _svg(name, title, unit, series.points, from_zero, by_time), f"{note} {missing}".strip(), newest)
+    caption = " ".join(filter(None, (DOTS if dots else "", note, missing)))
+    return Chart(name, title, _svg(name, title, unit, series.points, from_zero, by_time, dots), caption, newest)
 
 
-def _svg(name: str, title: str, unit: str, points: Sequence[tuple[float, float]], from_zero: bool, by_time: bool) -> Markup:
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+def _svg(
+    name: str,
+    title: str,
+    unit: str,
+    points: Sequence[tuple[float, float]],
+    from_zero: bool,
+    by_time: bool,
+    dots: Sequence[tuple[float, float]],
+) -> Markup:
+    xs, ys = [x for x, _ in (*points, *dots)], [y for _, y in (*points, *dots)]
     marks = ticks(min([0.0, *ys] if from_zero else ys, default=0.0), max(ys, default=1.0))
     low, high = marks[0], marks[-1]
     first, last = (min(xs), max(xs)) if xs else (0.0, 1.0)
@@ -171,11 +195,12 @@ def _svg(name: str, title: str, unit: str, points: Sequence[tuple[float, float]]
     if points:
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
         if len(points) > 1:
-            floor = f"{across(last):.1f},{up(low):.1f} {across(first):.1f},{up(low):.1f}"
+            floor = f"{across(points[-1][0]):.1f},{up(low):.1f} {across(points[0][0]):.1f},{up(low):.1f}"
             parts.append(f'<polygon class="area" points="{path} {floor}"/><polyline class="line" points="{path}"/>')
         parts.append(f'<circle class="dot" cx="{across(points[-1][0]):.1f}" cy="{up(points[-1][1]):.1f}" r="4"/>')
-    else:
+    elif not dots:
         parts.append(f'<text class="empty" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT / 2}">nothing yet</text>')
+    parts += [f'<circle class="held-out" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.5"/>' for x, y in dots]
     return Markup(  # noqa: S704 - numbers and words of ours
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{name}-title {name}-text">'
         f'<title id="{name}-title">{title}</title><desc id="{name}-text">{_described(unit, points, by_time)}</desc>'

@@ -32,6 +32,7 @@ MEANINGS = {
     "granted": "A minority may go on with a round, as the others are gone.",
     "revoked": "An account takes back its word for a key.",
     "audited": "An auditor says what it found about a contribution.",
+    "evaluated": "An evaluator says what held-out loss it measured of the state after a round.",
 }
 UNREADABLE = "unreadable"
 

@@ -14,10 +14,12 @@ def live(journal: Journal) -> dict[str, str]:
     ledger, run_id = journal.credits, journal.run_id
     if run_id not in ledger.run_ids:
         return {}
+    agreed = ledger.agreed_evaluations(run_id)
     progress, history, audits = ledger.progress(run_id), ledger.history(run_id), ledger.audit_totals(run_id)
     return {
         "round": f"{progress.confirmed_round:,}" if progress.state_root else NONE_YET,
         "loss": f"{progress.loss:.4f}" if progress.state_root else NONE_YET,
+        "held-out": f"{agreed[-1].loss:.4f}" if agreed else NONE_YET,
         "tokens": f"{progress.tokens:,}",
         "tokens-short": quantity(progress.tokens),
         "peers": f"{len(journal.presence):,}",

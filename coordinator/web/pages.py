@@ -8,12 +8,13 @@ from heapq import nlargest
 from typing import NamedTuple
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from coordinator.explain import explain
 from coordinator.journal import Journal, report_key
 from coordinator.store.interface import Store
 from coordinator.web.charts import Chart, Row, charts, table
+from coordinator.web.evaluations import as_json, shown
 from coordinator.web.figures import live
 from coordinator.web.rendering import HEADERS, Renderer
 from swarm.audits import escape_chance
@@ -69,7 +70,7 @@ class Pages:
         self._store = store
         self._renderer = renderer
         self._link = link
-        self._course: dict[bool, tuple[tuple[int, int], Course]] = {}
+        self._course: dict[bool, tuple[tuple[int, int, int], Course]] = {}
 
     async def index(self, request: Request) -> Response:
         """Progress, and the best."""
@@ -81,6 +82,7 @@ class Pages:
             link=self._link,
             by_time=by_time,
             course=self._drawn(by_time),
+            evaluations=shown(ledger, run_id),
             leaderboard=self._standings(0, FRONT_ROWS),
             share=progress_share(ledger.progress(run_id).tokens, journal),
         )
@@ -155,6 +157,10 @@ class Pages:
             ordered=list(journal.orders.suspended.items())[: -SUSPENDED_ROWS - 1 : -1],
         )
 
+    async def evaluations(self, _: Request) -> Response:
+        """The held-out losses, who told them, and what the model wrote, as JSON."""
+        return JSONResponse(as_json(self._journal.credits, self._journal.run_id), headers=HEADERS)
+
     async def badges(self, _: Request) -> Response:
         """What badges there are, and by which rule."""
         return self._renderer.page("badges.html", kinds=[(kind, [kind.at(level) for level in kind.levels]) for kind in KINDS])
@@ -162,10 +168,11 @@ class Pages:
     def _drawn(self, by_time: bool) -> Course:
         """The course of the run, drawn anew when the history has changed."""
         history = self._journal.credits.history(self._journal.run_id)
-        version = (history.rounds, sum(point.weight for point in history.points))
+        held_out = self._journal.credits.agreed_evaluations(self._journal.run_id)
+        version = (history.rounds, sum(point.weight for point in history.points), hash(tuple(held_out)))
         known = self._course.get(by_time)
         if known is None or known[0] != version:
-            self._course[by_time] = known = (version, Course(charts(history, by_time), table(history)))
+            self._course[by_time] = known = (version, Course(charts(history, by_time, held_out), table(history)))
         return known[1]
 
     def _standings(self, first: int, limit: int) -> list[Standing]:

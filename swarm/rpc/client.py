@@ -49,11 +49,14 @@ from swarm.rpc.v1.coordinator_pb2 import (
     ListAuditsRequest,
     ListAuditsResponse,
     ListEntriesRequest,
+    ListEvaluationsRequest,
+    ListEvaluationsResponse,
     ReportOutcome,
     RequestGrantRequest,
     RequestGrantResponse,
     RevokeKeyRequest,
     SubmitAuditRequest,
+    SubmitEvaluationRequest,
     SubmitReportRequest,
     SubmitReportsRequest,
 )
@@ -254,6 +257,15 @@ class CoordinatorClient:
     async def submit_audit(self, verdict: Signed) -> None:
         """Hand in what an auditor found. Raises `Rejected`."""
         await self._call(self._stub.SubmitAudit, SubmitAuditRequest(verdict=verdict))
+
+    async def list_evaluations(self, peer_id: str, limit: int = 0) -> ListEvaluationsResponse:
+        """The evaluations that a peer is asked for, and the newest that quorums have agreed on."""
+        request = ListEvaluationsRequest(run_id=self.link.run_id, peer_id=peer_id, limit=limit)
+        return await self._call(self._stub.ListEvaluations, request)
+
+    async def submit_evaluation(self, evaluation: Signed) -> None:
+        """Hand in a held-out loss. Raises `Rejected`."""
+        await self._call(self._stub.SubmitEvaluation, SubmitEvaluationRequest(evaluation=evaluation))
 
     async def add_cosignature(self, line: str) -> int:
         """Hand in a witness's line; how many have cosigned the checkpoint. Raises `Rejected`."""

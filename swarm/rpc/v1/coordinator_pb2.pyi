@@ -878,6 +878,154 @@ class SubmitAuditResponse(_message.Message):
 Global___SubmitAuditResponse: _TypeAlias = SubmitAuditResponse  # noqa: Y015
 
 @_typing.final
+class ListEvaluationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    peer_id: _builtins.str
+    limit: _builtins.int
+    """At most so many of the newest; 0 = 64."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        peer_id: _builtins.str = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "peer_id", b"peer_id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEvaluationsRequest: _TypeAlias = ListEvaluationsRequest  # noqa: Y015
+
+@_typing.final
+class ListEvaluationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DUTIES_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    DRAWN_UNTIL_FIELD_NUMBER: _builtins.int
+    drawn_until: _builtins.int
+    """The newest round for which evaluators are drawn, and one more; 0 = none yet."""
+    @_builtins.property
+    def duties(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationDuty]: ...
+    @_builtins.property
+    def agreed(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgreedEvaluation]:
+        """In the order of their rounds."""
+
+    def __init__(
+        self,
+        *,
+        duties: _abc.Iterable[Global___EvaluationDuty] | None = ...,
+        agreed: _abc.Iterable[Global___AgreedEvaluation] | None = ...,
+        drawn_until: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "drawn_until", b"drawn_until", "duties", b"duties"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEvaluationsResponse: _TypeAlias = ListEvaluationsResponse  # noqa: Y015
+
+@_typing.final
+class EvaluationDuty(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    STATE_ROOT_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    state_root: _builtins.bytes
+    """Of the state to measure."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        state_root: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "state_root", b"state_root"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationDuty: _TypeAlias = EvaluationDuty  # noqa: Y015
+
+@_typing.final
+class AgreedEvaluation(_message.Message):
+    """A held-out loss on which a quorum of a round's evaluators agrees."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    EVALUATORS_FIELD_NUMBER: _builtins.int
+    STATEMENTS_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    loss: _builtins.float
+    """The median of those that agree, in nats per token."""
+    evaluators: _builtins.int
+    """How many agree, and how many have spoken."""
+    statements: _builtins.int
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        evaluators: _builtins.int = ...,
+        statements: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluators", b"evaluators", "loss", b"loss", "round", b"round", "statements", b"statements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgreedEvaluation: _TypeAlias = AgreedEvaluation  # noqa: Y015
+
+@_typing.final
+class SubmitEvaluationRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def evaluation(self) -> _signed_pb2.Signed:
+        """Signed Evaluation."""
+
+    def __init__(
+        self,
+        *,
+        evaluation: _signed_pb2.Signed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitEvaluationRequest: _TypeAlias = SubmitEvaluationRequest  # noqa: Y015
+
+@_typing.final
+class SubmitEvaluationResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitEvaluationResponse: _TypeAlias = SubmitEvaluationResponse  # noqa: Y015
+
+@_typing.final
 class AddCosignatureRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -95,6 +95,16 @@ class PeerServiceStub:
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditRequest.SerializeToString,
                 response_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditResponse.FromString,
                 _registered_method=True)
+        self.ListEvaluations = channel.unary_unary(
+                '/swarm.v1.PeerService/ListEvaluations',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.ListEvaluationsRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.ListEvaluationsResponse.FromString,
+                _registered_method=True)
+        self.SubmitEvaluation = channel.unary_unary(
+                '/swarm.v1.PeerService/SubmitEvaluation',
+                request_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitEvaluationRequest.SerializeToString,
+                response_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitEvaluationResponse.FromString,
+                _registered_method=True)
         self.AddCosignature = channel.unary_unary(
                 '/swarm.v1.PeerService/AddCosignature',
                 request_serializer=swarm_dot_v1_dot_coordinator__pb2.AddCosignatureRequest.SerializeToString,
@@ -190,6 +200,20 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEvaluations(self, request, context):
+        """The evaluations that a peer is asked for now, and what quorums have agreed on. Public: both follow from the ledger.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitEvaluation(self, request, context):
+        """The held-out loss that a peer has measured. Signed by the peer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddCosignature(self, request, context):
         """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named.
         """
@@ -259,6 +283,16 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.SubmitAudit,
                     request_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditRequest.FromString,
                     response_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitAuditResponse.SerializeToString,
+            ),
+            'ListEvaluations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvaluations,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.ListEvaluationsRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.ListEvaluationsResponse.SerializeToString,
+            ),
+            'SubmitEvaluation': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitEvaluation,
+                    request_deserializer=swarm_dot_v1_dot_coordinator__pb2.SubmitEvaluationRequest.FromString,
+                    response_serializer=swarm_dot_v1_dot_coordinator__pb2.SubmitEvaluationResponse.SerializeToString,
             ),
             'AddCosignature': grpc.unary_unary_rpc_method_handler(
                     servicer.AddCosignature,
@@ -591,6 +625,60 @@ class PeerService:
             '/swarm.v1.PeerService/SubmitAudit',
             swarm_dot_v1_dot_coordinator__pb2.SubmitAuditRequest.SerializeToString,
             swarm_dot_v1_dot_coordinator__pb2.SubmitAuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvaluations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/ListEvaluations',
+            swarm_dot_v1_dot_coordinator__pb2.ListEvaluationsRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.ListEvaluationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitEvaluation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarm.v1.PeerService/SubmitEvaluation',
+            swarm_dot_v1_dot_coordinator__pb2.SubmitEvaluationRequest.SerializeToString,
+            swarm_dot_v1_dot_coordinator__pb2.SubmitEvaluationResponse.FromString,
             options,
             channel_credentials,
             insecure,

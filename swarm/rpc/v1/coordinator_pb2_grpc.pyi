@@ -57,6 +57,10 @@ class PeerServiceStub:
     """The audits that a peer is asked for now. Public: they follow from the ledger."""
     SubmitAudit: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitAuditRequest, _coordinator_pb2.SubmitAuditResponse]
     """What an auditor found. Signed by the auditor."""
+    ListEvaluations: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ListEvaluationsRequest, _coordinator_pb2.ListEvaluationsResponse]
+    """The evaluations that a peer is asked for now, and what quorums have agreed on. Public: both follow from the ledger."""
+    SubmitEvaluation: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitEvaluationRequest, _coordinator_pb2.SubmitEvaluationResponse]
+    """The held-out loss that a peer has measured. Signed by the peer."""
     AddCosignature: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]
     """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
@@ -89,6 +93,10 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """The audits that a peer is asked for now. Public: they follow from the ledger."""
     SubmitAudit: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitAuditRequest, _coordinator_pb2.SubmitAuditResponse]  # type: ignore[assignment]
     """What an auditor found. Signed by the auditor."""
+    ListEvaluations: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ListEvaluationsRequest, _coordinator_pb2.ListEvaluationsResponse]  # type: ignore[assignment]
+    """The evaluations that a peer is asked for now, and what quorums have agreed on. Public: both follow from the ledger."""
+    SubmitEvaluation: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SubmitEvaluationRequest, _coordinator_pb2.SubmitEvaluationResponse]  # type: ignore[assignment]
+    """The held-out loss that a peer has measured. Signed by the peer."""
     AddCosignature: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.AddCosignatureRequest, _coordinator_pb2.AddCosignatureResponse]  # type: ignore[assignment]
     """A witness's cosignature of the checkpoint that is to be cosigned. Only of witnesses that the operator has named."""
 
@@ -190,6 +198,22 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.SubmitAuditResponse, _abc.Awaitable[_coordinator_pb2.SubmitAuditResponse]]:
         """What an auditor found. Signed by the auditor."""
+
+    @_abc_1.abstractmethod
+    def ListEvaluations(
+        self,
+        request: _coordinator_pb2.ListEvaluationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ListEvaluationsResponse, _abc.Awaitable[_coordinator_pb2.ListEvaluationsResponse]]:
+        """The evaluations that a peer is asked for now, and what quorums have agreed on. Public: both follow from the ledger."""
+
+    @_abc_1.abstractmethod
+    def SubmitEvaluation(
+        self,
+        request: _coordinator_pb2.SubmitEvaluationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.SubmitEvaluationResponse, _abc.Awaitable[_coordinator_pb2.SubmitEvaluationResponse]]:
+        """The held-out loss that a peer has measured. Signed by the peer."""
 
     @_abc_1.abstractmethod
     def AddCosignature(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from swarm.rpc.v1 import signed_pb2 as swarm_dot_v1_dot_signed__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15swarm/v1/ledger.proto\x12\x08swarm.v1\x1a\x15swarm/v1/signed.proto\"\xe0\x02\n\x0bLedgerEntry\x12\x16\n\x0e\x61ppended_at_us\x18\x01 \x01(\x04\x12)\n\nrun_opened\x18\x02 \x01(\x0b\x32\x13.swarm.v1.RunOpenedH\x00\x12$\n\x08\x61\x64mitted\x18\x03 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08proposed\x18\x04 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08reported\x18\x05 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12%\n\tconfirmed\x18\x06 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12#\n\x07granted\x18\x07 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12#\n\x07revoked\x18\x08 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12#\n\x07\x61udited\x18\t \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x42\x06\n\x04\x62ody\"?\n\tRunOpened\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\"\n\x08manifest\x18\x02 \x01(\x0b\x32\x10.swarm.v1.Signed\"\x95\x01\n\x06Report\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12 \n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x10.swarm.v1.Signed\x12 \n\x06result\x18\x04 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x15\n\rproposal_hash\x18\x05 \x01(\x0c\x12\x11\n\tissued_at\x18\x06 \x01(\x04\"n\n\x0eRoundConfirmed\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x15\n\rproposal_hash\x18\x03 \x01(\x0c\x12\x12\n\nstate_root\x18\x04 \x01(\x0c\x12\x12\n\naudit_rate\x18\x05 \x01(\x01\"\x1a\n\nCheckpoint\x12\x0c\n\x04note\x18\x01 \x01(\t\"\xb6\x01\n\x07Receipt\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x13\n\x0breport_hash\x18\x04 \x01(\x0c\x12\x14\n\x0cledger_index\x18\x05 \x01(\x04\x12\x13\n\x0bledger_size\x18\x06 \x01(\x04\x12\x13\n\x0bledger_root\x18\x07 \x01(\x0c\x12\x17\n\x0finclusion_proof\x18\x08 \x03(\x0c\x12\r\n\x05\x65ntry\x18\t \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15swarm/v1/ledger.proto\x12\x08swarm.v1\x1a\x15swarm/v1/signed.proto\"\x87\x03\n\x0bLedgerEntry\x12\x16\n\x0e\x61ppended_at_us\x18\x01 \x01(\x04\x12)\n\nrun_opened\x18\x02 \x01(\x0b\x32\x13.swarm.v1.RunOpenedH\x00\x12$\n\x08\x61\x64mitted\x18\x03 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08proposed\x18\x04 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12$\n\x08reported\x18\x05 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12%\n\tconfirmed\x18\x06 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12#\n\x07granted\x18\x07 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12#\n\x07revoked\x18\x08 \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12#\n\x07\x61udited\x18\t \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x12%\n\tevaluated\x18\n \x01(\x0b\x32\x10.swarm.v1.SignedH\x00\x42\x06\n\x04\x62ody\"?\n\tRunOpened\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\"\n\x08manifest\x18\x02 \x01(\x0b\x32\x10.swarm.v1.Signed\"\x95\x01\n\x06Report\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12 \n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x10.swarm.v1.Signed\x12 \n\x06result\x18\x04 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x15\n\rproposal_hash\x18\x05 \x01(\x0c\x12\x11\n\tissued_at\x18\x06 \x01(\x04\"n\n\x0eRoundConfirmed\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x15\n\rproposal_hash\x18\x03 \x01(\x0c\x12\x12\n\nstate_root\x18\x04 \x01(\x0c\x12\x12\n\naudit_rate\x18\x05 \x01(\x01\"\x1a\n\nCheckpoint\x12\x0c\n\x04note\x18\x01 \x01(\t\"\xb6\x01\n\x07Receipt\x12\x0e\n\x06run_id\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\x12\x13\n\x0breport_hash\x18\x04 \x01(\x0c\x12\x14\n\x0cledger_index\x18\x05 \x01(\x04\x12\x13\n\x0bledger_size\x18\x06 \x01(\x04\x12\x13\n\x0bledger_root\x18\x07 \x01(\x0c\x12\x17\n\x0finclusion_proof\x18\x08 \x03(\x0c\x12\r\n\x05\x65ntry\x18\t \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'swarm.rpc.v1.ledger_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEDGERENTRY']._serialized_start=59
-  _globals['_LEDGERENTRY']._serialized_end=411
-  _globals['_RUNOPENED']._serialized_start=413
-  _globals['_RUNOPENED']._serialized_end=476
-  _globals['_REPORT']._serialized_start=479
-  _globals['_REPORT']._serialized_end=628
-  _globals['_ROUNDCONFIRMED']._serialized_start=630
-  _globals['_ROUNDCONFIRMED']._serialized_end=740
-  _globals['_CHECKPOINT']._serialized_start=742
-  _globals['_CHECKPOINT']._serialized_end=768
-  _globals['_RECEIPT']._serialized_start=771
-  _globals['_RECEIPT']._serialized_end=953
+  _globals['_LEDGERENTRY']._serialized_end=450
+  _globals['_RUNOPENED']._serialized_start=452
+  _globals['_RUNOPENED']._serialized_end=515
+  _globals['_REPORT']._serialized_start=518
+  _globals['_REPORT']._serialized_end=667
+  _globals['_ROUNDCONFIRMED']._serialized_start=669
+  _globals['_ROUNDCONFIRMED']._serialized_end=779
+  _globals['_CHECKPOINT']._serialized_start=781
+  _globals['_CHECKPOINT']._serialized_end=807
+  _globals['_RECEIPT']._serialized_start=810
+  _globals['_RECEIPT']._serialized_end=992
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,7 @@ class LedgerEntry(_message.Message):
     GRANTED_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
     AUDITED_FIELD_NUMBER: _builtins.int
+    EVALUATED_FIELD_NUMBER: _builtins.int
     appended_at_us: _builtins.int
     """Unix microseconds at which the coordinator appended the entry."""
     @_builtins.property
@@ -66,6 +67,10 @@ class LedgerEntry(_message.Message):
     def audited(self) -> _signed_pb2.Signed:
         """An auditor-signed AuditVerdict."""
 
+    @_builtins.property
+    def evaluated(self) -> _signed_pb2.Signed:
+        """An evaluator-signed Evaluation."""
+
     def __init__(
         self,
         *,
@@ -78,12 +83,13 @@ class LedgerEntry(_message.Message):
         granted: _signed_pb2.Signed | None = ...,
         revoked: _signed_pb2.Signed | None = ...,
         audited: _signed_pb2.Signed | None = ...,
+        evaluated: _signed_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "audited", b"audited", "body", b"body", "confirmed", b"confirmed", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "revoked", b"revoked", "run_opened", b"run_opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "audited", b"audited", "body", b"body", "confirmed", b"confirmed", "evaluated", b"evaluated", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "revoked", b"revoked", "run_opened", b"run_opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "appended_at_us", b"appended_at_us", "audited", b"audited", "body", b"body", "confirmed", b"confirmed", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "revoked", b"revoked", "run_opened", b"run_opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "appended_at_us", b"appended_at_us", "audited", b"audited", "body", b"body", "confirmed", b"confirmed", "evaluated", b"evaluated", "granted", b"granted", "proposed", b"proposed", "reported", b"reported", "revoked", b"revoked", "run_opened", b"run_opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["run_opened", "admitted", "proposed", "reported", "confirmed", "granted", "revoked", "audited"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["run_opened", "admitted", "proposed", "reported", "confirmed", "granted", "revoked", "audited", "evaluated"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

@@ -1027,6 +1027,52 @@ class AuditVerdict(_message.Message):
 Global___AuditVerdict: _TypeAlias = AuditVerdict  # noqa: Y015
 
 @_typing.final
+class Evaluation(_message.Message):
+    """The held-out loss of the state that a confirmed round came to, as a peer that was drawn for it measured it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    STATE_ROOT_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.bytes
+    round: _builtins.int
+    state_root: _builtins.bytes
+    """Of the state that was measured: the round's confirmed one."""
+    samples: _builtins.int
+    """On so many held-out samples, the first ones."""
+    loss: _builtins.float
+    """Nats per token."""
+    issued_at: _builtins.int
+    """Unix seconds."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the model goes on with after each of the manifest's prompts; empty, or one for each of them."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+        state_root: _builtins.bytes = ...,
+        samples: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        issued_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at", "loss", b"loss", "round", b"round", "run_id", b"run_id", "samples", b"samples", "state_root", b"state_root", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
 class AnnouncedCommit(_message.Message):
     """A commit together with the hashes of its encoded parts, whose root it names."""
 
