@@ -143,10 +143,11 @@ PROGRESS = (
     Chart(
         "Loss",
         NATS,
-        "Training loss as the coordinator sees it, validation loss as the peers measure it; nats per token.",
+        "Training loss, and the held-out loss on which quorums of peers agree, the newest and the best; nats per token.",
         (
             ("max(swarm_coordinator_train_loss_nats)", "training"),
-            ("avg(swarm_peer_validation_loss_nats)", "validation"),
+            ("max(swarm_coordinator_evaluation_loss_nats) > 0", "held-out"),
+            ("max(swarm_coordinator_best_evaluation_loss_nats) > 0", "held-out, best"),
         ),
         width=12,
     ),
@@ -486,6 +487,16 @@ TRUST_AUDITS = (
         PER_SECOND,
         "What auditors told the coordinator. `failed` and `withheld` mean that somebody cheats, or can't be reached.",
         ((rate("swarm_coordinator_audits_total", "outcome"), "{{outcome}}"),),
+        "stack",
+    ),
+    Chart(
+        "Evaluations",
+        PER_SECOND,
+        "Held-out losses that evaluators told, by outcome; rounds whose evaluators have all spoken and differ.",
+        (
+            (rate("swarm_coordinator_evaluations_total", "outcome"), "{{outcome}}"),
+            ("sum(rate(swarm_coordinator_evaluations_disputed_total[$__rate_interval]))", "rounds disputed"),
+        ),
         "stack",
     ),
     Chart(

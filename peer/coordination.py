@@ -12,8 +12,9 @@ from pathlib import Path
 import structlog
 
 from peer.admissions import Admissions
+from peer.folders import write_atomically
 from peer.network.node import Node
-from peer.reports import read, write_atomically
+from peer.reports import read
 from peer.rounds.state import RoundSetup
 from swarm import __version__
 from swarm.clock import Clock, SystemClock, boot_s

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from peer.admissions import Admissions
 from peer.attacks import Attack
+from peer.best import BestCheckpoint
 from peer.checkpoints import Checkpoints
 from peer.control import ControlServer
 from peer.coordination import Coordination, Standing
@@ -57,6 +58,7 @@ from peer.rounds.audits import AuditDesk
 from peer.rounds.docket import Docket
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
+from peer.rounds.evaluations import EvaluationDesk
 from peer.rounds.keeping import Keeping
 from peer.rounds.planting import Planter
 from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
@@ -99,6 +101,7 @@ from swarm.rpc.v1.signed_pb2 import Signed
 
 FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
+EVALUATION_WAIT_S = 15.0
 GOODBYE_S = 3.0
 REBUILD_ATTEMPTS = 5
 QUOTA_CHECK_S = 30.0
@@ -180,6 +183,7 @@ class Daemon:
     _gpu_uuid: str | None = None
     _control: ControlServer | None = None
     engine: Engine | None = None
+    evaluations: EvaluationDesk | None = None
     run: RunInfo | None = None
     metrics_address: str = ""
     started_s: float = field(default_factory=time.monotonic)
@@ -353,6 +357,7 @@ class Daemon:
             "device_free": engine is None or not engine.training.trainer.is_loaded,
             "governor": self.governor.describe(),
             **({"history": engine.keeping.keeper.describe()} if engine and engine.keeping else {}),
+            "evaluation": self.evaluations.best.describe() if self.evaluations else {},
             **self.status.as_dict(),
         }
 
@@ -616,6 +621,9 @@ class Daemon:
         if self.options.keep_history:
             keeper = await asyncio.to_thread(Keeper, self.options.directory / HISTORY, manifest.run_id, self.options.keep_history)
             self.engine.keeping = Keeping(parts.services, keeper, self.status.metrics.history_gaps.inc)
+        if manifest.evaluation is not None:
+            best = await asyncio.to_thread(BestCheckpoint.open, self.options.directory, manifest)
+            self.evaluations = EvaluationDesk(parts.services, training, parts.coordination.connected, best, materials.directory)
         if self.options.plant:
             self.engine.planter = Planter(parts.services, auditor, parts.coordination.connected)
 
@@ -653,6 +661,7 @@ class Daemon:
             parts.reporter.run(),
             engine.desk.work(),
             *([engine.planter.work()] if engine.planter is not None else []),
+            *([self.evaluations.work()] if self.evaluations is not None else []),
             parts.vitals.watch(),
             self.governor.watch(),
             self._keep_network(parts),
@@ -699,6 +708,8 @@ class Daemon:
         if self._wish != "stop":
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(parts.reporter.post_until_empty(), RECEIPT_WAIT_S)
+        if self.evaluations is not None:
+            await self.evaluations.end(EVALUATION_WAIT_S if self._wish in ("train", "finish") else 0.0)
         with contextlib.suppress(TimeoutError, SwarmError, Rejected):
             await asyncio.wait_for(parts.coordination.announce(parts.node, self._standing(), leaving=True), GOODBYE_S)
         log.info("left", rounds=self.status.rounds_contributed, reports_waiting=len(parts.reporter.outbox.waiting()))
@@ -767,6 +778,8 @@ class Daemon:
         self._rounds_used.append(moved)
         self.status.round_done(report, moved)
         await parts.reporter.add(self.identity, report)
+        if self.evaluations is not None and report.tokens:
+            await self.evaluations.keep(report.round_index, parts.snapshots.newest, report.wall_s)
         if parts.checkpoints.due():
             parts.post.spawn(self._save(parts))
 

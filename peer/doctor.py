@@ -415,8 +415,9 @@ def memory(manifest: Manifest, free_bytes: int) -> Finding:
 
 
 def disk(manifest: Manifest, directory: Path) -> Finding:
-    """The run's files and two checkpoints fit."""
-    needed = sum(tree.size_bytes for tree in manifest.files) + manifest.model.parameters * 4 * 3 * 2 + RESERVE_BYTES
+    """The run's files and two checkpoints fit, and where the run is evaluated that of the best state."""
+    checkpoints = 2 if manifest.evaluation is None else 3
+    needed = sum(tree.size_bytes for tree in manifest.files) + manifest.model.parameters * 4 * 3 * checkpoints + RESERVE_BYTES
     place = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     text = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {place}"

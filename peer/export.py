@@ -21,6 +21,7 @@ from peer.model import FlatParameters, build_model
 from peer.nf4 import unpack_layers
 from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import UsageError
+from swarm.evaluations import perplexity
 from swarm.manifest import Data, Manifest
 
 Vector = NDArray[np.float32]
@@ -51,6 +52,8 @@ class Provenance:
     ledger_size: int = 0
     contributors: Sequence[Contributor] = ()
     validation_loss: float | None = None
+    evaluations: Sequence[tuple[int, float, int]] = ()
+    """Rounds with the held-out loss on which so many evaluators agreed."""
 
 
 def export_model(
@@ -113,7 +116,20 @@ def model_card(run: Manifest, provenance: Provenance) -> str:
         "Trained together by volunteers with `swarm`.\n\n| | |\n| --- | --- |\n"
         f"| run | `{run.run_id}` |\n| rounds | {provenance.round} |\n| tokens | {provenance.tokens} |\n"
         f"| trained parameters | {run.model.parameters} |\n{_origin(run)}| state root | `{provenance.state_root}` |\n"
-        f"| ledger | {_ledger(provenance)} |\n{loss}\n{_data_card(run.data)}\n{_contributors(provenance.contributors)}"
+        f"| ledger | {_ledger(provenance)} |\n{loss}\n{_data_card(run.data)}\n{_evaluations(provenance)}{_contributors(provenance.contributors)}"
+    )
+
+
+def _evaluations(provenance: Provenance) -> str:
+    """Held-out losses as a table."""
+    newest = list(provenance.evaluations)[-MAX_LISTED:]
+    if not newest:
+        return ""
+    rows = [f"| {number} | {loss:.4f} | {perplexity(loss):.4g} | {evaluators} |" for number, loss, evaluators in newest]
+    return (
+        "## Evaluations\n\nHeld-out loss after a round, on which so many evaluators agreed. They are drawn by lot, and what each "
+        "of them said is in the run's ledger.\n\n"
+        "| round | loss, nats per token | perplexity | evaluators |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n"
     )
 
 

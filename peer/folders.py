@@ -1,7 +1,8 @@
-"""Folders that appear whole or not at all, and the file in each that says what is in it."""
+"""Folders and files that appear whole or not at all, and the file in each that says what is in it."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,16 @@ def appearing(to: Path) -> Iterator[Path]:
         if to.exists():
             to.rmdir()
         unfinished.rename(to)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the place, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def describe(path: Path, value: BaseModel) -> None:

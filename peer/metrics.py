@@ -55,6 +55,12 @@ class PeerMetrics:
         self.audits = Counter(
             "swarm_peer_audits", "Audits of others' contributions by this peer, by finding.", ["finding"], registry=registry
         )
+        self.evaluations = Counter(
+            "swarm_peer_evaluations",
+            "Held-out losses that this peer was to measure, by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
         self.history_gaps = Counter("swarm_peer_history_gaps", "Rounds that couldn't be kept in the history.", registry=registry)
         self.repairs = Counter("swarm_peer_repairs", "Times the state was repaired.", registry=registry)
         self.reports = Counter("swarm_peer_reports", "Reports by outcome.", ["outcome"], registry=registry)

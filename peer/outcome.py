@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from peer.best import BEST, BestCheckpoint
 from peer.export import Contributor, Provenance, export_model, generate_sample
 from peer.model import initial_theta
 from peer.state import Layout, Snapshot, load_newest
@@ -37,10 +38,20 @@ class Losses:
 
 def newest_weights(directory: Path, run: Manifest) -> Snapshot:
     """The newest whole checkpoint in a peer's folder. Raises `CheckpointCorrupt` if there is none."""
-    loaded = load_newest(directory / CHECKPOINTS, Layout.of(run), run.run_id)
+    return _weights(directory, CHECKPOINTS, run, "let the peer finish a round first")
+
+
+def best_weights(directory: Path, run: Manifest) -> Snapshot:
+    """The best checkpoint by held-out loss in a peer's folder. Raises `CheckpointCorrupt` if there is none."""
+    hint = "the run's manifest has no evaluation" if run.evaluation is None else "let a round of the run be evaluated first"
+    return _weights(directory, BEST, run, hint)
+
+
+def _weights(directory: Path, folder: str, run: Manifest, hint: str) -> Snapshot:
+    loaded = load_newest(directory / folder, Layout.of(run), run.run_id)
     if loaded.snapshot is None:
         reasons = "; ".join(f"{item.path.name}: {item.reason}" for item in loaded.skipped) or "no checkpoint yet"
-        raise CheckpointCorrupt(f"nothing to export in {directory}: {reasons}", "let the peer finish a round first")
+        raise CheckpointCorrupt(f"nothing to export in {directory}: {reasons}", hint)
     return loaded.snapshot
 
 
@@ -54,6 +65,15 @@ def provenance_of(
     ]
     root, size = ("", 0) if standing is None else (standing.ledger_root.hex(), standing.ledger_size)
     return Provenance(snapshot.round, snapshot.state.tokens, snapshot.root_hex, root, size, contributors, loss)
+
+
+def provenance(
+    directory: Path, run: Manifest, snapshot: Snapshot, standing: GetProgressResponse | None, balances: Iterable[Balance]
+) -> Provenance:
+    """What the card of a checkpoint in a peer's folder says, with what is known there of held-out losses."""
+    known = BestCheckpoint.open(directory, run)
+    told = provenance_of(snapshot, standing, balances, known.loss_of(snapshot.round - 1))
+    return replace(told, evaluations=[(each.round, each.loss, each.evaluators) for each in known.agreed])
 
 
 def held_out_losses(run: Manifest, files: Path, theta: Vector, samples: int) -> Losses:

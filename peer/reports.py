@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import structlog
 
+from peer.folders import write_atomically
 from peer.rounds.engine import RoundReport
 from swarm import tracing
 from swarm.clock import Clock, SystemClock
@@ -105,16 +105,6 @@ class Outbox:
 def read(path: Path) -> bytes:
     """A small file's content."""
     return path.read_bytes()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the place, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @dataclass

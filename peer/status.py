@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peer.rounds.engine import RoundReport
 
 CHECKED = ("right", "wrong", "unable")
+MEASURED = ("measured", "unable")
 FOUND = (PASSED, FAILED, WITHHELD, UNABLE)
 EXPECTED = frozenset({"stale", "too_early", "starting"})
 TELL_EVERY_S, MAX_TOLD = 10.0, 1024
@@ -74,6 +75,8 @@ class Status:
             self.metrics.proofs.labels(kind=kind)
         for finding in FOUND:
             self.metrics.audits.labels(finding=finding)
+        for outcome in MEASURED:
+            self.metrics.evaluations.labels(outcome=outcome)
         self.state(self.reason)
 
     def state(self, reason: str, detail: str = "") -> None:
@@ -136,6 +139,12 @@ class Status:
         self.metrics.expert_load.labels(expert="busiest").set(load.busiest)
         self.metrics.expert_load.labels(expert="idlest").set(load.idlest)
         self.metrics.experts_unused.set(load.unused)
+
+    def evaluated(self, outcome: str, loss: float | None = None) -> None:
+        """We have measured a held-out loss, or couldn't."""
+        self.metrics.evaluations.labels(outcome=outcome).inc()
+        if loss is not None:
+            self.metrics.validation_loss.set(loss)
 
     def phase(self, name: str, seconds: float) -> None:
         """A part of the round took this long."""

@@ -44,6 +44,7 @@ from peer.nf4 import Nf4Linear
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
 from peer.routing import ExpertLoad
 from peer.sketch import Sketcher
+from peer.writing import continuation, drawn_numbers
 from swarm import manifest
 from swarm.errors import DataInvalid, OutOfMemory
 
@@ -381,26 +382,67 @@ class Trainer:
         """
         if should_stop() is not None:  # before the model is loaded
             return None
+        with self._looking_at(theta):
+            return self._retried(lambda plan: self._losses_of(samples, plan, should_stop))
+
+    def evaluate(self, theta: Vector, max_samples: int | None = None) -> float:
+        """The mean loss in nats per token of the first `max_samples` validation samples (all by default)."""
+        loss = self.held_out_loss(theta, max_samples)
+        return math.nan if loss is None else loss
+
+    def held_out_loss(self, theta: Vector, max_samples: int | None = None, should_stop: ShouldStop = never_stop) -> float | None:
+        """The same; None when stopped. The network is left as it was. Raises what `train_round` raises."""
+        if should_stop() is not None:  # before the model is loaded
+            return None
+        if self._validation is None or not len(self._validation):
+            return math.nan
+        count = len(self._validation) if max_samples is None else min(max_samples, len(self._validation))
+        with self._looking_at(theta):
+            return self._retried(lambda plan: self._evaluate(count, plan, should_stop))
+
+    def continuations(
+        self,
+        theta: Vector,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        key: bytes,
+        end: int | None,
+        should_stop: ShouldStop = never_stop,
+    ) -> list[list[int]] | None:
+        """What the model at `theta`, [parameters], goes on with after each prompt, as `peer.writing` draws it; None when stopped.
+
+        The network is left as it was. Raises what `train_round` raises.
+        """
+        if should_stop() is not None:  # before the model is loaded
+            return None
+        with self._looking_at(theta), torch.no_grad():
+            written = []
+            for place, prompt in enumerate(prompts):
+                numbers = drawn_numbers(key, place, tokens)
+                written.append(continuation(self._logits_after, prompt, numbers, end, self.sequence_length))
+                if should_stop() is not None:
+                    return None
+            return written
+
+    @contextmanager
+    def _looking_at(self, theta: Vector) -> Iterator[None]:
+        """Have these weights, [parameters], in a network that doesn't train, and leave it as it was.
+
+        A round that was begun early goes on from where the network is.
+        """
         before = self.parameters.read(self._network)
         self._prepare(theta)
         self._network.eval()
         try:
-            return self._retried(lambda plan: self._losses_of(samples, plan, should_stop))
+            yield
         finally:
             self._network.train()
             self.parameters.write(self._network, before)
 
-    def evaluate(self, theta: Vector, max_samples: int | None = None) -> float:
-        """The mean loss in nats per token of the first `max_samples` validation samples (all by default)."""
-        if self._validation is None or not len(self._validation):
-            return math.nan
-        self._prepare(theta)
-        count = len(self._validation) if max_samples is None else min(max_samples, len(self._validation))
-        self._network.eval()
-        try:
-            return self._retried(lambda plan: self._evaluate(count, plan))
-        finally:
-            self._network.train()
+    def _logits_after(self, ids: Sequence[int]) -> Vector:
+        """What is expected after these tokens, [vocabulary]."""
+        logits, _ = self._forward(torch.tensor([list(ids)], device=self._device))
+        return logits[0, -1].cpu().numpy()
 
     def release(self) -> None:
         """Free the model's and the device's memory; the inner optimizer's state is kept on the host for the next round."""
@@ -649,10 +691,12 @@ class Trainer:
                 found.append(self._losses(batch).double().mean(dim=1).cpu().numpy())
         return np.concatenate(found)
 
-    def _evaluate(self, count: int, plan: Plan) -> float:
+    def _evaluate(self, count: int, plan: Plan, should_stop: ShouldStop) -> float | None:
         total, counted = 0.0, 0
         with torch.no_grad():
             for batch in feed(self._held_out, grouped(np.arange(count), plan.samples), self._device):
+                if should_stop() is not None:
+                    return None
                 total += float(self._losses(batch).double().sum()) / self._loss_scale
                 counted += self._counted(batch)
         return total / counted if counted else math.nan

@@ -11,8 +11,8 @@ from typing import Any
 
 import structlog
 
+from peer.folders import write_atomically
 from peer.network.traffic import Volume
-from peer.reports import write_atomically
 from swarm.clock import Clock, SystemClock
 
 FILE_NAME = "traffic.json"

@@ -10,14 +10,16 @@ from swarm.evaluations import OPEN_PANELS, Agreed, Panel, Said, draw_evaluators,
 
 
 def draw_panel(run: RunRecord, confirmation: Confirmation, current: RoundRecord, at_us: int) -> None:
-    """Draw who measures the state after a round, if it is one that is evaluated: of those who worked in it, or took part."""
+    """Draw who measures the state after a round, if it is one that is evaluated, of those who worked in it."""
     settings, number = run.manifest.evaluation, confirmation.round
     if settings is None or not run.manifest.is_evaluated(number):
         return
     commits = current.proposals[confirmation.proposal_hash].nomination.commits
-    working = [peer for peer, item in commits.items() if item.weight] or list(commits)
-    accounts = {peer: run.members[peer].tally.account for peer in working if _is_trusted(run, peer)}
+    working = [peer for peer, item in commits.items() if item.weight and _is_trusted(run, peer)]
+    accounts = {peer: run.members[peer].tally.account for peer in working}
     evaluators = draw_evaluators(confirmation.beacon, number, accounts, settings.evaluators)
+    if not evaluators:
+        return
     run.evaluations.open[number] = Panel(number, confirmation.state_root, evaluators, current.place, at_us)
     while len(run.evaluations.open) > OPEN_PANELS:
         _close(run, min(run.evaluations.open))

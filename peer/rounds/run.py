@@ -158,6 +158,9 @@ class Observer(Protocol):
     def audited(self, finding: str) -> None:
         """We have audited a contribution."""
 
+    def evaluated(self, outcome: str, loss: float | None = None) -> None:
+        """We have measured a held-out loss, or couldn't."""
+
     def phase(self, name: str, seconds: float) -> None:
         """A part of the round took this long."""
 

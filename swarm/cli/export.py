@@ -28,6 +28,9 @@ MOST_CONTRIBUTORS = 1000
 def command(
     to: Annotated[Path, typer.Option("--to", help="Directory to write; new or empty.")],
     merged: Annotated[bool, typer.Option("--merged", help="Of an adapter: the whole model with the adapter in it.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The weights with the lowest held-out loss, instead of the newest.")
+    ] = False,
     round_number: Annotated[
         int | None, typer.Option("--round", min=0, help="After this round, from what swarm join --keep-history has kept.")
     ] = None,
@@ -39,35 +42,43 @@ def command(
 ) -> None:
     """Write the trained model as safetensors, with tokenizer and model card; of an adapter the adapter, as peft loads it.
 
-    A running peer is asked for its present weights first; otherwise its newest checkpoint is taken. A past round's weights are
-    rebuilt from the nearest kept checkpoint and the merged updates since, and every state root on the way is checked. For the
-    card the coordinator is asked for contributors, credits and ledger; where it doesn't answer, the card goes without.
+    A running peer is asked for its present weights first; otherwise its newest checkpoint is taken. Where the run is evaluated, a
+    peer also keeps the checkpoint with the lowest held-out loss on which a quorum agreed, or else that it measured itself. A past
+    round's weights are rebuilt from the nearest kept checkpoint and the merged updates since, and every state root on the way is
+    checked. For the card the coordinator is asked for contributors, credits and ledger; where it doesn't answer, the card goes
+    without.
 
     Examples:
 
       swarm export --to ./model
 
+      swarm export --best --to ./model
+
       swarm export --to ./model-41 --round 41 --ledger ledger.copy
     """
+    if best and round_number is not None:
+        raise UsageError("--best and --round name different weights", "leave one of them out")
     if ledger is not None and round_number is None:
         raise UsageError("--ledger is for a past round's weights", "name the round with --round")
     folder = load(PeerSettings, {"data_dir": data_dir}).data_dir
-    if round_number is None:
+    if round_number is None and not best:
         asyncio.run(_refresh(folder))
     run, coordinator = _read_run(folder / RUN_NAME)
     from peer.export import require_new
-    from peer.outcome import FILES, export, newest_weights, provenance_of
+    from peer.outcome import FILES, best_weights, export, newest_weights, provenance
 
     require_new(to)
     fields: dict[str, object] = {"directory": str(to)}
     if round_number is None:
-        snapshot = newest_weights(folder, run)
+        snapshot = best_weights(folder, run) if best else newest_weights(folder, run)
     else:
         snapshot, more = _rebuilt(folder, run, coordinator, round_number, ledger)
         fields |= more
-    provenance = provenance_of(snapshot, *asyncio.run(_recorded(folder)))
-    export(run, folder / FILES, snapshot, to, provenance, merged=merged)
+    origin = provenance(folder, run, snapshot, *asyncio.run(_recorded(folder)))
+    export(run, folder / FILES, snapshot, to, origin, merged=merged)
     fields |= {"round": snapshot.round, "after_round": snapshot.round - 1, "state_root": snapshot.root_hex}
+    if origin.validation_loss is not None:
+        fields["held_out_loss"] = origin.validation_loss
     print_json(fields) if as_json else print_fields(fields)
 
 

@@ -14,6 +14,7 @@ from swarm.config import LINK_HELP, find_link
 from swarm.credits import Balance, CreditState, verify_ledger
 from swarm.entry_proof import MAX_JSON_BYTES, ProvenEntry
 from swarm.errors import LedgerInvalid, UsageError
+from swarm.evaluations import best_of
 from swarm.ledger import LedgerReader
 from swarm.ledger_copy import LedgerCopy
 from swarm.messages import JoinLink
@@ -136,13 +137,20 @@ def _print_result(copy: LedgerCopy, state: CreditState, receipts: int, as_json: 
         "root": checkpoint.root.hex(),
         "receipts": receipts,
     }
+    agreed = state.agreed_evaluations(copy.run_id)
     if as_json:
         progress = state.progress(copy.run_id)
         more: dict[str, object] = {"confirmed_round": progress.confirmed_round, "tokens": progress.tokens}
         honoured = {account: [f"{badge.name}:{badge.level}" for badge in _badges(copy, state, account)] for account in balances}
         more["badges"] = {account: names for account, names in honoured.items() if names}
+        more["evaluations"] = [each._asdict() for each in agreed]
+        more["disputed_evaluations"] = state.disputed_evaluations(copy.run_id)
         print_json({**fields, **more, "balances": [item._asdict() for item in balances.values()]})
         return
+    found = best_of(agreed)
+    if found is not None:
+        newest, lowest = agreed[-1], f"best {found.loss:.4f} after round {found.round:,}"
+        fields["held-out loss"] = f"{newest.loss:.4f} after round {newest.round:,}, {lowest}"
     print_fields(fields)
     best = state.leaderboard(copy.run_id, SHOWN_BALANCES)
     rows = [_row(item, _badges(copy, state, item.account)) for item in best]

@@ -22,7 +22,21 @@ from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
-from swarm.manifest import UNAUDITED, AdamW, Base, Codec, DiLoCo, Distillation, Lora, Manifest, Model, Schedule, SkipSpikes, Sync
+from swarm.manifest import (
+    UNAUDITED,
+    AdamW,
+    Base,
+    Codec,
+    DiLoCo,
+    Distillation,
+    Evaluation,
+    Lora,
+    Manifest,
+    Model,
+    Schedule,
+    SkipSpikes,
+    Sync,
+)
 from swarm.messages import MANIFEST_KIND, payload_hash
 from swarm.rpc.v1.signed_pb2 import Signed
 from swarm.tickets import MAX_USES, issue, to_text
@@ -50,6 +64,7 @@ COMMENTS = {
     "admission": "open: any key may join. invitation: with a ticket, swarm run invite. allow_list: the peer ids under allow.",
     "credit": "flops_per_token = 6 x active parameters + attention; 1 credit = 10^15 verified FLOPs.",
     "audit": "rate: share of contributions that others compute again; first: of a new key, so many are all audited.",
+    "evaluation": "Held-out loss every so many rounds, by peers drawn by lot; it counts where a quorum agrees.",
     "min_client_version": "Older clients are sent away.",
 }
 FILL_IN = "<64 hexadecimal digits>"
@@ -88,12 +103,15 @@ TEMPLATE: dict[str, Any] = {
     "admission": {"kind": "open", "allow": [], "valid_s": 86_400},
     "credit": {"flops_per_token": 350_997_504, "hold_rounds": 3},
     "audit": {"rate": 0.05, "first": 10, "within_rounds": 10},
+    "evaluation": Evaluation().model_dump(mode="json"),
 }
+DEMO_PROMPTS = ("def ", "class ")
 
 PRIVATE: dict[str, Any] = {
     "merge": {"kind": "mean"},
     "admission": {**TEMPLATE["admission"], "kind": "invitation"},
     "audit": {**TEMPLATE["audit"], **UNAUDITED},
+    "evaluation": None,
 }
 """What a run with private data has instead: people who know each other, as nobody can audit what they train on."""
 
@@ -335,6 +353,7 @@ def show(
     for cost in costs:
         typer.echo(f"# {_cost_line(cost)}")
     typer.echo(f"# {_audit_line(manifest)}")
+    typer.echo(f"# {_evaluation_line(manifest)}")
     typer.echo(yaml.safe_dump(manifest.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
@@ -345,6 +364,16 @@ def _audit_line(manifest: Manifest) -> str:
     return (
         f"{manifest.audit.rate:.0%} of the contributions are audited {how}, and a new key's first {manifest.audit.first}; "
         f"credit is final after {manifest.hold_rounds} rounds"
+    )
+
+
+def _evaluation_line(manifest: Manifest) -> str:
+    settings = manifest.evaluation
+    if settings is None:
+        return "the held-out loss is not measured"
+    return (
+        f"{settings.evaluators} peers measure the loss on {manifest.evaluation_samples:,} held-out samples after every "
+        f"{settings.every:,}th round and the last; it counts where {settings.quorum} agree to {settings.tolerance:.2%}"
     )
 
 
@@ -546,7 +575,8 @@ def _demo(folder: Path) -> dict[str, Any]:
     from peer.recipes import demo_manifest
 
     folder.mkdir(parents=True, exist_ok=True)
-    return demo_manifest(folder).model_dump(mode="json")
+    evaluation = Evaluation(prompts=DEMO_PROMPTS)
+    return {**demo_manifest(folder).model_dump(mode="json"), "evaluation": evaluation.model_dump(mode="json")}
 
 
 def _manifest(path: Path) -> tuple[Manifest, auto.Plan | None]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from swarm.cli.output import print_fields, print_json
+from swarm.cli.top import held_out
 from swarm.config import PeerSettings, load
 from swarm.control import SOCKET_NAME, TIMEOUT_S, ask
 from swarm.errors import NotRunning, SwarmError, UsageError
@@ -150,6 +151,7 @@ def _summary(answer: dict[str, Any]) -> dict[str, object]:
         **({"skipped": f"{answer['rounds_skipped']} rounds whose loss jumped"} if answer.get("rounds_skipped") else {}),
         "loss": "-" if loss is None else f"{loss:.4f} nats per token",
         **_experts(answer.get("experts")),
+        **({"held-out loss": held_out(answer["evaluation"])} if answer.get("evaluation") else {}),
         "speed": f"{answer['tokens_per_s']:,.0f} tokens/s in the swarm",
         **_traffic(answer),
         **({"history": _history(answer["history"])} if "history" in answer else {}),

@@ -92,12 +92,25 @@ def _lines(answer: dict[str, Any], losses: list[float], width: int) -> Iterator[
     yield f"  {more}" if more else "  earning" if answer.get("earning") else "  it goes on by itself"
     loss = "-" if answer["loss"] is None else f"{answer['loss']:.4f}"
     yield f"  round {answer['round']:,}  loss {loss}  {answer['tokens_per_s']:,.0f} tokens/s  {answer['roster_size']} peers"
+    if answer.get("evaluation"):
+        yield f"  {held_out(answer['evaluation'])}"
     yield f"  {sparkline(losses, min(CURVE_WIDTH, width - 4))}"
     yield f"  {_device(answer)}"
     yield f"  {_traffic(answer)}"
     reports = answer["reports_waiting"]
     reach = "coordinator reachable" if answer["coordinator_reachable"] else "coordinator away; reports are kept"
     yield f"  {_credits(answer)} credits in {answer['rounds']:,} rounds, {reports} reports waiting, {reach}"
+
+
+def held_out(evaluation: dict[str, Any]) -> str:
+    """The newest held-out loss on which a quorum agreed, and the best that is kept."""
+    parts = []
+    for name, words in (("newest", "held-out loss"), ("best", "best kept")):
+        found = evaluation.get(name)
+        if found is not None:
+            by = f"{found['evaluators']} agree" if found["evaluators"] else "measured here alone"
+            parts.append(f"{words} {found['loss']:.4f} after round {found['round']:,} ({by})")
+    return ", ".join(parts)
 
 
 def _waiting(answer: dict[str, Any]) -> str:

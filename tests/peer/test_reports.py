@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from peer.reports import Outbox, Reporter, write_atomically
+from peer.folders import write_atomically
+from peer.reports import Outbox, Reporter
 from peer.rounds.engine import RoundReport
 from peer.rounds.values import BallotNumber, ProposalFacts
 from swarm.errors import CoordinatorUnreachable, LedgerInvalid, Rejected, SwarmError
