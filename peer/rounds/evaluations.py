@@ -66,7 +66,7 @@ class EvaluationDesk:
         if not self.services.manifest.is_evaluated(round_index) or snapshot is None or snapshot.round != round_index + 1:
             return
         most = max(1, min(KEPT_ROUNDS, KEPT_BYTES // snapshot.size_bytes))
-        for kept in self._kept[: len(self._kept) + 1 - most]:
+        for kept in self._kept[: max(0, len(self._kept) + 1 - most)]:
             await self._give_up(kept)
         self._kept.append(Kept(round_index, snapshot, round_s))
         self._changed.set()

@@ -105,6 +105,7 @@ TEMPLATE: dict[str, Any] = {
     "audit": {"rate": 0.05, "first": 10, "within_rounds": 10},
     "evaluation": Evaluation().model_dump(mode="json"),
 }
+MOST_EVALUATIONS = 200
 DEMO_PROMPTS = ("def ", "class ")
 
 PRIVATE: dict[str, Any] = {
@@ -207,6 +208,7 @@ def init(
     values["strategy"] |= {"skip_spikes": SkipSpikes().model_dump(mode="json")}
     if data is not None and not demo:
         values = _sparing(values)
+    values = _paced(values)
     try:
         path.write_text(commented(values))
     except OSError as error:
@@ -233,6 +235,12 @@ def with_strategy(values: dict[str, Any], strategy: str, budget: dict[str, Any])
             codec = Codec.model_validate({"kind": draft.codec or "fp16"})
             return _replaced(values, sync, codec, draft.steps), ()
     raise UsageError(f"no such strategy: {strategy}", "choose auto, diloco or sync")
+
+
+def _paced(values: dict[str, Any]) -> dict[str, Any]:
+    """Evaluations as rare as a run of many short rounds wants them."""
+    every = max(values["evaluation"]["every"], -(-values["rounds"]["total"] // MOST_EVALUATIONS))
+    return {**values, "evaluation": {**values["evaluation"], "every": every}}
 
 
 def _draft(values: dict[str, Any], budget: dict[str, Any]) -> auto.Draft:
@@ -372,8 +380,8 @@ def _evaluation_line(manifest: Manifest) -> str:
     if settings is None:
         return "the held-out loss is not measured"
     return (
-        f"{settings.evaluators} peers measure the loss on {manifest.evaluation_samples:,} held-out samples after every "
-        f"{settings.every:,}th round and the last; it counts where {settings.quorum} agree to {settings.tolerance:.2%}"
+        f"{settings.evaluators} peers measure the loss on {manifest.evaluation_samples:,} held-out samples every "
+        f"{settings.every:,} rounds and after the last; it counts where {settings.quorum} agree to {settings.tolerance:.2%}"
     )
 
 

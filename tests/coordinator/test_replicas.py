@@ -15,17 +15,18 @@ from coordinator.server import Coordinator
 from coordinator.store.sql import PostgresSeat
 from coordinator.tls import CERTIFICATE_FILE, KEY_FILE
 from swarm.credits import verify_ledger
-from swarm.errors import CoordinatorUnreachable, NotAdmitted
+from swarm.errors import CoordinatorUnreachable, NotAdmitted, Rejected
 from swarm.identity import Identity
 from swarm.ledger import LedgerReader, verify_receipt
+from swarm.messages import seal
 from swarm.rpc.client import CoordinatorClient
-from swarm.rpc.v1.signed_pb2 import Signed
+from swarm.rpc.v1.signed_pb2 import AuditVerdict, Signed
 from tests.coordinator.conftest import Serve, connected
 from tests.waiting import eventually
-from tests.world import World, identity
+from tests.world import World, identity, manifest
 
 PEERS = [identity(number) for number in range(3)]
-Start = Callable[[str], AbstractAsyncContextManager[Coordinator]]
+Start = Callable[..., AbstractAsyncContextManager[Coordinator]]
 
 
 @pytest.fixture
@@ -33,13 +34,13 @@ def replica(serve: Serve, postgres: str, tmp_path: Path) -> Start:
     """Starts replicas by name; all have the keys that the first one made."""
 
     @asynccontextmanager
-    async def start(name: str) -> AsyncIterator[Coordinator]:
+    async def start(name: str, served: World | None = None) -> AsyncIterator[Coordinator]:
         folder, first = tmp_path / name, tmp_path / "first"
         folder.mkdir(exist_ok=True)
         for key in ("coordinator.key", KEY_FILE, CERTIFICATE_FILE):
             if first.is_dir() and (first / key).exists() and not (folder / key).exists():
                 shutil.copy(first / key, folder / key)
-        async with serve(state_dir=folder, db=postgres) as coordinator:
+        async with serve(served=served or World(), state_dir=folder, db=postgres) as coordinator:
             yield coordinator
 
     return start
@@ -90,6 +91,26 @@ async def test_refusals_come_through(replica: Start, world: World) -> None:
         with pytest.raises(NotAdmitted, match="by the replica that writes"):
             await two.submit_report(reports[0], proposal)
         assert len(first.journal.tree) == 1
+
+
+async def test_only_the_writer_writes_what_auditors_and_evaluators_say(replica: Start) -> None:
+    """Handed to another replica, a loss is in the one ledger; a finding is refused by the writer."""
+    world = World(manifest(evaluation={"every": 1, "evaluators": 3}))
+    async with (
+        replica("first", world) as first,
+        replica("second", world) as second,
+        connected(first) as one,
+        connected(second) as two,
+    ):
+        await announce_all(one, first, world)
+        await report_round([one], world, 0)
+        said = world.evaluation(PEERS[0], 0, issued_at=int(first.journal.now().wall_s))
+        await two.submit_evaluation(said)
+        await caught_up(second, len(first.journal.tree))
+        assert [list(panel.statements) for panel in second.journal.credits.panels(world.run_id)] == [[PEERS[0].peer_id]]
+        verdict = AuditVerdict(run_id=world.run_id, peer_id=PEERS[1].peer_id, finding="passed")
+        with pytest.raises(Rejected, match="by the replica that writes"):
+            await two.submit_audit(seal(PEERS[0], verdict))
 
 
 async def test_another_takes_over(replica: Start, world: World) -> None:

@@ -91,6 +91,24 @@ def test_show_says_whether_work_is_audited(path: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["audited"] is True
 
 
+def test_new_runs_are_evaluated_and_show_says_how(path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default every tenth round, more rarely where there are very many; a manifest without it has none."""
+    assert run(["run", "show", "run.yaml"]) == 0
+    assert "# the held-out loss is not measured" in capsys.readouterr().out
+    for rounds, every in ((400, 10), (40_000, 200)):
+        steps = ["--strategy", "diloco", "--inner-steps", "1", "--tokens", str(rounds * 4 * 8 * 128)]
+        assert run(["run", "init", f"new-{every}.yaml", *steps]) == 0
+        values = yaml.safe_load((home / f"new-{every}.yaml").read_text())
+        assert (values["rounds"]["total"], values["evaluation"]["every"]) == (rounds, every)
+    capsys.readouterr()
+    path.write_text(yaml.safe_dump(manifest(evaluation={"every": 5}).model_dump(mode="json")))
+    assert run(["run", "show", "run.yaml"]) == 0
+    said = (
+        "# 3 peers measure the loss on 10 held-out samples after every 5th round and the last; it counts where 2 agree to 1.00%"
+    )
+    assert said in capsys.readouterr().out
+
+
 def test_read_run(path: Path, home: Path) -> None:
     """A coordinator takes both forms; the signed one keeps its owner."""
     key = Identity.load_or_create(home / "me.key")

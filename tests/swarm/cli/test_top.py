@@ -11,7 +11,7 @@ import pytest
 from textual.widgets import Static
 
 from peer.control import ControlServer
-from swarm.cli.top import make_app, panel, plain_line, sparkline
+from swarm.cli.top import held_out, make_app, panel, plain_line, sparkline
 from swarm.control import HISTORY_NAME
 from swarm.reasons import TABLE
 from tests.runs import run_command
@@ -120,3 +120,13 @@ def test_sparkline() -> None:
     assert sparkline([3, 2, 1], 10) == "█▅▁"
     assert sparkline([1.0] * 20, 5) == "▁" * 5
     assert sparkline([], 5) == "no round yet"
+
+
+def test_held_out_losses_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    """What a quorum agreed on last, and the best that is kept, by whomever that was measured."""
+    newest, best = {"round": 40, "loss": 2.5, "evaluators": 3}, {"round": 1030, "loss": 2.25, "evaluators": 0}
+    told = answer(tmp_path, evaluation={"newest": newest, "best": best})
+    line = "held-out loss 2.5000 after round 40 (3 agree), best kept 2.2500 after round 1,030 (measured here alone)"
+    assert line in panel(told, [], 120)
+    assert held_out({"best": best}).startswith("best kept")
+    assert "held-out" not in panel(answer(tmp_path, evaluation={}), [], 120)
