@@ -116,7 +116,8 @@ def model_card(run: Manifest, provenance: Provenance) -> str:
         "Trained together by volunteers with `swarm`.\n\n| | |\n| --- | --- |\n"
         f"| run | `{run.run_id}` |\n| rounds | {provenance.round} |\n| tokens | {provenance.tokens} |\n"
         f"| trained parameters | {run.model.parameters} |\n{_origin(run)}| state root | `{provenance.state_root}` |\n"
-        f"| ledger | {_ledger(provenance)} |\n{loss}\n{_data_card(run.data)}\n{_evaluations(provenance)}{_contributors(provenance.contributors)}"
+        f"| ledger | {_ledger(provenance)} |\n{loss}\n{_data_card(run.data)}\n{_evaluations(provenance)}"
+        f"{_contributors(provenance.contributors)}"
     )
 
 
