@@ -19,11 +19,12 @@ from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.merkle import MerkleTree, leaf_hash
 from tests.coordinator.conftest import Serve, connected
 from tests.coordinator.test_web import ALICE, BOB, train
-from tests.world import NOW_S, World, identity
+from tests.world import NOW_S, World, identity, manifest
 
 CHROMIUM = shutil.which("chromium")
 PHONE, DESKTOP = {"width": 375, "height": 700}, {"width": 1280, "height": 800}
 ENTRY = 4
+WRITTEN = "<script>document.title = 'mine'</script>" + "x" * 300
 DRAWN, PROVEN = ("/", "/?by=time"), (f"/ledger/{ENTRY}", "/ledger/0")
 PAGES = (*DRAWN, *PROVEN, "/leaderboard", "/audits", "/badges", "/ledger", f"/account/{ALICE.peer_id}")
 
@@ -47,11 +48,20 @@ async def browser() -> AsyncIterator[Browser]:
         await browser.close()
 
 
+@pytest.fixture
+def world() -> World:
+    """A run that is evaluated."""
+    return World(manifest(evaluation={"every": 1, "evaluators": 2, "prompts": ["def "]}))
+
+
 @pytest_asyncio.fixture(loop_scope="module")
 async def site(serve: Serve, world: World) -> AsyncIterator[Coordinator]:
-    """A coordinator with a few rounds of two peers."""
+    """A coordinator with a few rounds of two peers, who agree on the held-out loss of all but the last."""
     async with serve(ManualClock(NOW_S), metrics="127.0.0.1:0") as coordinator, connected(coordinator) as client:
         await train(client, world, 3, (ALICE, BOB))
+        for number, apart in ((0, 0.0), (1, 0.001), (2, 5.0)):
+            for peer, loss in ((ALICE, 2.5), (BOB, 2.5 + apart)):
+                await client.submit_evaluation(world.evaluation(peer, number, loss, texts=[WRITTEN]))
         yield coordinator
 
 
@@ -307,6 +317,19 @@ async def test_a_keyboard_is_enough(browser: Browser, site: Coordinator) -> None
         assert await page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         await page.keyboard.press("Enter")
         await expect(page).to_have_url(at(site, f"/account/{ALICE.peer_id}"))
+
+
+async def test_what_evaluators_say_is_text(browser: Browser, site: Coordinator) -> None:
+    """Their markup stands there to be read and does nothing; rounds without an agreement say so; dots are in the chart."""
+    async with opened(browser) as (_, page, complaints):
+        await page.goto(at(site, "/"))
+        await expect(page.locator("pre.written")).to_contain_text("def <script>document.title = 'mine'</script>")
+        assert "mine" not in await page.title()
+        await expect(page.locator("#evaluations-section tbody tr")).to_have_count(3)
+        await expect(page.locator("#evaluations-section tbody tr").first).to_contain_text("not agreed")
+        await expect(page.locator("circle.held-out")).to_have_count(2)
+        await expect(page.locator('dd[data-live="held-out"]')).to_have_text("2.5005")
+    assert complaints == []
 
 
 async def test_who_wants_no_motion_has_none(browser: Browser, site: Coordinator) -> None:

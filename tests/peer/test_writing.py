@@ -12,6 +12,8 @@ import torch
 from peer.model import initial_theta
 from peer.trainer import Trainer
 from peer.writing import continuation, draw, drawn_numbers
+from swarm.evaluations import agree_on
+from swarm.manifest import Evaluation
 
 KEY = b"a run and a round"
 
@@ -44,6 +46,20 @@ def test_a_text_ends_at_its_end_and_sees_so_much() -> None:
     assert continuation(logits_after, [7, 8, 9], [0.5] * 9, 3, 4) == [2, 2]
     assert seen == [[7, 8, 9], [7, 8, 9, 2], [8, 9, 2, 2]]
     assert continuation(logits_after, [], [0.5], 3, 4) == []
+
+
+def test_devices_that_round_otherwise_agree(small_run: Callable[..., Any]) -> None:
+    """The loss in fp32 and in bf16 is the same to far less than what new runs tolerate."""
+    run = small_run("diloco")
+    theta = initial_theta(run.manifest.model)
+    trainers = [
+        Trainer(run.manifest, torch.device("cpu"), run.train, run.validation, micro_batch=size, dtype=dtype)
+        for size, dtype in ((4, torch.float32), (3, torch.bfloat16))
+    ]
+    theta = theta - trainers[0].train_round(theta, 1, "somebody", 30, 0).update
+    losses = [trainer.held_out_loss(theta) for trainer in trainers]
+    assert agree_on(dict(zip("ab", losses, strict=True)), 2, Evaluation().tolerance / 5) is not None
+    assert losses[0] != losses[1]
 
 
 def test_evaluating_leaves_the_network_as_it_was(small_run: Callable[..., Any]) -> None:
