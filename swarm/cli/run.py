@@ -239,6 +239,8 @@ def with_strategy(values: dict[str, Any], strategy: str, budget: dict[str, Any])
 
 def _paced(values: dict[str, Any]) -> dict[str, Any]:
     """Evaluations as rare as a run of many short rounds wants them."""
+    if values["evaluation"] is None:
+        return values
     every = max(values["evaluation"]["every"], -(-values["rounds"]["total"] // MOST_EVALUATIONS))
     return {**values, "evaluation": {**values["evaluation"], "every": every}}
 
