@@ -209,6 +209,8 @@ def init(
     if data is not None and not demo:
         values = _sparing(values)
     values = _paced(values)
+    if config is not None:
+        Manifest.from_values(values, str(config))
     try:
         path.write_text(commented(values))
     except OSError as error:

@@ -159,6 +159,15 @@ def test_memory_and_download_fall(based: tuple[Path, Pretrained], packed: Model)
     assert max(size for place, size in kept.items() if place not in heads) < 4 * whole
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_reads_the_same_weights(dtype: torch.dtype) -> None:
+    """Bit by bit, as each is one product and one rounding."""
+    values, largest = packed_weights(weights())
+    assert torch.equal(unpacked(values.cuda(), largest.cuda(), dtype).cpu(), unpacked(values, largest, dtype))
+
+
 def test_only_the_adapter_is_trained(based: tuple[Path, Pretrained], packed: Model) -> None:
     """It begins as the base in 4 bits, whose weights are the file's."""
     network = build_model(packed, based[0])
