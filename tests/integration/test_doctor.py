@@ -195,6 +195,9 @@ def test_memory_disk_version_and_clock(tmp_path: Path, monkeypatch: pytest.Monke
     assert memory(run, 10).exit_code == 31
     assert memory(run, 1 << 40).exit_code == 0
     assert disk(run, tmp_path / "not" / "yet").exit_code == 0
+    evaluated = manifest(evaluation={}, model={**run.model.model_dump(mode="json"), "parameters": 10**9})
+    plain = manifest(model=evaluated.model.model_dump(mode="json"))
+    assert [disk(each, tmp_path).text.split()[0] for each in (plain, evaluated)] == ["24.3", "36.3"]
     monkeypatch.setattr(doctor, "RESERVE_BYTES", 1 << 60)
     assert disk(run, tmp_path).exit_code == 32
     assert version(manifest(min_client_version="99.0.0")).exit_code == 15

@@ -18,7 +18,7 @@ from swarm.ledger import Checkpoint, origin_of, sign_checkpoint
 from swarm.ledger_copy import LedgerCopy
 from swarm.merkle import root_of
 from swarm.rpc.client import CoordinatorClient
-from tests.world import COORDINATOR, NOW_S, OTHER_ROOT, World, entry, identity
+from tests.world import COORDINATOR, NOW_S, OTHER_ROOT, World, entry, identity, manifest
 
 WORLD = World()
 PEERS = [identity(number) for number in range(3)]
@@ -78,11 +78,28 @@ def test_against_a_coordinator(home: Path, capsys: pytest.CaptureFixture[str], m
     with_coordinator(home, check)
 
 
-def write_copy(path: Path, entries: list[bytes], note_over: list[bytes] | None = None) -> None:
+def write_copy(path: Path, entries: list[bytes], note_over: list[bytes] | None = None, world: World = WORLD) -> None:
     """A file with a checkpoint that the coordinator's key signed."""
     over = entries if note_over is None else note_over
-    note = sign_checkpoint(COORDINATOR, Checkpoint(origin_of(WORLD.run_id), len(over), root_of(over)))
-    LedgerCopy(WORLD.run_id, COORDINATOR.peer_id, note, entries).write(path)
+    note = sign_checkpoint(COORDINATOR, Checkpoint(origin_of(world.run_id), len(over), root_of(over)))
+    LedgerCopy(world.run_id, COORDINATOR.peer_id, note, entries).write(path)
+
+
+def test_held_out_losses_follow_from_the_ledger(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a quorum agreed on is computed from its statements, offline; one that breaks a rule is a fault."""
+    world = World(manifest(evaluation={"every": 1, "evaluators": 3}))
+    entries = world.ledger(PEERS, 1)
+    told = [entry(evaluated=world.evaluation(peer, 0, loss)) for peer, loss in zip(PEERS, (2.0, 2.0, 9.0), strict=True)]
+    write_copy(home / "good", [*entries, *told], world=world)
+    assert run(["ledger", "verify", "--file", "good"]) == 0
+    assert "2.0000 after round 0, best 2.0000 after round 0" in capsys.readouterr().out
+    assert run(["ledger", "verify", "--file", "good", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["round"], each["loss"], each["evaluators"]) for each in found["evaluations"]] == [(0, 2.0, 2)]
+    other = entry(evaluated=world.evaluation(PEERS[0], 0, state_root=OTHER_ROOT))
+    write_copy(home / "bad", [*entries, other], world=world)
+    assert run(["ledger", "verify", "--file", "bad"]) == 42
+    assert f"entry {len(entries)}: wrong_state" in capsys.readouterr().err
 
 
 def test_faults_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
