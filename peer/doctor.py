@@ -26,7 +26,7 @@ from peer.admissions import Admissions
 from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
 from peer.device import choose_devices, free_host_bytes, hardware_class
 from peer.finding import Finder
-from peer.materials import chunks_in, chunks_request
+from peer.materials import check_private, chunks_in, chunks_request, held_in
 from peer.model import build_model, frozen_bytes
 from peer.network.blobs import BlobStore
 from peer.network.dialback import DIAL, port_of
@@ -39,6 +39,7 @@ from swarm.control import ask
 from swarm.credits import FLOPS_PER_CREDIT
 from swarm.errors import (
     CoordinatorUnreachable,
+    DataInvalid,
     DiskFull,
     NetworkBroken,
     NoDevice,
@@ -50,7 +51,7 @@ from swarm.errors import (
     VersionTooOld,
 )
 from swarm.identity import Identity
-from swarm.manifest import Manifest
+from swarm.manifest import Data, Manifest
 from swarm.messages import JoinLink, parse
 from swarm.rpc.client import RunInfo
 from swarm.rpc.v1.coordinator_pb2 import AnnounceResponse
@@ -101,6 +102,7 @@ class Doctor:
     gpu: str = "auto"
     listen: str = "0.0.0.0:0"
     inbound: bool = True
+    data: Path | None = None
     served_by_others: bool | None = None
     reachable: bool | None = None
     tokens_per_s: float = 0.0
@@ -185,6 +187,8 @@ class Doctor:
         yield version(manifest)
         yield memory(manifest, free_host_bytes())
         yield disk(manifest, self.directory)
+        if self.data is not None or manifest.data.private_trees:
+            yield private_data(manifest.data, self.data)
 
     async def _swarm(self, run: RunInfo, coordination: Coordination, identity: Identity) -> AsyncIterator[Finding]:
         host, _, port = self.listen.rpartition(":")
@@ -424,6 +428,17 @@ def disk(manifest: Manifest, directory: Path) -> Finding:
     if free < needed:
         return failed("disk", DiskFull(text, "free some space, or choose another place with --dir"))
     return Finding("disk", text)
+
+
+def private_data(data: Data, folder: Path | None) -> Finding:
+    """Some of the run's private shards are here, and others are sent none of what lies in the holder's folder."""
+    try:
+        check_private(data, folder)
+        held = held_in(data, folder)
+    except DataInvalid as error:
+        return failed("private data", error)
+    here, all_ = (sum(shard.samples for shard in of.train if shard.private) for of in (held, data))
+    return Finding("private data", f"{here:,} of the run's {all_:,} private samples are here")
 
 
 def clock(offset_s: float) -> Finding:

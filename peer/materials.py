@@ -70,33 +70,19 @@ class Materials:
         Raises `DataInvalid` where one is damaged, where the run would have others fetch what lies there, and where there is
         nothing at all to train on.
         """
-        self._check_all_private(data)
+        check_private(data, self.private)
         self.directory.mkdir(parents=True, exist_ok=True)
         for tree in data.private_trees:
             path = self.path(tree)
             if path.is_symlink():
                 path.unlink()
-            if not path.exists() and self.private is not None and self._lies_in_private(tree):
+            if not path.exists() and self.private is not None and tree_path(self.private, tree).exists():
                 path.symlink_to(tree_path(self.private, tree).absolute())
             if path.exists():
                 verify_tree_file(path, tree)
-        held = data.held(lambda tree: self.path(tree).exists())
-        if not held.train:
-            raise DataInvalid("none of the run's private shards are here", "name the folder that has some with --data")
+        held = held_in(data, self.directory)
         if data.private_trees:
             log.info("private_shards", samples=sum(shard.samples for shard in held.train if shard.private))
-
-    def _check_all_private(self, data: Data) -> None:
-        """The holder's own word counts, whatever the manifest says."""
-        shown = next((tree for tree in data.trees if self._lies_in_private(tree)), None)
-        if shown is not None:
-            raise DataInvalid(
-                f"{tree_path(self.private or self.directory, shown)} is not private in this run: others would fetch it",
-                "ask the run's owner to mark it private, or name the folder with --files if others may have it",
-            )
-
-    def _lies_in_private(self, tree: Tree) -> bool:
-        return self.private is not None and tree_path(self.private, tree).exists()
 
     def hashes(self, root: bytes) -> tuple[bytes, ...]:
         """The chunk hashes of a file that is here; empty if it isn't."""
@@ -186,6 +172,24 @@ class Materials:
         self._hashes[bytes.fromhex(tree.root)] = tuple(hashes)
         for index, name in enumerate(hashes):
             self._chunks[name] = (self.path(tree), index * tree.chunk_bytes, _chunk_size(tree, index))
+
+
+def check_private(data: Data, folder: Path | None) -> None:
+    """Raise `DataInvalid` where the run would have others fetch what lies in a holder's folder: the holder's word counts."""
+    shown = next((tree for tree in data.trees if folder is not None and tree_path(folder, tree).exists()), None)
+    if folder is not None and shown is not None:
+        raise DataInvalid(
+            f"{tree_path(folder, shown)} is not private in this run: others would fetch it",
+            "ask the run's owner to mark it private, or name the folder with --files if others may have it",
+        )
+
+
+def held_in(data: Data, folder: Path | None) -> Data:
+    """The data without the private shards that aren't in a folder. Raises `DataInvalid` where nothing is left to train on."""
+    held = data.held(lambda tree: folder is not None and tree_path(folder, tree).exists())
+    if not held.train:
+        raise DataInvalid("none of the run's private shards are here", "name the folder that has some with --data")
+    return held
 
 
 def _check_shared(tree: Tree) -> None:

@@ -25,6 +25,7 @@ def command(
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.")] = False,
     data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,
     identity: Annotated[Path | None, typer.Option("--identity", help="The peer's key file.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with private shards, where the run has such.")] = None,
     listen: Annotated[str | None, typer.Option("--listen", help="host:port for other peers; port 0 = any free one.")] = None,
     no_inbound: Annotated[bool, typer.Option("--no-inbound", help="Accept no connections, only dial out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each finding.")] = False,
@@ -37,6 +38,7 @@ def command(
         "gpu": "cpu" if cpu else gpu,
         "data_dir": data_dir,
         "identity": identity or (data_dir / "identity.key" if data_dir else None),
+        "data": data,
         "listen": listen,
         "inbound": False if no_inbound else None,
     }
@@ -45,7 +47,7 @@ def command(
     target = _link(link)
     from peer.doctor import Doctor
 
-    doctor = Doctor(target, settings.data_dir, settings.identity, settings.gpu, settings.listen, settings.inbound)
+    doctor = Doctor(target, settings.data_dir, settings.identity, settings.gpu, settings.listen, settings.inbound, settings.data)
     code = asyncio.run(_examine(doctor, as_json))
     raise typer.Exit(code)
 

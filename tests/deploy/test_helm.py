@@ -199,7 +199,7 @@ def test_settings_are_those_of_the_programs() -> None:
         "listen", "advertise", "metrics", "db", "admin_listen", "admin_keys", "replica_address", "state_dir",
     }  # fmt: skip
     assert set(PeerSettings.model_fields) - peer == {
-        "link", "ticket", "link_file", "files", "identity", "data_dir", "gpu", "listen", "announce", "metrics", "threads",
+        "link", "ticket", "link_file", "files", "data", "identity", "data_dir", "gpu", "listen", "announce", "metrics", "threads",
     }  # fmt: skip
     given = environment(pods(case("sqlite"))[0])
     assert given["SWARM_COORDINATOR_MAX_CALLS"] == "4096"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from peer import doctor
 from peer.data import chunk_hashes, tree_of_file
 from peer.materials import Materials
 from peer.network.blobs import BlobStore
@@ -206,6 +207,15 @@ def test_a_holders_word_counts_more_than_the_manifests(tmp_path: Path) -> None:
     shown = data.model_copy(update={"train": tuple(shard.model_copy(update={"private": False}) for shard in data.train)})
     with pytest.raises(DataInvalid, match="others would fetch it"):
         Materials(tmp_path / "files", private=tmp_path / "mine").take_private(shown)
+
+
+def test_a_doctor_counts_what_is_here(tmp_path: Path) -> None:
+    """The private samples in the holder's folder, or what is wrong with it."""
+    data, mine = private_data(tmp_path / "mine"), tmp_path / "mine"
+    assert doctor.private_data(data, mine).text == "50 of the run's 100 private samples are here"
+    assert doctor.private_data(data, None).hint == "name the folder that has some with --data"
+    shown = data.model_copy(update={"train": tuple(shard.model_copy(update={"private": False}) for shard in data.train)})
+    assert doctor.private_data(shown, mine).exit_code == DataInvalid.exit_code
 
 
 def test_space_is_checked_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

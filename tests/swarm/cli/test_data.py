@@ -108,6 +108,19 @@ def test_from_a_hubs_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert not (tmp_path / "wrong").exists()
 
 
+def test_chats_from_a_hubs_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are chats as lines of a file are, and wrong ones are told with their place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    write_chats(tmp_path / "set" / "train.jsonl")
+    options = ("--hub", "set", "--kind", "chat", "--held-out", "0.2", "--sequence-length", "128")
+    answer = built(capsys, *options)
+    assert (answer["documents"], answer["empty"], answer["too_long"]) == (61, 1, 1)
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "hello"}')
+    assert run(["data", "build", *options, "--to", "other"]) == 22
+    assert "set, split train, row 1 is no chat" in capsys.readouterr().err
+
+
 def test_private_data_of_two_people_make_a_run(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
