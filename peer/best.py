@@ -86,8 +86,8 @@ class BestCheckpoint:
             return False
         try:
             save_checkpoint(self.directory / BEST, snapshot, self.run_id, keep=1)
-        except DiskFull as error:
-            log.warning("best_not_kept", round=known.round, error=error.message)
+        except (DiskFull, OSError) as error:
+            log.warning("best_not_kept", round=known.round, error=str(error))
             return False
         self.best = known
         self._write()

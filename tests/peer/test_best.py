@@ -85,13 +85,16 @@ def test_a_record_without_its_checkpoint_bars_nothing(run: Any, tmp_path: Path) 
     assert BestCheckpoint.open(tmp_path, run).offer(state_after(run, 4), known(4, 2.0))
 
 
-def test_a_full_disk_leaves_the_best_as_it_was(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [DiskFull("no space left", "free some"), PermissionError("read-only")], ids=repr)
+def test_a_full_disk_leaves_the_best_as_it_was(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
     """It is told in the log, and training goes on."""
     best = BestCheckpoint.open(tmp_path, run)
     best.offer(state_after(run, 2), known(2, 2.0))
 
     def full(*_: object, **__: object) -> None:
-        raise DiskFull("no space left", "free some")
+        raise failure
 
     monkeypatch.setattr("peer.best.save_checkpoint", full)
     assert not best.offer(state_after(run, 4), known(4, 1.0))
