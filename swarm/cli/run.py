@@ -383,9 +383,10 @@ def _evaluation_line(manifest: Manifest) -> str:
     settings = manifest.evaluation
     if settings is None:
         return "the held-out loss is not measured"
+    when = f"every {settings.every:,} rounds and after the last" if settings.every > 1 else "after every round"
     return (
-        f"{settings.evaluators} peers measure the loss on {manifest.evaluation_samples:,} held-out samples every "
-        f"{settings.every:,} rounds and after the last; it counts where {settings.quorum} agree to {settings.tolerance:.2%}"
+        f"{settings.evaluators} peers measure the loss on {manifest.evaluation_samples:,} held-out samples {when}; "
+        f"it counts where {settings.quorum} agree to {settings.tolerance:.2%}"
     )
 
 
