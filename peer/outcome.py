@@ -68,7 +68,11 @@ def provenance_of(
 
 
 def provenance(
-    directory: Path, run: Manifest, snapshot: Snapshot, standing: GetProgressResponse | None, balances: Iterable[Balance]
+    directory: Path,
+    run: Manifest,
+    snapshot: Snapshot,
+    standing: GetProgressResponse | None = None,
+    balances: Iterable[Balance] = (),
 ) -> Provenance:
     """What the card of a checkpoint in a peer's folder says, with what is known there of held-out losses."""
     known = BestCheckpoint.open(directory, run)
