@@ -73,7 +73,7 @@ class Run:
     @property
     def quota(self) -> int:
         """A round's work: samples, or inner steps."""
-        strategy = self.manifest.strategy
+        strategy = self.manifest.training
         return strategy.batch_samples // 4 if isinstance(strategy, manifest.Sync) else strategy.inner_steps
 
     @property

@@ -35,13 +35,13 @@ def main() -> None:
     optimizer = adamw(manifest, shared.parameters())
     notes = Notes(network, given["record"])
     samples = batches(manifest, Path(given["files"]), str(given["rank"]))
-    step_tokens = given["peers"] * manifest.strategy.batch_samples * manifest.data.sequence_length
+    step_tokens = given["peers"] * manifest.training.batch_samples * manifest.data.sequence_length
     say(ready=True)
     wait_for_go()
     say(started=True, at_s=time.time())
     for step in range(given["steps"]):
         set_rate(manifest, optimizer, step * step_tokens)
-        loss = accumulate(shared, next(samples), manifest.strategy.clip_norm)
+        loss = accumulate(shared, next(samples), manifest.training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         notes.take(step + 1, step + 1, 0.0, loss)

@@ -44,7 +44,7 @@ def main() -> None:
     if notes is not None:
         say(started=True, at_s=time.time())
     while True:
-        epoch = _epoch(network, optimizer, samples, manifest.strategy.clip_norm)
+        epoch = _epoch(network, optimizer, samples, manifest.training.clip_norm)
         steps, computed_s = steps + epoch["steps"], computed_s + epoch["train_s"]
         if notes is None:
             say(**epoch)
@@ -57,7 +57,7 @@ def _optimizer(dht: Any, manifest: Manifest, network: torch.nn.Module, given: di
 
     `tuned` tells hivemind the group's size, so that it need not wait for more, and lets it look for progress more often.
     """
-    strategy, mode, peers = manifest.strategy, given["mode"], given["peers"]
+    strategy, mode, peers = manifest.training, given["mode"], given["peers"]
     if not isinstance(strategy, DiLoCo):
         raise TypeError("the comparison is with diloco")
     epoch_tokens = peers * strategy.inner_steps * strategy.batch_samples * manifest.data.sequence_length

@@ -125,7 +125,7 @@ class Quality:
         loss = await asyncio.to_thread(held_out_loss, manifest, self.files, snapshot.state.theta, VALIDATION_SAMPLES)
         sent = sum(status["bytes_sent"] for status in outcome.statuses)
         tokens = outcome.histories[0][-1]["tokens_total"]
-        self._note(out, name, seed, Taken(loss, sent, outcome.rounds, wall_s), tokens / manifest.strategy.schedule.total_tokens)
+        self._note(out, name, seed, Taken(loss, sent, outcome.rounds, wall_s), tokens / manifest.planned_tokens)
 
     def _note(self, out: Report, name: str, seed: int, taken: Taken, done: float) -> None:
         self.taken.setdefault(name, {})[seed] = taken

@@ -21,7 +21,7 @@ from swarm.manifest import AdamW, Manifest
 
 def batches(manifest: Manifest, files: Path, name: str) -> Iterator[torch.Tensor]:
     """The samples of one trainer, a batch at a time, [batch_samples, sequence_length + 1]; without an end."""
-    data, samples = manifest.data, manifest.strategy.batch_samples
+    data, samples = manifest.data, manifest.training.batch_samples
     reader = ShardReader.open(data.train, files, data.sequence_length, int(manifest.model.config["vocab_size"]))
     position = 0
     while True:
@@ -40,7 +40,7 @@ def accumulate(network: nn.Module, batch: torch.Tensor, clip_norm: float) -> flo
 
 def adamw(manifest: Manifest, parameters: Any) -> torch.optim.AdamW:
     """torch's AdamW with the manifest's values."""
-    inner = manifest.strategy.optimizer if manifest.strategy.kind == "sync" else manifest.strategy.inner
+    inner = manifest.training.optimizer if manifest.training.kind == "sync" else manifest.training.inner
     if not isinstance(inner, AdamW):
         raise TypeError("the comparison is with AdamW inside")
     return torch.optim.AdamW(
@@ -50,8 +50,8 @@ def adamw(manifest: Manifest, parameters: Any) -> torch.optim.AdamW:
 
 def set_rate(manifest: Manifest, optimizer: torch.optim.Optimizer, tokens: int) -> None:
     """The manifest's schedule after so many tokens of all trainers together."""
-    inner = manifest.strategy.optimizer if manifest.strategy.kind == "sync" else manifest.strategy.inner
-    optimizer.param_groups[0]["lr"] = inner.lr * lr_factor(manifest.strategy.schedule, tokens)
+    inner = manifest.training.optimizer if manifest.training.kind == "sync" else manifest.training.inner
+    optimizer.param_groups[0]["lr"] = inner.lr * lr_factor(manifest.training.schedule, tokens)
 
 
 class Notes:

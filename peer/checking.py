@@ -14,10 +14,11 @@ from peer.architectures import check_positions
 from peer.corpus import ends_of_text, load_tokenizer
 from peer.data import ShardReader, tree_path, verify_tree_file
 from peer.distillation import TeacherReader
+from peer.generating import check_length
 from peer.marks import NO_LOSS, STARTS, Values
-from peer.model import check_parameters, initial_theta, skeleton
+from peer.model import check_parameters, frozen_base, initial_theta, skeleton
 from swarm.errors import DataInvalid
-from swarm.manifest import Data, Manifest, Shard, Teacher, Tree
+from swarm.manifest import Data, Generate, Manifest, Shard, Teacher, Tree
 
 ROWS_AT_ONCE = 1024
 SPECIAL_IDS = ("bos_token_id", "eos_token_id")
@@ -57,8 +58,17 @@ def _contents(manifest: Manifest, data: Data, files: Path) -> Iterator[Check]:
     if data.teacher is not None:
         for shard, tree in zip(data.train, data.teacher.shards, strict=True):
             yield partial(_read_teacher, manifest, data.teacher, shard, tree, files)
-    if manifest.model.base is not None:
-        yield partial(initial_theta, manifest.model, files)
+    yield from _begins(manifest, files)
+
+
+def _begins(manifest: Manifest, files: Path) -> Iterator[Check]:
+    """What a base is used for."""
+    strategy, model = manifest.strategy, manifest.model
+    if isinstance(strategy, Generate):
+        yield partial(frozen_base, model, files)
+        yield partial(check_length, model.config, manifest.data.sequence_length + 1, strategy.sampling)
+    elif model.base is not None:
+        yield partial(initial_theta, model, files)
 
 
 def _check_length(manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -198,23 +199,42 @@ def build_marked_shards(
     A row takes the next document while it fits, and is filled up with `end_of_text` without a loss. Returns the shards and how
     many tokens in them have a loss. Raises `DataInvalid` where none has, `ValueError` for a document longer than a row.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    shards: list[Shard] = []
     counted = 0
-    rows: list[Values] = []
-    for row in _marked_rows(documents, sequence_length + 1, end_of_text):
-        counted += int(np.count_nonzero(row[1:] & NO_LOSS == 0))
-        rows.append(row)
-        if len(rows) == samples_per_shard:
-            shards.append(_write_shard(np.concatenate(rows), directory, sequence_length, 4))
-            rows = []
-    if rows:
-        shards.append(_write_shard(np.concatenate(rows), directory, sequence_length, 4))
+
+    def rows() -> Iterator[Values]:
+        nonlocal counted
+        for row in _marked_rows(documents, sequence_length + 1, end_of_text):
+            counted += int(np.count_nonzero(row[1:] & NO_LOSS == 0))
+            yield row
+
+    shards = _write_rows(rows(), directory, sequence_length, samples_per_shard)
     if not counted:
         raise DataInvalid(
             f"no document has a loss and fits into a row of {sequence_length + 1} tokens", "try a larger --sequence-length"
         )
-    return tuple(shards), counted
+    return shards, counted
+
+
+def build_prompt_shards(
+    prompts: Iterable[Values], directory: Path, *, sequence_length: int, end_of_text: int, samples_per_shard: int = 1 << 16
+) -> tuple[Shard, ...]:
+    """Write prompts, marked and none longer than `sequence_length + 1`, as rows of one each.
+
+    What is left of a row is a document of `end_of_text` without a loss. Raises `DataInvalid` where there is no prompt.
+    """
+    length = sequence_length + 1
+    rows = (np.concatenate([prompt, _padding(length - prompt.size, end_of_text)]) for prompt in prompts)
+    shards = _write_rows(rows, directory, sequence_length, samples_per_shard)
+    if not shards:
+        raise DataInvalid(f"no prompt fits into a row of {length} tokens", "try a larger --sequence-length")
+    return shards
+
+
+def _write_rows(rows: Iterable[Values], directory: Path, sequence_length: int, samples_per_shard: int) -> tuple[Shard, ...]:
+    directory.mkdir(parents=True, exist_ok=True)
+    left = iter(rows)
+    batches = iter(lambda: list(islice(left, samples_per_shard)), [])
+    return tuple(_write_shard(np.concatenate(batch), directory, sequence_length, 4) for batch in batches)
 
 
 def _marked_rows(documents: Iterable[Values], length: int, end_of_text: int) -> Iterator[Values]:

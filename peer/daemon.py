@@ -33,6 +33,7 @@ from peer.coordination import Coordination, Standing
 from peer.device import hardware_class
 from peer.faults import Faults, break_device
 from peer.finding import Finder
+from peer.generator import Generator
 from peer.governor import Governor, device_uuid
 from peer.gpu import Sensors, lower_disk_priority, lower_session_priority, lower_thread_priority, open_card
 from peer.held import Held, check_snooze
@@ -50,7 +51,7 @@ from peer.network.node import Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
 from peer.network.traffic import Volume
 from peer.network.transfer import Transfer
-from peer.outcome import CHECKPOINTS, EVIDENCE, FILES
+from peer.outcome import CHECKPOINTS, EVIDENCE, FILES, PIECES
 from peer.outer import OuterState, initial_state
 from peer.reports import Outbox, Reporter
 from peer.rounds.auditor import Auditor
@@ -59,6 +60,7 @@ from peer.rounds.docket import Docket
 from peer.rounds.engine import Disagreement, Engine, RoundReport, Wish
 from peer.rounds.entering import Entry
 from peer.rounds.evaluations import EvaluationDesk
+from peer.rounds.gathering import Gatherer, PieceFolder
 from peer.rounds.keeping import Keeping
 from peer.rounds.planting import Planter
 from peer.rounds.post import DELIVER, PING, RELAY, SYNC, Post
@@ -307,7 +309,7 @@ class Daemon:
             return ""
         if engine is None:
             return "the start to come to its end"
-        if self._wish == "pause" and engine.training.trainer.is_loaded:
+        if self._wish == "pause" and engine.training.worker.is_loaded:
             return "the micro-batch to end"
         if engine.current is not None:
             return f"round {engine.current.round_index} to be exchanged, so that its work counts"
@@ -354,7 +356,7 @@ class Daemon:
             "metrics": self.metrics_address,
             "directory": str(self.options.directory),
             "waits_for": self._waits_for(),
-            "device_free": engine is None or not engine.training.trainer.is_loaded,
+            "device_free": engine is None or not engine.training.worker.is_loaded,
             "governor": self.governor.describe(),
             **({"history": engine.keeping.keeper.describe()} if engine and engine.keeping else {}),
             "evaluation": self.evaluations.best.describe() if self.evaluations else {},
@@ -624,7 +626,12 @@ class Daemon:
         if manifest.evaluation is not None:
             best = await asyncio.to_thread(BestCheckpoint.open, self.options.directory, manifest)
             self.evaluations = EvaluationDesk(parts.services, training, parts.coordination.connected, best, materials.directory)
-        if self.options.plant:
+        if parts.run.manifest.generates:
+            pieces = PieceFolder(self.options.directory / PIECES)
+            await asyncio.to_thread(pieces.load, parts.run.run_id)
+            parts.transfer.store.provide(pieces.lookup)
+            self.engine.gatherer = Gatherer(manifest, parts.transfer, pieces)
+        elif self.options.plant:
             self.engine.planter = Planter(parts.services, auditor, parts.coordination.connected)
 
     def _make_trainer(self, manifest: Manifest, materials: Materials) -> TrainingThread:
@@ -635,6 +642,10 @@ class Daemon:
         memory_ratio = min(filter(None, (rules.in_use.memory_ratio, rules.idle.memory_ratio)), default=0.0)
         if memory_ratio and self.options.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(memory_ratio, self.options.device)
+        if manifest.generates:
+            generator = Generator.open(manifest, self.options.device, materials.directory)
+            generator.evaluate(np.zeros(1, dtype=np.float32))
+            return TrainingThread(generator, self.governor.brake.on_progress)
         trainer = Trainer.open(manifest, self.options.device, materials.directory)
         attack = self.parts.services.attack
         if attack is not None:

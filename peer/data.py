@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from peer.marks import token_ids
 from swarm.errors import DataInvalid
-from swarm.manifest import Shard, Tree
+from swarm.manifest import Layout, Shard, Tree
 from swarm.merkle import HASH_BYTES, blob_hash, root_of
 
 Indices = NDArray[np.int64]
@@ -135,7 +134,7 @@ def verify_tree_file(path: Path, tree: Tree) -> None:
 class ShardReader:
     """Random access to the samples of ordered shards, memory-mapped from local files whose content was verified before.
 
-    In the layout `marked` a sample's values are ids with marks, as `peer.marks` reads them.
+    But for the layout `plain` a sample's values are ids with marks, as `peer.marks` reads them.
     """
 
     def __init__(
@@ -144,10 +143,10 @@ class ShardReader:
         paths: Sequence[Path],
         sequence_length: int,
         vocabulary_size: int,
-        layout: Literal["plain", "marked"] = "plain",
+        layout: Layout = "plain",
     ) -> None:
         self.sequence_length = sequence_length
-        self._is_marked = layout == "marked"
+        self._is_marked = layout != "plain"
         self._vocabulary_size = vocabulary_size
         self._ends = list(accumulate(shard.samples for shard in shards))
         self._rows = [_map_rows(shard, path, sequence_length + 1) for shard, path in zip(shards, paths, strict=True)]
@@ -159,7 +158,7 @@ class ShardReader:
         directory: Path,
         sequence_length: int,
         vocabulary_size: int,
-        layout: Literal["plain", "marked"] = "plain",
+        layout: Layout = "plain",
     ) -> ShardReader:
         """Read the shards from the files named by their roots in `directory`."""
         return cls(shards, [tree_path(directory, shard) for shard in shards], sequence_length, vocabulary_size, layout)

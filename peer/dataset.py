@@ -15,6 +15,7 @@ from peer.chats import TEMPLATE_FILE, asked_in, format_of, texts_in
 from peer.corpus import (
     TOKENIZER,
     build_marked_shards,
+    build_prompt_shards,
     build_shards,
     byte_level_tokenizer,
     encode_bytes,
@@ -27,12 +28,15 @@ from peer.corpus import (
 )
 from peer.documents import Counts, Shuffled
 from peer.folders import appearing, describe, described
+from peer.prompts import encoded_prompts, is_chat, texts_of_prompts
 from swarm.errors import DataInvalid, UsageError
 from swarm.manifest import Data, Shard, Tree
 
 FILE, CARD = "dataset.yaml", "README.md"
 BYTES, BPE = "bytes", "bpe:"
 LEAST_VOCABULARY = 257
+
+Kind = Literal["text", "chat", "prompts"]
 
 
 class Dataset(BaseModel):
@@ -48,14 +52,17 @@ class Dataset(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """How documents become samples: texts as one stream, `chat`s each apart, with a loss on what the assistant says."""
+    """How documents become samples: texts as one stream, `chat`s each apart, with a loss on what the assistant says.
+
+    `prompts` are what samples are generated from.
+    """
 
     tokenizer: str = BYTES
     sequence_length: int = 128
     held_out: float = 0.05
     license: str = "unknown"
     description: str = ""
-    kind: Literal["text", "chat"] = "text"
+    kind: Kind = "text"
     chat_template: Path | None = None
     private: bool = False
 
@@ -112,8 +119,16 @@ def build(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document
 
 
 def _write(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
-    if plan.kind == "chat":
-        return _write_chats(documents, to, plan, counts, on_document)
+    match plan.kind:
+        case "chat":
+            return _write_chats(documents, to, plan, counts, on_document)
+        case "prompts":
+            return _write_prompts(documents, to, plan, counts, on_document)
+        case "text":
+            return _write_texts(documents, to, plan, counts, on_document)
+
+
+def _write_texts(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
     tokenizer = make_tokenizer(plan.tokenizer, _learned_from(documents, plan))
     end, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
 
@@ -168,6 +183,30 @@ def _as_planned(shards: tuple[Shard, ...], plan: Plan) -> tuple[Shard, ...]:
     return tuple(shard.model_copy(update={"private": plan.private}) for shard in shards)
 
 
+def _write_prompts(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
+    """The same of prompts, one a row. None is held out: a part of them stands in the place of such samples."""
+    tokenizer = make_tokenizer(plan.tokenizer, texts_of_prompts(documents))
+    is_made_here = plan.tokenizer == BYTES or plan.tokenizer.startswith(BPE)
+    chats = None
+    if any(map(is_chat, documents)):
+        chats = format_of(tokenizer, None if is_made_here else Path(plan.tokenizer), plan.chat_template)
+    end = end_of_text_id(tokenizer)
+    values = encoded_prompts(_told(documents, on_document), tokenizer, chats, plan.sequence_length + 1, counts)
+    shards = _as_planned(build_prompt_shards(values, to, sequence_length=plan.sequence_length, end_of_text=end), plan)
+    data = Data(
+        sequence_length=plan.sequence_length,
+        train=shards,
+        validation=shards[-1:],
+        layout="prompts",
+        chat_template=chats.template if chats is not None else "",
+        license=plan.license,
+        description=plan.description,
+    )
+    size = tokenizer.get_vocab_size()
+    made = Dataset(tokenizer=save_tokenizer(tokenizer, to), data=data, vocabulary_size=size, end_of_text=end)
+    return _described(made, to, plan, counts, documents.copies)
+
+
 @contextmanager
 def _named(held_out: bool) -> Iterator[None]:
     """Say of which side an error is."""
@@ -207,6 +246,8 @@ def _side(
 def _chats_row(counts: Counts, plan: Plan) -> dict[str, str]:
     if plan.kind == "text":
         return {}
+    if plan.kind == "prompts":
+        return {"prompts left out": f"{counts.too_long:,} longer than a row"}
     return {
         "chats left out": f"{counts.empty:,} without an answer, {counts.too_long:,} longer than a sample, "
         f"{counts.not_split:,} that the template doesn't write piece by piece",
@@ -234,9 +275,12 @@ def _card(made: Dataset, plan: Plan, counts: Counts, copies: int) -> str:
         **_chats_row(counts, plan),
         "bytes of text": f"{counts.bytes_read:,}",
         "tokenizer": f"{plan.tokenizer}, {made.vocabulary_size:,} tokens, root {made.tokenizer.root}",
-        "training samples": f"{samples['train']:,} of {made.data.sequence_length:,} tokens",
-        "held-out samples": f"{samples['validation']:,}, from documents of their own",
     }
+    if made.data.layout == "prompts":
+        rows["prompts"] = f"{samples['train']:,} of at most {made.data.sequence_length + 1:,} tokens"
+    else:
+        rows["training samples"] = f"{samples['train']:,} of {made.data.sequence_length:,} tokens"
+        rows["held-out samples"] = f"{samples['validation']:,}, from documents of their own"
     if plan.private:
         rows["private"] = "yes: these shards stay where they are"
     if made.data.layout == "marked":

@@ -114,6 +114,11 @@ def _nvml() -> Any:
     return pynvml
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether torch found no memory; its CPU allocator says so with a plain `RuntimeError`."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that a new allocation on the device could get."""
     if device.type != "cuda":

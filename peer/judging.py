@@ -110,6 +110,12 @@ def judge_update(kind: str, expected: Sketch, sent: Sketch) -> Judgement:
     return Judgement(PASSED if fits else FAILED, "" if fits else "update", 0, 1 - cosine, 1 - least, *sketches)
 
 
+def judge_samples(place: int, problem: str, gap: float, most: float) -> Judgement:
+    """Whether the model wrote the samples of a piece that were computed again: the gap is that of the worst, at this place."""
+    off = min(MOST_FIGURE, gap) if math.isfinite(gap) else MOST_FIGURE
+    return Judgement(FAILED if problem else PASSED, f"sample_{problem}" if problem else "", place, off, most)
+
+
 @dataclass(frozen=True)
 class Gain:
     """By how much the loss fell under a peer's update: on samples that it had to train on, and on others; nats per token.

@@ -21,7 +21,7 @@ from peer.adapters import adapted, deviation, is_first
 from peer.architectures import attention_of, check_kind, check_looks_back
 from peer.buffers import buffers
 from peer.data import tree_path
-from peer.nf4 import BYTES_PER_WEIGHT, layers_of, pack_layers
+from peer.nf4 import BYTES_PER_WEIGHT, Nf4Linear, layers_of, pack_layers
 from peer.pretrained import read_weights
 from swarm import manifest
 from swarm.errors import DataInvalid
@@ -79,12 +79,36 @@ def build_model(model: manifest.Model, files: Path | None = None) -> nn.Module:
     return network
 
 
+def frozen_base(model: manifest.Model, files: Path) -> nn.Module:
+    """The base as it is, in fp32 on the CPU, for what trains nothing. Raises `DataInvalid` for one that doesn't fit."""
+    if model.base is None:
+        raise DataInvalid("there is no base", "name one with --base")
+    network: nn.Module = _instantiate(model.config, seed=model.seed)
+    refuse_changing_buffers(network)
+    read_weights(network, tree_path(files, model.base))
+    return network.requires_grad_(False).eval()
+
+
+def store_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weights of linear layers in the precision that autocast would turn them into for every product."""
+    if dtype == torch.float32:
+        return
+    for module in network.modules():
+        if isinstance(module, nn.Linear) and not isinstance(module, Nf4Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+
+
 def check_parameters(model: manifest.Model) -> None:
-    """Raise `DataInvalid` unless the model can be built and has as many trained parameters as the manifest says."""
+    """Raise `DataInvalid` unless the model can be built and has as many trained parameters as the manifest says.
+
+    One that is only used as it is trains none, whatever it has.
+    """
     network = skeleton(model.config)
     refuse_changing_buffers(network)
     if model.base is not None and model.base.stored == "nf4":
         layers_of(network)
+    if model.is_frozen:
+        return
     found = _count(network, model.adapter)
     if found != model.parameters:
         trained = "trains" if model.adapter is not None else "has"
@@ -118,6 +142,9 @@ def _random_model(model: manifest.Model) -> nn.Module:
 
 def initial_theta(model: manifest.Model, files: Path | None = None) -> Vector:
     """The weights that every peer starts a new run with, [parameters]. Raises `DataInvalid` as `build_model`."""
+    if model.is_frozen:
+        check_parameters(model)
+        return np.zeros(1, dtype=np.float32)
     if model.base is not None and files is None:
         raise DataInvalid("the run begins with a pretrained model, whose file isn't here")
     network = build_model(model, files)
@@ -136,6 +163,11 @@ def _count(network: Any, adapter: manifest.Lora | None) -> int:
         with torch.device("meta"):
             network = adapted(network, adapter)
     return sum(parameter.numel() for _, parameter in _trained(network))
+
+
+def generation_flops_per_token(config: Mapping[str, Any], sequence_length: int) -> int:
+    """FLOPs of a forward pass per token, a third of what `flops_per_token` counts for training on it."""
+    return flops_per_token(config, sequence_length) // 3
 
 
 def flops_per_token(config: Mapping[str, Any], sequence_length: int, adapter: manifest.Lora | None = None) -> int:

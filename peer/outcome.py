@@ -23,6 +23,7 @@ from swarm.rpc.v1.coordinator_pb2 import Balance, GetProgressResponse
 CHECKPOINTS = "checkpoints"
 EVIDENCE = "evidence"
 FILES = "files"
+PIECES = "pieces"
 ADAPTER_FILE = "adapter_config.json"
 PROMPT = "def "
 SAMPLE_TOKENS = 120

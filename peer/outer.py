@@ -59,23 +59,23 @@ class OuterState:
         return [(THETA, self.theta), *sorted(self.buffers.items(), key=lambda item: item[0])]
 
 
-def buffer_names(strategy: manifest.Sync | manifest.DiLoCo) -> tuple[str, ...]:
+def buffer_names(strategy: manifest.Strategy) -> tuple[str, ...]:
     """The outer buffers that a strategy keeps, in order."""
     match strategy:
         case manifest.Sync():
             return (FIRST_MOMENT, SECOND_MOMENT)
         case manifest.DiLoCo():
             return (MOMENTUM,) if strategy.outer.momentum > 0 else ()
+        case manifest.Generate():
+            return ()
 
 
-def initial_state(strategy: manifest.Sync | manifest.DiLoCo, theta: Vector) -> OuterState:
+def initial_state(strategy: manifest.Strategy, theta: Vector) -> OuterState:
     """The state before the first round."""
     return OuterState(theta, {name: np.zeros_like(theta) for name in buffer_names(strategy)})
 
 
-def advance(
-    strategy: manifest.Sync | manifest.DiLoCo, state: OuterState, merged: Vector | None, tokens: int, loss: float
-) -> OuterState:
+def advance(strategy: manifest.Strategy, state: OuterState, merged: Vector | None, tokens: int, loss: float) -> OuterState:
     """The state after a round, whether or not it changes the weights. `loss` is the round's, in nats per token.
 
     None is merged where nobody contributed. A spike, where the run skips them, leaves weights and buffers as they are; its tokens
@@ -83,7 +83,7 @@ def advance(
     """
     if merged is None:
         return replace(state, round=state.round + 1)
-    if strategy.skip_spikes is None:
+    if isinstance(strategy, manifest.Generate) or strategy.skip_spikes is None:
         return apply(strategy, state, merged, tokens)
     recent = state.recent.after(strategy.skip_spikes, loss, norm(merged))
     if recent.skipped > state.recent.skipped:
@@ -92,7 +92,7 @@ def advance(
 
 
 def apply(
-    strategy: manifest.Sync | manifest.DiLoCo,
+    strategy: manifest.Strategy,
     state: OuterState,
     merged: Vector,
     tokens: int,
@@ -114,6 +114,8 @@ def apply(
             return _adamw(strategy, state, merged, tokens, blocks)
         case manifest.DiLoCo():
             return _averaging(strategy.outer, state, merged, tokens, blocks)
+        case manifest.Generate():
+            return replace(state, round=state.round + 1, tokens=state.tokens + tokens)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Layout:
     @classmethod
     def of(cls, run: manifest.Manifest) -> Layout:
         """The layout of a manifest's states."""
-        window = run.strategy.skip_spikes.window if run.strategy.skip_spikes is not None else 0
+        window = run.skip_spikes.window if run.skip_spikes is not None else 0
         return cls((THETA, *buffer_names(run.strategy)), run.model.parameters, window)
 
     @property

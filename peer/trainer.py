@@ -34,13 +34,12 @@ from peer.batches import (
     plan_for_host,
 )
 from peer.data import Indices, ShardReader, assignment_seed, sample_indices, tree_path
-from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of
+from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of, ran_out
 from peer.distillation import Taught, TeacherReader, divergence
 from peer.experts import balance_coefficient, is_routed, routes_of
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
 from peer.marks import IGNORED, STARTS, Lesson, lesson
-from peer.model import FlatParameters, build_model
-from peer.nf4 import Nf4Linear
+from peer.model import FlatParameters, build_model, store_frozen
 from peer.optimizer import InnerOptimizer, lr_factor, make_inner
 from peer.routing import ExpertLoad
 from peer.sketch import Sketcher
@@ -79,7 +78,8 @@ class TrainedUpdate:
 
     Losses are in nats per token. `stopped` is the reason why it ended before its quota, `error` why it must not be sent
     (then `update` is zero and `samples` 0). The samples used are the first `samples` positions of the peer's
-    assignment. `leaves` are what others can check, where that was asked for. `experts` is how a mixture's were used.
+    assignment. `leaves` are what others can check, where that was asked for. `experts` is how a mixture's were used. Where a run
+    generates, `samples` are tokens, and `piece` holds them.
     """
 
     update: Vector
@@ -95,6 +95,7 @@ class TrainedUpdate:
     error: str | None = None
     leaves: tuple[Leaf, ...] = ()
     experts: ExpertLoad | None = None
+    piece: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -463,7 +464,7 @@ class Trainer:
         if self._network is not None:
             return
         network = build_model(self._manifest.model, self._files)
-        _store_frozen(network, self._dtype)
+        store_frozen(network, self._dtype)
         try:
             network = network.to(self._device)
         except torch.OutOfMemoryError as error:
@@ -708,7 +709,7 @@ class Trainer:
             try:
                 return attempt(self._use(plan))
             except RuntimeError as error:
-                if not _ran_out(error):
+                if not ran_out(error):
                     raise
                 plan = halved(plan)
             self._zero_grad()
@@ -855,15 +856,6 @@ class Trainer:
         )
 
 
-def _store_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the frozen weights of linear layers in the precision that autocast would turn them into for every product."""
-    if dtype == torch.float32:
-        return
-    for module in network.modules():
-        if isinstance(module, nn.Linear) and not isinstance(module, Nf4Linear) and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.to(dtype)
-
-
 def _recompute_activations(network: Any) -> None:
     """Switch on gradient checkpointing. Raises `OutOfMemory` for a model that can't, as it is only asked for in need."""
     if not network.supports_gradient_checkpointing:
@@ -880,11 +872,6 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _relabelled(shown: Lesson, relabel: Relabel | None) -> torch.Tensor:
     return shown.labels if relabel is None else torch.where(shown.labels == IGNORED, IGNORED, relabel(shown.labels))
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    """Whether torch found no memory; its CPU allocator says so with a plain `RuntimeError`."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _all_finite(vector: Vector) -> bool:

@@ -206,6 +206,14 @@ def remember_link(data_dir: Path, link: JoinLink) -> None:
     temporary.replace(data_dir / LINK_FILE)
 
 
+def link_of(data_dir: Path) -> JoinLink:
+    """The link of the run that was joined last with this folder. Raises `LinkError`."""
+    text = remembered_link(data_dir)
+    if not text:
+        raise LinkError(f"no run was joined with {data_dir}", "name a peer's folder with --dir")
+    return JoinLink.parse(text)
+
+
 def remembered_link(data_dir: Path) -> str:
     """The link of the run that was joined last with this folder; empty if there is none."""
     try:

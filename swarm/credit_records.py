@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 class Terms(NamedTuple):
     """What a manifest says about credit."""
 
-    sequence_length: int
+    tokens_per_weight: int
     max_weight: int
     flops_per_token: int
     hold_rounds: int
@@ -63,8 +63,8 @@ class Terms(NamedTuple):
         strategy = manifest.strategy
         steps = manifest.most_inner_steps * SPEED_SCALE if isinstance(strategy, DiLoCo) else 1
         return cls(
-            manifest.data.sequence_length,
-            steps * strategy.batch_samples,
+            manifest.tokens_per_weight,
+            steps * manifest.most_round_weight,
             manifest.credit.flops_per_token,
             manifest.hold_rounds,
             manifest.audit.rate if manifest.is_audited else 0.0,

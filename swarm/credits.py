@@ -413,7 +413,7 @@ class CreditState:
         limit = min(terms.max_weight, member.weight_limit or terms.max_weight)
         if claim.weight > limit:
             raise Rejected("too_heavy", f"weight {claim.weight}, at most {limit}", claim.peer_id)
-        if claim.tokens != claim.weight * terms.sequence_length:
+        if claim.tokens != claim.weight * terms.tokens_per_weight:
             raise Rejected("wrong_tokens", f"{claim.tokens} tokens for weight {claim.weight}", claim.peer_id)
 
     def _judge_nomination(self, nomination: Nomination) -> None:

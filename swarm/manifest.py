@@ -57,6 +57,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LayerName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$", max_length=200)]
 LearningRate = Annotated[float, Field(gt=0.0, le=10.0)]
 Prompt = Annotated[str, Field(min_length=1, max_length=200)]
+Layout = Literal["plain", "marked", "prompts"]
 
 
 class Frozen(BaseModel):
@@ -92,7 +93,8 @@ class Tree(Frozen):
 class Shard(Tree):
     """Token ids, little-endian unsigned integers: `samples` rows of `sequence_length + 1` ids.
 
-    In a `marked` layout the lower 28 bits are the id; the top bit says that it has no loss, the next that a document starts.
+    In a `marked` layout the lower 28 bits are the id; the top bit says that it has no loss, the next that a document starts. In
+    that of `prompts` they are the same, and a row is one prompt: it ends where the next document starts.
     """
 
     LATER: ClassVar[frozenset[str]] = frozenset({"private"})
@@ -149,6 +151,11 @@ class Model(Frozen):
         """How many tokens there are; of a model that doesn't say, more than any has."""
         return int(self.config.get("vocab_size", 1 << 32))
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is only used as it is: the one trained parameter is a state that stays 0."""
+        return self.base is not None and self.adapter is None and self.parameters == 1
+
     @model_validator(mode="after")
     def _adapts_something(self) -> Model:
         if self.adapter is not None and self.base is None:
@@ -190,8 +197,10 @@ class Data(Frozen):
     sequence_length: int = Field(ge=8, le=1 << 17)
     train: tuple[Shard, ...] = Field(min_length=1, max_length=65536)
     validation: tuple[Shard, ...] = Field(min_length=1, max_length=1024)
-    layout: Literal["plain", "marked"] = Field(
-        "plain", description="`marked`: a row's values also say which tokens have no loss and where a document starts"
+    layout: Layout = Field(
+        "plain",
+        description="`marked`: a row's values also say which tokens have no loss and where a document starts; `prompts`: a row "
+        "is a prompt to generate from, and held-out ones aren't used",
     )
     counted_tokens: int = Field(
         0,
@@ -223,12 +232,12 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _marks_fit(self) -> Data:
-        if self.layout == "plain":
+        if self.layout != "plain" and any(shard.token_bytes != 4 for shard in (*self.train, *self.validation)):
+            raise ValueError(f"the layout {self.layout} needs token_bytes 4")
+        if self.layout != "marked":
             if self.counted_tokens:
                 raise ValueError("counted_tokens are for the layout marked: in a plain one every token counts")
             return self
-        if any(shard.token_bytes != 4 for shard in (*self.train, *self.validation)):
-            raise ValueError("the layout marked needs token_bytes 4")
         if not 0 < self.counted_tokens <= self.train_samples * self.sequence_length:
             raise ValueError("counted_tokens is not between 1 and train samples x sequence_length")
         return self
@@ -274,7 +283,7 @@ class Data(Frozen):
     @property
     def counted_per_sample(self) -> float:
         """How many tokens with a loss a training sample has in the mean."""
-        return self.sequence_length if self.layout == "plain" else self.counted_tokens / self.train_samples
+        return self.counted_tokens / self.train_samples if self.layout == "marked" else self.sequence_length
 
 
 class Schedule(Frozen):
@@ -395,7 +404,55 @@ class DiLoCo(Frozen):
         return self
 
 
-Strategy = Annotated[Sync | DiLoCo, Field(discriminator="kind")]
+class Sampling(Frozen):
+    """How tokens are drawn from what the model expects: the likeliest under logits / temperature plus keyed Gumbel noise.
+
+    Nothing is drawn but the `top_k` likeliest tokens (0 = all), and of these the fewest that have `top_p` of the probability.
+    """
+
+    max_tokens: int = Field(256, ge=1, le=1 << 16, description="a sample ends after so many")
+    temperature: float = Field(1.0, ge=0.05, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1 << 20)
+    stop: tuple[int, ...] = Field((), max_length=16, description="tokens that end a sample, and are its last")
+
+    @field_validator("stop")
+    @classmethod
+    def _tokens(cls, stop: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 0 <= token < 1 << 28 for token in stop):
+            raise ValueError("must be token ids")
+        return tuple(sorted(set(stop)))
+
+
+class Filters(Frozen):
+    """Which samples are kept. Copies never are."""
+
+    min_tokens: int = Field(1, ge=1, le=1 << 16)
+    max_tokens: int = Field(1 << 16, ge=1, le=1 << 16)
+    min_perplexity: float = Field(1.0, ge=1, description="under the model that wrote it: below, it is dull")
+    max_perplexity: float = Field(1e6, ge=1, le=1e9, description="above, it is noise")
+    max_repeated: Fraction = Field(0.5, description="share of a sample's n-grams that repeat an earlier one")
+    max_overlap: Fraction = Field(0.8, description="share of n-grams that it has in common with one that is kept; 1 = any")
+    n_gram: int = Field(5, ge=1, le=64, description="tokens of an n-gram")
+    only_finished: bool = Field(False, description="leave out samples that didn't end by themselves")
+
+
+class Generate(Frozen):
+    """No training: the base writes `samples_per_prompt` samples for each prompt in `data.train`, `batch_samples` a round.
+
+    The state is one value that stays 0.
+    """
+
+    kind: Literal["generate"] = "generate"
+    batch_samples: Positive
+    samples_per_prompt: int = Field(1, ge=1, le=1 << 20)
+    sampling: Sampling = Sampling()
+    filters: Filters = Filters()
+
+
+MOST_ROUND_TOKENS = 1 << 22
+"""What a round may generate at most, so that a peer's share of it stays a blob."""
+Strategy = Annotated[Sync | DiLoCo | Generate, Field(discriminator="kind")]
 
 
 class Mean(Frozen):
@@ -542,10 +599,27 @@ class Manifest(Frozen):
             raise ValueError("nobody can audit what was trained on private shards: set audit.rate and audit.first to 0")
         return self
 
+    @model_validator(mode="after")
+    def _generates_something(self) -> Manifest:
+        strategy, model = self.strategy, self.model
+        if isinstance(strategy, Generate) != (self.data.layout == "prompts"):
+            raise ValueError("the strategy generate and the layout prompts are only there together")
+        if not isinstance(strategy, Generate):
+            return self
+        if not model.is_frozen:
+            raise ValueError("generating needs a model.base, no adapter, and model.parameters 1: nothing is trained")
+        if strategy.batch_samples * strategy.sampling.max_tokens > MOST_ROUND_TOKENS:
+            raise ValueError(f"batch_samples x sampling.max_tokens is more than {MOST_ROUND_TOKENS}")
+        if self.merge.kind != "mean" or self.codec.kind != "fp16":
+            raise ValueError("generating needs the merge mean and the codec fp16: there is no update to bound or to shorten")
+        if self.evaluation is not None:
+            raise ValueError("generating has no evaluation: the model stays as it is")
+        return self
+
     def phase(self, round_index: int) -> Phase:
-        """What holds in a round: the last phase that has begun; `inner_steps` is 1 in `sync`."""
+        """What holds in a round: the last phase that has begun; `inner_steps` is 1 but in `diloco`."""
         strategy = self.strategy
-        if isinstance(strategy, Sync):
+        if not isinstance(strategy, DiLoCo):
             return Phase(from_round=1, inner_steps=1, codec=self.codec)
         first = Phase(from_round=1, inner_steps=strategy.inner_steps, codec=self.codec)
         return next((phase for phase in reversed(strategy.phases) if phase.from_round <= round_index), first)
@@ -557,10 +631,35 @@ class Manifest(Frozen):
         return (self.tokenizer, *base, *self.data.trees)
 
     @property
+    def training(self) -> Sync | DiLoCo:
+        """The strategy of a run that trains. Raises `ValueError` for one that generates."""
+        if isinstance(self.strategy, Generate):
+            raise ValueError("the run generates; it trains nothing")
+        return self.strategy
+
+    @property
+    def planned_tokens(self) -> int:
+        """How many tokens the run is planned for; where it generates, the most that its samples can have."""
+        if isinstance(self.strategy, Generate):
+            return self.data.train_samples * self.strategy.samples_per_prompt * self.strategy.sampling.max_tokens
+        return self.strategy.schedule.total_tokens
+
+    @property
+    def tokens_per_weight(self) -> int:
+        """Tokens for which a contribution gets credit, for each unit of its weight: samples, or tokens where it generates."""
+        return 1 if isinstance(self.strategy, Generate) else self.data.sequence_length
+
+    @property
+    def most_round_weight(self) -> int:
+        """What all peers together contribute to a round at most where they share its work."""
+        strategy = self.strategy
+        return strategy.batch_samples * (strategy.sampling.max_tokens if isinstance(strategy, Generate) else 1)
+
+    @property
     def most_inner_steps(self) -> int:
         """The inner steps of the longest round."""
         strategy = self.strategy
-        if isinstance(strategy, Sync):
+        if not isinstance(strategy, DiLoCo):
             return 1
         return max(strategy.inner_steps, *(phase.inner_steps for phase in strategy.phases), 1)
 
@@ -615,6 +714,21 @@ class Manifest(Frozen):
         """On how many held-out samples they do."""
         held_out = sum(shard.samples for shard in self.data.validation)
         return 0 if self.evaluation is None else min(held_out, self.evaluation.samples)
+
+    @property
+    def skip_spikes(self) -> SkipSpikes | None:
+        """Which rounds change nothing, where the run skips some."""
+        return None if isinstance(self.strategy, Generate) else self.strategy.skip_spikes
+
+    @property
+    def generates(self) -> bool:
+        """Whether peers write samples instead of training."""
+        return isinstance(self.strategy, Generate)
+
+    @property
+    def shows_work(self) -> bool:
+        """Whether commits name what others can look at: leaves, or samples."""
+        return self.is_replayed or self.generates
 
     @property
     def hold_rounds(self) -> int:

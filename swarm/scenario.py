@@ -164,13 +164,13 @@ class Scenario:
     async def earned(self) -> dict[str, int]:
         """FLOPs of the reports that each peer has signed, whatever has become of them."""
         manifest = await self.manifest()
-        per_sample = manifest.data.sequence_length * manifest.credit.flops_per_token
+        per_sample = manifest.tokens_per_weight * manifest.credit.flops_per_token
         return {self.identity(name).peer_id: reported_weight(peer) * per_sample for name, peer in self.peers.items()}
 
     async def worked(self) -> dict[str, int]:
         """FLOPs of the rounds that each peer has finished, by its own history."""
         manifest = await self.manifest()
-        per_sample = manifest.data.sequence_length * manifest.credit.flops_per_token
+        per_sample = manifest.tokens_per_weight * manifest.credit.flops_per_token
         return {
             self.identity(name).peer_id: sum(int(line["weight"]) for line in peer.history()) * per_sample
             for name, peer in self.peers.items()

@@ -202,7 +202,7 @@ def escapes(rate: float, is_replayed: bool) -> list[Escape]:
 
 def progress_share(tokens: int, journal: Journal) -> float | None:
     """Which share of the schedule's tokens is verified."""
-    total = journal.manifest.strategy.schedule.total_tokens
+    total = journal.manifest.planned_tokens
     return min(1.0, tokens / total) if total else None
 
 

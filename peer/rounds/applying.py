@@ -10,7 +10,7 @@ from swarm.manifest import Manifest
 
 def tokens_of(run: Manifest, proposal: ProposalFacts) -> int:
     """Tokens behind a round's update."""
-    return sum(item.weight for item in proposal.commits) * run.data.sequence_length
+    return sum(item.weight for item in proposal.commits) * run.tokens_per_weight
 
 
 def loss_of(proposal: ProposalFacts) -> float:

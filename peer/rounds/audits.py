@@ -29,9 +29,10 @@ from peer.judging import (
 from peer.leaves import MAX_LEAVES_BYTES, Leaf, unpack
 from peer.network.node import PeerFailure
 from peer.outer import OuterState
+from peer.rounds.proofreading import Proofreader
 from peer.rounds.run import RoundRun, Services
 from peer.rounds.training import TrainingThread
-from peer.rounds.values import CommitFacts
+from peer.rounds.values import CommitFacts, RosterMember
 from peer.rounds.weighing import Scales
 from peer.sketch import Sketcher
 from swarm.audits import CONVICTED, FAILED, PASSED
@@ -47,6 +48,7 @@ SHORTEST_POLL_S, SHORTEST_IDLE_POLL_S, LONGEST_POLL_S = 0.5, 3.0, 30.0
 POLLS_A_ROUND = 4
 SHORTEST_WAIT_S, WAIT_ROUNDS = 3.0, 2
 PATIENCE_S, AWAY_S = 10.0, 5.0
+SHOWN_WRONG = ("bad_leaves", "bad_part", "bad_piece")
 FLOAT_BYTES = 4
 
 log = structlog.get_logger(__name__)
@@ -60,6 +62,7 @@ class Kept:
     base_root: bytes
     state: OuterState
     commits: dict[str, CommitFacts]
+    roster: tuple[RosterMember, ...] = ()
 
 
 @dataclass
@@ -87,7 +90,8 @@ class AuditDesk:
         if state is None or not self.services.manifest.is_audited:
             return
         most = max(1, min(KEPT_ROUNDS, KEPT_BYTES // (FLOAT_BYTES * state.theta.size)))
-        self._kept = [*self._kept, Kept(run.round_index, run.setup.base_root, state, dict(run.state.commits))][-most:]
+        kept = Kept(run.round_index, run.setup.base_root, state, dict(run.state.commits), run.setup.roster)
+        self._kept = [*self._kept, kept][-most:]
 
     def forget(self) -> None:
         """Free the memory that past states take."""
@@ -176,6 +180,8 @@ class AuditDesk:
             newest = self._kept[-1].round_index if self._kept else -1
             return UNABLE_TO_LOOK if duty.round <= newest else None
         try:
+            if self.services.manifest.generates:
+                return await self._proofread(kept, commit, duty.seed)
             if self.services.manifest.is_replayed:
                 return await self._looked_at(kept, commit, duty.seed)
             return await self._weighed(kept, commit, duty.seed)
@@ -186,7 +192,7 @@ class AuditDesk:
             log.info("not_shown", round=duty.round, peer=duty.peer_id, reason=error.reason)
             return self._not_shown((int(duty.round), duty.peer_id))
         except Rejected as error:
-            return Judgement(FAILED, error.reason) if error.reason in ("bad_leaves", "bad_part") else NOT_SHOWN
+            return Judgement(FAILED, error.reason) if error.reason in SHOWN_WRONG else NOT_SHOWN
 
     def _not_shown(self, place: tuple[int, str]) -> Judgement | None:
         """Ask again for some rounds: its author may only be away for a moment."""
@@ -230,6 +236,13 @@ class AuditDesk:
             return judge_update(codec.kind, expected[rows], sketch[rows])
 
         return await asyncio.get_running_loop().run_in_executor(self.services.pool, judged)
+
+    async def _proofread(self, kept: Kept, commit: CommitFacts, seed: bytes) -> Judgement | None:
+        """Compute some of its samples again: whether the model wrote them, and whether they are those that it had to write."""
+        batch = self.services.manifest.strategy.batch_samples
+        reader = Proofreader(self.training, kept.round_index, kept.roster, batch)
+        found = await self._contents(commit, {commit.evidence_root: reader.most_bytes(commit)})
+        return await reader.judged(commit, found[commit.evidence_root], seed)
 
     async def _weighed(self, kept: Kept, commit: CommitFacts, seed: bytes) -> Judgement | None:
         """Hold what its update does to the loss on its samples and on others against what ours does."""

@@ -24,10 +24,12 @@ from peer.rounds.auditor import Auditor
 from peer.rounds.audits import AuditDesk
 from peer.rounds.disputes import Disputes
 from peer.rounds.entering import Entered, Entry
+from peer.rounds.gathering import Gatherer
 from peer.rounds.inbox import Inbox, read_delivery
 from peer.rounds.keeping import Keeping
 from peer.rounds.lapses import Lapses
 from peer.rounds.pacing import Pacing, first_exchange_s
+from peer.rounds.planning import sample_spans
 from peer.rounds.planting import Planter
 from peer.rounds.run import Contribution, RoundRun, Services
 from peer.rounds.snapshots import Snapshots
@@ -40,7 +42,7 @@ from peer.state import Layout, Snapshot
 from peer.tasks import cancel
 from swarm import tracing
 from swarm.errors import Rejected
-from swarm.manifest import DiLoCo, Sync
+from swarm.manifest import DiLoCo, Generate, Sync
 from swarm.messages import open_signed, parse, seal
 from swarm.rpc.v1.peer_pb2 import Ack, AddressList, Delivery, SyncReply, SyncRequest
 from swarm.rpc.v1.signed_pb2 import Adoption, Evidence, JoinRequest, Member, Proposal, Result, SealReply, Signed, Tree
@@ -114,6 +116,7 @@ class Engine:
     on_entered: Callable[[], None] = lambda: None
     planter: Planter | None = None
     keeping: Keeping | None = None
+    gatherer: Gatherer | None = None
     pacing: Pacing = field(init=False)
     disputes: Disputes = field(init=False)
     inbox: Inbox = field(default_factory=Inbox)
@@ -457,13 +460,13 @@ class Engine:
             min_peers=manifest.rounds.min_peers if place.round_index == 0 else 1,
             max_peers=manifest.rounds.max_peers,
             full_quota=full_quota(manifest, place.round_index + 1),
-            shared_quota=isinstance(manifest.strategy, Sync),
+            shared_quota=isinstance(manifest.strategy, Sync | Generate),
             scale_to_speed=manifest.rounds.scale_to_speed,
             barred=self._barred | self._lapses.barred(place.round_index),
             newcomers=frozenset(member.peer for member in place.roster if self.services.admissions.is_newcomer(member.peer)),
             new_weight=manifest.audit.new_weight,
             quota_samples=quota_samples(manifest),
-            quotes_losses=manifest.strategy.skip_spikes is not None,
+            quotes_losses=manifest.skip_spikes is not None,
         )
 
     @property
@@ -490,6 +493,9 @@ class Engine:
         with tracing.span("training", {"swarm.round": run.round_index}):
             if self.training.is_ahead(run.round_index):
                 contribution = await self.training.join_early(state.theta, quota, state.tokens)
+            elif self.services.manifest.generates:
+                first, count = self._span(run)
+                contribution = await self.training.write(first, min(count, quota))
             else:
                 contribution = await self.training.train(
                     state.theta, run.round_index, run.setup.me, quota, state.tokens, self._sketcher(run)
@@ -503,6 +509,11 @@ class Engine:
             tokens = state.tokens + sum(member.quota for member in run.setup.roster) * self._tokens_per_step
             self.training.begin_early(run.round_index + 1, run.setup.me, quota, tokens)
         await run.contribute(contribution if attack is None else attack.contribution(contribution))
+
+    def _span(self, run: RoundRun) -> tuple[int, int]:
+        """The first sample that is ours to write, and how many are."""
+        spans = sample_spans(run.round_index, run.setup.roster, self.services.manifest.strategy.batch_samples)
+        return spans[run.setup.me]
 
     def _sketcher(self, run: RoundRun) -> Sketcher | None:
         """What shows others our work, where they compute it again."""
@@ -553,6 +564,9 @@ class Engine:
         mine = proposal.included(run.setup.me)
         self.services.residuals.settle(mine is not None and bool(mine.weight), run.exchange.span_merge(proposal.proposal_hash))
         before = self.state
+        if self.gatherer is not None:
+            commits = [run.state.commits[item.peer] for item in proposal.contributors if item.peer in run.state.commits]
+            await self.gatherer.gather(run.round_index, run.setup.roster, commits)
         with tracing.span("merge", {"swarm.round": run.round_index}):
             snapshot = await self._apply(run, proposal, merged)
         if self.keeping is not None and snapshot is not None:
@@ -609,7 +623,7 @@ class Engine:
         manifest, following = self.services.manifest, run.round_index + 1
         quota = next((member.quota for member in proposal.next_roster if member.peer == run.setup.me), 0)
         ends = run.leaving or self.wish != "train" or 0 < manifest.rounds.total < following
-        if ends or not quota or manifest.is_replayed or self.services.attack is not None or self.training.is_ahead(following):
+        if ends or not quota or manifest.shows_work or self.services.attack is not None or self.training.is_ahead(following):
             return
         self.training.begin(state.theta, following, run.setup.me, quota, state.tokens)
 
@@ -685,7 +699,7 @@ class Engine:
             result=result,
             root=root,
             weight=mine.weight if mine is not None else 0,
-            tokens=weight * self.services.manifest.data.sequence_length,
+            tokens=weight * self.services.manifest.tokens_per_weight,
             tokens_total=self.state.tokens if self.state is not None else 0,
             loss=sum(item.loss * item.weight for item in commits) / max(1, sum(item.weight for item in commits)),
             wall_s=wall_s,

@@ -52,6 +52,21 @@ def spans_of(part_count: int, uploads: Mapping[str, int]) -> dict[str, tuple[int
     return spans
 
 
+def sample_spans(round_index: int, roster: Sequence[RosterMember], batch_samples: int) -> dict[str, tuple[int, int]]:
+    """Where the run generates: the first sample that each member writes in a round, and how many.
+
+    Samples are numbered over the whole run. A round has `batch_samples` of them, which the roster shares by quota, in the order
+    of peer ids; quotas beyond that are not used.
+    """
+    first, end = (round_index - 1) * batch_samples, round_index * batch_samples
+    spans = {}
+    for member in sorted(roster, key=lambda member: member.peer):
+        count = min(member.quota, end - first)
+        spans[member.peer] = (first, count)
+        first += count
+    return spans
+
+
 def quotas_of(
     members: Sequence[str],
     previous: Mapping[str, int],

@@ -98,7 +98,7 @@ log = structlog.get_logger(__name__)
 class Contribution:
     """What training gave: the update, [parameters], with its weight in samples; None for a zero update.
 
-    `leaves` are what others can check, where the run is audited.
+    `leaves` are what others can check, where the run is audited, or `piece`, where it generates; then the weight is in tokens.
     """
 
     update: Vector | None
@@ -107,6 +107,7 @@ class Contribution:
     seconds: float
     leaves: tuple[Leaf, ...] = ()
     precision: str = "fp32"
+    piece: bytes = b""
 
 
 class Attack(Protocol):
@@ -349,15 +350,19 @@ class RoundRun:
     # --- messages -------------------------------------------------------------------------------------------------------
 
     def _keep_evidence(self, contribution: Contribution, hashes: tuple[bytes, ...]) -> bytes:
-        """Keep what auditors will ask for, for as long as they may; the hash of the leaves, empty where nobody computes again."""
+        """Keep what auditors will ask for, for as long as they may; the hash of the leaves, empty where nobody computes again.
+
+        Of a piece it is the hash of the piece itself.
+        """
         manifest, store = self.services.manifest, self.services.transfer.store
-        if not manifest.is_audited:
+        if not (manifest.is_audited or manifest.generates):
             return b""
         until = self.round_index + manifest.audit.within_rounds
         store.keep_until(hashes, until)
-        if not manifest.is_replayed:
+        if not manifest.shows_work:
             return b""
-        name = store.put(pack(contribution.leaves, contribution.precision), self.round_index)
+        shown = contribution.piece if manifest.generates else pack(contribution.leaves, contribution.precision)
+        name = store.put(shown, self.round_index)
         store.keep_until((name,), until)
         return name
 
@@ -368,7 +373,7 @@ class RoundRun:
             round=self.round_index,
             base_root=self.setup.base_root,
             weight=contribution.weight if hashes else 0,
-            tokens=(contribution.weight if hashes else 0) * manifest.data.sequence_length,
+            tokens=(contribution.weight if hashes else 0) * manifest.tokens_per_weight,
             codec=self.exchange.codec.kind,
             parts_root=root_of(hashes) if hashes else b"",
             part_count=len(hashes),

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from peer.generator import Generator
 from peer.rounds.run import Contribution
 from peer.sketch import Sketcher
 from peer.trainer import Early, Joined, Progress, TrainedUpdate, Trainer, Vector
@@ -39,9 +40,9 @@ class _Begun:
 
 @dataclass
 class TrainingThread:
-    """Runs a `Trainer` in a thread of its own."""
+    """Runs a `Trainer`, or where the run generates a `Generator`, in a thread of its own."""
 
-    trainer: Trainer
+    worker: Trainer | Generator
     on_progress: Callable[[Progress], None] = lambda progress: None
     on_trained: Callable[[TrainedUpdate], None] = lambda trained: None
     _reason: str | None = None
@@ -49,6 +50,28 @@ class TrainingThread:
     _ahead: _Ahead | None = None
     _begun: _Begun | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="training"))
+
+    @property
+    def trainer(self) -> Trainer:
+        """What trains. Raises `ValueError` where the run generates."""
+        if isinstance(self.worker, Generator):
+            raise ValueError("the run generates")
+        return self.worker
+
+    @property
+    def generator(self) -> Generator:
+        """What generates. Raises `ValueError` where the run trains."""
+        if not isinstance(self.worker, Generator):
+            raise ValueError("the run trains")
+        return self.worker
+
+    async def write(self, first: int, count: int) -> Contribution:
+        """Write samples, from number `first` on; nothing where we were told to stop before. Cancelled like `train`."""
+        if self._held is not None:
+            return NOTHING
+        self._reason = None
+        generator = self.generator
+        return await self._outcome(self._submit(lambda: generator.write_round(first, count, self.why_stopped, self.on_progress)))
 
     async def train(
         self, theta: Vector, round_index: int, peer: str, quota: int, tokens: int, sketcher: Sketcher | None = None
@@ -125,7 +148,7 @@ class TrainingThread:
             await asyncio.wait([job])
             raise
         self.on_trained(trained)
-        return contribution_of(trained, self.trainer.precision)
+        return contribution_of(trained, self.worker.precision)
 
     def is_stopped(self) -> bool:
         """Whether the job was told to end."""
@@ -149,7 +172,7 @@ class TrainingThread:
 
     async def release(self) -> None:
         """Free the device."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self.trainer.release)
+        await asyncio.get_running_loop().run_in_executor(self._pool, self.worker.release)
 
     def close(self) -> None:
         """End the thread."""
@@ -161,4 +184,5 @@ def contribution_of(trained: TrainedUpdate, precision: str) -> Contribution:
     """What goes into the commit; nothing where there were values that are not finite."""
     if trained.error is not None or not trained.samples:
         return Contribution(None, 0, 0.0, trained.seconds)
-    return Contribution(trained.update, trained.samples, trained.loss_mean, trained.seconds, trained.leaves, precision)
+    leaves, piece = trained.leaves, trained.piece
+    return Contribution(trained.update, trained.samples, trained.loss_mean, trained.seconds, leaves, precision, piece)

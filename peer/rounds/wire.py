@@ -23,7 +23,7 @@ from peer.rounds.values import (
 )
 from swarm.errors import Rejected
 from swarm.identity import public_key_of
-from swarm.manifest import DiLoCo, Manifest, Sync
+from swarm.manifest import DiLoCo, Generate, Manifest, Sync
 from swarm.merkle import HASH_BYTES, root_of
 from swarm.messages import open_signed, payload_hash, split_hashes
 from swarm.rpc.v1.signed_pb2 import (
@@ -79,13 +79,13 @@ class Checker:
         codec = self._codec(commit.round)
         problems = (
             ("bad_weight", commit.weight <= weight_limit(self.manifest, commit.round)),
-            ("bad_tokens", commit.tokens == commit.weight * self.manifest.data.sequence_length),
+            ("bad_tokens", commit.tokens == commit.weight * self.manifest.tokens_per_weight),
             ("bad_numbers", math.isfinite(commit.loss) and math.isfinite(commit.train_seconds) and commit.train_seconds >= 0),
             ("wrong_codec", commit.codec == codec.kind),
             ("wrong_parts", len(hashes) == commit.part_count == (codec.part_count if commit.weight else 0)),
             ("wrong_parts", not commit.weight or root_of(hashes) == commit.parts_root),
             ("wrong_base", len(commit.base_root) == HASH_BYTES),
-            ("no_evidence", len(commit.evidence_root) == (HASH_BYTES if commit.weight and self.manifest.is_replayed else 0)),
+            ("no_evidence", len(commit.evidence_root) == (HASH_BYTES if commit.weight and self.manifest.shows_work else 0)),
         )
         _require(problems, signed.signer)
         facts = CommitFacts(
@@ -231,24 +231,26 @@ class Checker:
 
 
 def weight_limit(manifest: Manifest, round_index: int) -> int:
-    """The most samples that the strategy gives one peer in a round."""
-    return manifest.phase(round_index).inner_steps * manifest.strategy.batch_samples
+    """The most samples that the strategy gives one peer in a round; tokens where it generates."""
+    return manifest.phase(round_index).inner_steps * manifest.most_round_weight
 
 
 def full_quota(manifest: Manifest, round_index: int) -> int:
-    """The work of a round: the target batch in samples (`sync`) or the inner steps of the fastest peer (`diloco`)."""
+    """The work of a round: the samples of all (`sync`, `generate`) or the inner steps of the fastest peer (`diloco`)."""
     match manifest.strategy:
-        case Sync(batch_samples=samples):
+        case Sync(batch_samples=samples) | Generate(batch_samples=samples):
             return samples
         case DiLoCo():
             return manifest.phase(round_index).inner_steps
 
 
 def quota_samples(manifest: Manifest) -> int:
-    """The samples in a unit of quota; 0 where work is begun before the quota is known, so that it binds nobody."""
+    """The most weight of a unit of quota; 0 where work is begun before the quota is known, so that it binds nobody."""
     match manifest.strategy:
         case Sync():
             return 1
+        case Generate(sampling=sampling):
+            return sampling.max_tokens
         case DiLoCo(overlap="off", batch_samples=samples):
             return samples
         case DiLoCo():

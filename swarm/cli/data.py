@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from swarm.cli import synthetic
+from swarm.cli.folders import new_folder
 from swarm.cli.output import Bar, bars, print_fields, print_json
 from swarm.errors import UsageError
 
 if TYPE_CHECKING:
+    from peer.dataset import Dataset, Kind
     from peer.documents import Counts, Record, Shuffled
 
-app = typer.Typer(
-    help="Make a run's data from texts: tokenizer, build, combine, teach.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Make a run's data from texts, or let a model write them.", no_args_is_help=True, rich_markup_mode=None)
 
-KINDS = ("text", "chat")
+KINDS = ("text", "chat", "prompts")
 SourcesArgument = Annotated[
     list[Path] | None, typer.Argument(help="Text files, JSON lines, Parquet files, or folders of them.", show_default=False)
 ]
@@ -33,7 +34,7 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="With --
 FieldOption = Annotated[
     str, typer.Option("--field", "--column", help="Where a JSON line, a Parquet row or a hub's row has its text.")
 ]
-KindOption = Annotated[str, typer.Option("--kind", help="text, or chat: loss on what the assistant says only.")]
+KindOption = Annotated[str, typer.Option("--kind", help="text; chat: loss on answers only; prompts: to generate from.")]
 TemplateOption = Annotated[
     Path | None, typer.Option("--chat-template", help="A Jinja file instead of the tokenizer's own, or ChatML.")
 ]
@@ -46,7 +47,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 
 @app.callback()
 def data() -> None:
-    """Make a run's data from texts: build, and before it perhaps a tokenizer, after it combine and teach."""
+    """Make a run's data from texts: build, and before it perhaps a tokenizer, after it combine and teach; or generate."""
+
+
+app.command("generate")(synthetic.generate)
+app.command("collect")(synthetic.collect)
+app.command("verify-generated")(synthetic.verify_generated)
 
 
 @app.command()
@@ -123,7 +129,7 @@ def build(
 ) -> None:
     """Tokenise, shuffle and pack texts into shards that are named by their content; copies are left out.
 
-    `swarm run init --data data` makes a manifest of them.
+    `swarm run init --data data` makes a manifest of them; `swarm data generate` writes samples for prompts.
 
     Examples:
 
@@ -132,6 +138,8 @@ def build(
       swarm data build articles.jsonl --field body --to data
 
       swarm data build chats.jsonl --kind chat --tokenizer base/tokenizer.json --sequence-length 2048
+
+      swarm data build questions.jsonl --kind prompts --tokenizer base/tokenizer.json --sequence-length 512 --to prompts
 
       swarm data build --hub roneneldan/TinyStories --column text --limit 100000 --tokenizer bpe:8192
     """
@@ -147,7 +155,7 @@ def build(
             held_out,
             license_ or source.license or "unknown",
             description,
-            "chat" if kind == "chat" else "text",
+            cast("Kind", kind),
             chat_template,
             private,
         )
@@ -161,14 +169,14 @@ def build(
         "vocabulary_size": made.vocabulary_size,
         "license": made.data.license,
         **_left_out(kind, counts),
-        "train_samples": made.data.train_samples,
-        "held_out_samples": sum(shard.samples for shard in made.data.validation),
+        **_samples(kind, made),
     }
     if as_json:
         print_json(fields)
         return
     print_fields(fields)
-    after = f"send that file to the run's owner, and join with: --data {to}" if private else f"swarm run init --data {to}"
+    following = f"run init --data {to}" if kind != "prompts" else f"data generate --base BASE --prompts {to} --to data"
+    after = f"send that file to the run's owner, and join with: --data {to}" if private else f"swarm {following}"
     typer.echo(f"{to / FILE} written; next: {after}")
 
 
@@ -250,13 +258,13 @@ def teach(
     typer.echo(f"{to / FILE} written; next: swarm run init --data {to}")
 
 
-def new_folder(to: Path) -> Path:
-    """Where to write a folder, whose parents are made. Raises `UsageError` unless it is new or empty."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
-    to = to.absolute()
-    to.parent.mkdir(parents=True, exist_ok=True)
-    return to
+def _samples(kind: str, made: Dataset) -> dict[str, object]:
+    if kind == "prompts":
+        return {"prompts": made.data.train_samples}
+    return {
+        "train_samples": made.data.train_samples,
+        "held_out_samples": sum(shard.samples for shard in made.data.validation),
+    }
 
 
 @dataclass(frozen=True)
@@ -281,7 +289,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UsageError(f"no such kind of data: {self.kind}", "choose text or chat")
+            raise UsageError(f"no such kind of data: {self.kind}", "choose text or chat, or prompts")
         if bool(self.paths) == bool(self.hub.name):
             raise UsageError("name files, or a data set with --hub", "for example: swarm data build ./texts")
 
@@ -295,17 +303,27 @@ class Source:
             yield documents, counts, bar
 
     def _documents(self, counts: Counts, bar: Bar) -> Iterator[str]:
-        from peer.chats import read_chats
-        from peer.documents import files_of, read_documents, read_records, texts_of
+        from peer.documents import files_of, read_documents, read_records
 
         if self.hub.name:
-            records = self._rows(counts, bar)
-            return read_chats(records, counts) if self.kind == "chat" else texts_of(records, self.field, counts)
+            return self._from(self._rows(counts, bar), counts)
         files = files_of(self.paths)
         on_file = bar("reading", len(files))
-        if self.kind == "chat":
-            return read_chats(read_records(files, counts, on_file), counts)
-        return read_documents(files, self.field, counts, on_file)
+        if self.kind == "text":
+            return read_documents(files, self.field, counts, on_file)
+        return self._from(read_records(files, counts, on_file), counts)
+
+    def _from(self, records: Iterable[Record], counts: Counts) -> Iterator[str]:
+        from peer.chats import read_chats
+        from peer.documents import texts_of
+        from peer.prompts import read_prompts
+
+        match self.kind:
+            case "chat":
+                return read_chats(records, counts)
+            case "prompts":
+                return read_prompts(records, counts)
+        return texts_of(records, self.field, counts)
 
     def _rows(self, counts: Counts, bar: Bar) -> Iterator[Record]:
         from peer.hub import open_data
@@ -321,9 +339,13 @@ class Source:
 
 
 def _left_out(kind: str, counts: Counts) -> dict[str, object]:
-    """The chats that can't be trained on; told on standard error where there are some."""
+    """The chats that can't be trained on, and prompts that don't fit; told on standard error where there are some."""
     if kind == "text":
         return {}
+    if kind == "prompts":
+        if counts.too_long:
+            typer.echo(f"warning: left out {counts.too_long:,} of the prompts, longer than a row", err=True)
+        return {"empty": counts.empty, "too_long": counts.too_long}
     found = {"empty": counts.empty, "too_long": counts.too_long, "not_split": counts.not_split}
     reasons = {
         "empty": "without an answer",

@@ -63,7 +63,9 @@ def command(
     folder = load(PeerSettings, {"data_dir": data_dir}).data_dir
     if round_number is None and not best:
         asyncio.run(_refresh(folder))
-    run, coordinator = _read_run(folder / RUN_NAME)
+    run, coordinator = read_run_of(folder / RUN_NAME)
+    if run.generates:
+        raise UsageError("the run generates, it trains no weights", "its samples are written by: swarm data collect --to DIR")
     from peer.export import require_new
     from peer.outcome import FILES, best_weights, export, newest_weights, provenance
 
@@ -128,7 +130,7 @@ async def _recorded(folder: Path) -> tuple[GetProgressResponse | None, list[Bala
         return None, []
 
 
-def _read_run(path: Path) -> tuple[Manifest, str]:
+def read_run_of(path: Path) -> tuple[Manifest, str]:
     """The manifest of the run that a peer has last taken part in, and its coordinator's peer id."""
     try:
         answer = parse(GetRunResponse, path.read_bytes())

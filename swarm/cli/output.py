@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 import structlog
 import typer
@@ -19,6 +19,16 @@ from swarm.log_writer import LogWriter
 LAST_LINES_S = 1.0
 STDERR = 2
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class Moved(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, advance: int = 1) -> None:
+        """By so many."""
+
+
+Bar = Callable[[str, int | None], Moved]
 
 
 def print_json(value: object) -> None:
@@ -84,21 +94,17 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-Bar = Callable[[str, int | None], Callable[[], None]]
-"""Adds a bar for so many steps, and gives what moves it on by one."""
-
-
 @contextmanager
 def bars() -> Iterator[Bar]:
-    """Bars on the terminal; nothing where there is none."""
+    """Bars on the terminal; nothing where there is none. `bar(what, total)` adds one, and gives what moves it on by one."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def bar(what: str, total: int | None) -> Callable[[], None]:
+        def bar(what: str, total: int | None) -> Moved:
             task = progress.add_task(what, total=total)
-            return lambda: progress.advance(task)
+            return lambda advance=1: progress.advance(task, advance)
 
         yield bar

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from swarm import auto
 from swarm.accounts import DAY_S
-from swarm.cli.data import new_folder
+from swarm.cli.folders import new_folder
 from swarm.cli.output import print_fields, print_json
 from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
@@ -30,9 +30,11 @@ from swarm.manifest import (
     DiLoCo,
     Distillation,
     Evaluation,
+    Generate,
     Lora,
     Manifest,
     Model,
+    Sampling,
     Schedule,
     SkipSpikes,
     Sync,
@@ -56,8 +58,8 @@ COMMENTS = {
     "data": "Shards of token ids, in order; size_bytes = samples x (sequence_length + 1) x token_bytes.",
     "objective": "What is learned.",
     "distillation": "share x divergence from data.teacher + (1 - share) x cross-entropy of the labels.",
-    "strategy": "sync: gradients every step. diloco: inner_steps local steps, then their difference is averaged. skip_spikes: a\n"
-    "# round whose loss is so many deviations above the last window's changes nothing; null = every round counts.",
+    "strategy": "sync: gradients every step. diloco: inner_steps local steps, then they are averaged. generate: samples.\n"
+    "# skip_spikes: a round whose loss is so many deviations above the last window's changes nothing; null = every round counts.",
     "codec": "How updates travel.",
     "merge": "How updates become one. centered_clip bounds what a minority can do; mean is for peers that you know.",
     "rounds": "When rounds start and end; total 0 = for ever.",
@@ -158,6 +160,9 @@ def init(
     base_bits: Annotated[
         int, typer.Option("--base-bits", help="With --lora: 4 has peers fetch and hold the base in 4 bits (QLoRA); 0 = as it is.")
     ] = 0,
+    samples_per_prompt: Annotated[
+        int, typer.Option("--samples-per-prompt", min=1, help="With prompts as --data: how many samples are written for each.")
+    ] = 1,
     strategy: Annotated[str, typer.Option("--strategy", help="auto, diloco (the same in all rounds) or sync.")] = auto.AUTO,
     codec: Annotated[
         str | None, typer.Option("--codec", help="fp16, int8, int4, int2 or sparse instead of a chosen one.")
@@ -174,7 +179,7 @@ def init(
     """Write a commented manifest: to fill in, or ready to sign with --data, or with --demo.
 
     With `--strategy auto` the budget, the slowest link and the slowest device decide on inner steps, codec and overlap; the
-    reasons are printed, and what is written is explicit.
+    reasons are printed, and what is written is explicit. Prompts as --data make a run that generates.
 
     Examples:
 
@@ -193,8 +198,10 @@ def init(
     elif data is not None and config is not None:
         values, changed = _with_config(data, config)
     elif data is not None:
-        adapter = _adapter(lora, lora_targets, base_bits)
-        values = _with_data(data, hidden_size, layers) if base is None else _with_base(data, base, adapter, base_bits)
+        if base is None:
+            values = _with_data(data, hidden_size, layers)
+        else:
+            values = _with_base(data, base, _adapter(lora, lora_targets, base_bits), base_bits, samples_per_prompt)
     budget: dict[str, Any] = {
         "tokens": tokens,
         "peers": peers,
@@ -205,10 +212,10 @@ def init(
     }
     budget |= {"batch_samples": batch_samples, "traffic_share": traffic_share, "codec": codec, "inner_steps": inner_steps}
     values, why = with_strategy(values, strategy, budget)
-    values["strategy"] |= {"skip_spikes": SkipSpikes().model_dump(mode="json")}
-    if data is not None and not demo:
-        values = _sparing(values)
-    values = _paced(values)
+    if values["strategy"]["kind"] != "generate":
+        values = _paced({**values, "strategy": {**values["strategy"], "skip_spikes": SkipSpikes().model_dump(mode="json")}})
+        if data is not None and not demo:
+            values = _sparing(values)
     if config is not None:
         Manifest.from_values(values, str(config))
     try:
@@ -224,6 +231,8 @@ def init(
 
 def with_strategy(values: dict[str, Any], strategy: str, budget: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A manifest's fields with the strategy of this name for a budget, and the reasons. Raises `UsageError`."""
+    if values["data"].get("layout") == "prompts":
+        return _generating(values, budget), ()
     draft = _draft(values, budget)
     match strategy:
         case auto.AUTO:
@@ -245,6 +254,16 @@ def _paced(values: dict[str, Any]) -> dict[str, Any]:
         return values
     every = max(values["evaluation"]["every"], -(-values["rounds"]["total"] // MOST_EVALUATIONS))
     return {**values, "evaluation": {**values["evaluation"], "every": every}}
+
+
+def _generating(values: dict[str, Any], budget: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a run that generates, whose rounds are as long as all its samples take."""
+    batch = budget["peers"] * budget["batch_samples"]
+    strategy = Generate.model_validate({**values["strategy"], "batch_samples": batch})
+    samples = sum(shard["samples"] for shard in values["data"]["train"]) * strategy.samples_per_prompt
+    limits = {**values["rounds"], "total": -(-samples // batch)}
+    made = {"strategy": strategy.model_dump(mode="json"), "merge": {"kind": "mean"}, "rounds": limits, "evaluation": None}
+    return {**values, **made}
 
 
 def _draft(values: dict[str, Any], budget: dict[str, Any]) -> auto.Draft:
@@ -481,6 +500,8 @@ def _with_data(folder: Path, hidden_size: int, layers: int) -> dict[str, Any]:
     from peer.recipes import llama_config
 
     made = read(folder)
+    if made.data.layout == "prompts":
+        raise UsageError(f"{folder} holds prompts, for a base to go on from", "name one with --base, made by swarm run base")
     config = llama_config(made.vocabulary_size, made.data.sequence_length, hidden_size, layers, made.end_of_text)
     return _filled(made, Model(config=config, parameters=count_parameters(config)))
 
@@ -506,7 +527,7 @@ def _adapter(rank: int, targets: str, base_bits: int) -> Lora | None:
     return Lora(rank=rank, alpha=2 * rank, targets=tuple(targets.split(","))) if rank else None
 
 
-def _with_base(folder: Path, base: Path, adapter: Lora | None, base_bits: int) -> dict[str, Any]:
+def _with_base(folder: Path, base: Path, adapter: Lora | None, base_bits: int, samples_per_prompt: int) -> dict[str, Any]:
     """The template with a folder's data and a pretrained model, whose file is put beside the data. Raises `UsageError`."""
     from peer.data import tree_path
     from peer.dataset import read
@@ -514,16 +535,20 @@ def _with_base(folder: Path, base: Path, adapter: Lora | None, base_bits: int) -
     from peer.pretrained import read_pretrained
 
     made, pretrained = read(folder), read_pretrained(base)
+    generates = made.data.layout == "prompts"
+    if generates and adapter is not None:
+        raise UsageError("prompts are for a run that generates, with a base as it is", "leave --lora out")
     if made.tokenizer.root != pretrained.tokenizer.root:
         hint = f"build the data with --tokenizer {tree_path(base, pretrained.tokenizer)}"
         raise UsageError(f"the data in {folder} are not in the tokens of {pretrained.base.name}", hint)
-    parameters = count_parameters(pretrained.config, adapter)
+    parameters = 1 if generates else count_parameters(pretrained.config, adapter)
     if base_bits:
         file = _quantised(pretrained, base, folder)
     else:
         file = pretrained.base
         _put(tree_path(base, file), tree_path(folder, file))
-    return _filled(made, Model(config=pretrained.config, parameters=parameters, base=file, adapter=adapter))
+    values = _filled(made, Model(config=pretrained.config, parameters=parameters, base=file, adapter=adapter))
+    return _writing(values, made, pretrained, base, samples_per_prompt) if generates else values
 
 
 def _quantised(made: Pretrained, base: Path, folder: Path) -> Base:
@@ -537,6 +562,21 @@ def _quantised(made: Pretrained, base: Path, folder: Path) -> Base:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantising")
         return in_four_bits(made, base, folder, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _writing(values: dict[str, Any], made: Dataset, pretrained: Pretrained, base: Path, each: int) -> dict[str, Any]:
+    """The fields for a base that writes `each` samples for each of the prompts."""
+    from peer.generating import room
+    from peer.model import generation_flops_per_token
+    from peer.synthetic import stop_ids
+
+    left, stop = room(pretrained.config, made.data.sequence_length + 1), stop_ids(pretrained.config, made, base)
+    if not left:
+        raise UsageError("the longest prompt leaves the base no room", "build the prompts with a smaller --sequence-length")
+    drawn = Sampling(max_tokens=min(Sampling().max_tokens, left), stop=stop)
+    flops = generation_flops_per_token(pretrained.config, made.data.sequence_length + drawn.max_tokens)
+    strategy = {"kind": "generate", "samples_per_prompt": each, "sampling": drawn.model_dump(mode="json")}
+    return {**values, "strategy": strategy, "credit": {**values["credit"], "flops_per_token": flops}}
 
 
 def _filled(made: Dataset, model: Model) -> dict[str, Any]:

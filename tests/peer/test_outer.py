@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peer.outer import OuterState, apply, buffer_names, initial_state
 from swarm.errors import SwarmError
-from swarm.manifest import AdamW, DiLoCo, Outer, Schedule, Sync
+from swarm.manifest import AdamW, DiLoCo, Generate, Outer, Schedule, Sync
 
 FLAT = Schedule(total_tokens=1 << 40, final_fraction=1.0)
 SYNC = Sync(batch_samples=8, schedule=FLAT, optimizer=AdamW(lr=0.01, weight_decay=0.1))
@@ -138,3 +138,10 @@ def test_a_process_that_flushes_subnormal_numbers_is_stopped() -> None:
             apply(diloco(), initial_state(diloco(), vector(0)), vector(1), tokens=1)
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_where_nothing_is_trained_the_state_stays() -> None:
+    """Only rounds and tokens are counted, whatever was sent."""
+    strategy = Generate(batch_samples=8)
+    after = apply(strategy, initial_state(strategy, np.zeros(1, np.float32)), np.array([7], np.float32), 40)
+    assert (after.theta.tolist(), after.round, after.tokens, after.buffers) == ([0.0], 1, 40, {})

@@ -963,6 +963,46 @@ class Leaves(_message.Message):
 Global___Leaves: _TypeAlias = Leaves  # noqa: Y015
 
 @_typing.final
+class Piece(_message.Message):
+    """What a peer generates in a round; the commit's `evidence_root` is the hash of these bytes. See docs/recipes/synthetic.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """The number of its first sample in the run; the others follow."""
+    tokens: _builtins.bytes
+    """The token ids of all samples, one after the other, as little-endian uint32."""
+    precision: _builtins.str
+    """What the matrix products were computed in: "fp32", "bf16" or "fp16"."""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each sample: how many tokens, and their mean loss in nats under the model."""
+
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        lengths: _abc.Iterable[_builtins.int] | None = ...,
+        losses: _abc.Iterable[_builtins.float] | None = ...,
+        tokens: _builtins.bytes = ...,
+        precision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "lengths", b"lengths", "losses", b"losses", "precision", b"precision", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Piece: _TypeAlias = Piece  # noqa: Y015
+
+@_typing.final
 class AuditVerdict(_message.Message):
     """What a peer found that was drawn to audit a contribution; or that it holds proof of a fraud."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from peer.rounds.values import (
     SealReplyArrived,
     SpanArrived,
 )
-from peer.rounds.wire import MAX_TERM, Checker, build_proposal, full_quota, weight_limit
+from peer.rounds.wire import MAX_TERM, Checker, build_proposal, full_quota, quota_samples, weight_limit
 from swarm.errors import Rejected
 from swarm.identity import Identity
 from swarm.merkle import blob_hash, root_of
@@ -41,6 +42,7 @@ from swarm.rpc.v1.signed_pb2 import (
     Signed,
     Tree,
 )
+from tests.writing import writing_run
 
 ALICE, BOB, STRANGER, COORDINATOR = (Identity.from_seed(letter * 32) for letter in (b"a", b"b", b"s", b"c"))
 RUN, OTHER_RUN, BASE = b"\x01" * 32, b"\x02" * 32, b"\x03" * 32
@@ -409,3 +411,19 @@ def test_weight_limits_follow_the_strategy(small_run: Callable[..., Any]) -> Non
     sync, diloco = small_run("sync").manifest, small_run("diloco").manifest
     assert (weight_limit(sync, 4), full_quota(sync, 4)) == (8, 8)
     assert (weight_limit(diloco, 4), full_quota(diloco, 4)) == (12, 3)
+
+
+def test_a_commit_to_samples_is_in_tokens_and_names_its_piece(checker: Checker, tmp_path: Path) -> None:
+    """As many as a round's samples can have; the state that it carries is one value."""
+    manifest = writing_run(tmp_path)[0]
+    writing = replace(checker, manifest=manifest)
+    good = {"weight": 160, "tokens": 160, "parts_root": root_of(HASHES[:1]), "part_count": 1}
+    assert writing.commit(announced(hashes=HASHES[:1], **good))[2].weight == 160
+    assert (weight_limit(manifest, 4), full_quota(manifest, 4), quota_samples(manifest)) == (160, 10, 16)
+    for changes, reason in (
+        ({"weight": 161, "tokens": 161}, "bad_weight"),
+        ({"tokens": 159}, "bad_tokens"),
+        ({"evidence_root": b""}, "no_evidence"),
+    ):
+        bad = announced(hashes=HASHES[:1], **(good | changes))
+        assert reason_of(writing.commit, bad) == reason

@@ -1,0 +1,16 @@
+"""Where commands write what they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swarm.errors import UsageError
+
+
+def new_folder(to: Path) -> Path:
+    """Where to write a folder, whose parents are made. Raises `UsageError` unless it is new or empty."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(f"{to} exists already", "choose another folder with --to, or empty it")
+    to = to.absolute()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return to
