@@ -243,7 +243,7 @@ class Journal:
         while True:
             busy = len(group) > 1
             group = [await self._queue.get()]
-            if busy:  # a commit costs as much as many entries: what PostgreSQL calls commit_delay
+            if busy and self._queue.qsize() < GROUP_EVENTS:  # a commit costs as much as many entries: PostgreSQL's commit_delay
                 await asyncio.sleep(GATHER_S)
             while len(group) < GROUP_EVENTS and not self._queue.empty():
                 group.append(self._queue.get_nowait())

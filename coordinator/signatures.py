@@ -143,7 +143,7 @@ class SignatureChecker:
             while not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-                if len(batches) > 1:  # many at once: every message to the process costs as much as several checks
+                if len(batches) > 1 and sum(len(batch.proofs) for batch in self._waiting) < BATCH_PROOFS:
                     await asyncio.sleep(GATHER_S)
             batches = self._take()
             try:
