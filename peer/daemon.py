@@ -43,6 +43,7 @@ from peer.lock import only_one
 from peer.materials import Materials
 from peer.memory import give_back
 from peer.metrics import PeerMetrics
+from peer.mirror import Mirror
 from peer.model import initial_theta
 from peer.network.blobs import BlobStore
 from peer.network.dialback import DIAL, DialBack
@@ -137,6 +138,7 @@ class DaemonOptions:
     inbound: bool = True
     metrics: str = ""
     files: Path | None = None
+    mirror: str = ""
     data: Path | None = None
     threads: int = 0
     max_upload: int = 0
@@ -454,7 +456,8 @@ class Daemon:
         _check_memory(self.run.manifest)
         if options.keep_history:
             check_limit(options.keep_history, Layout.of(self.run.manifest).size_limit_bytes)
-        materials = Materials(options.directory / FILES, options.files, options.data)
+        mirror = Mirror(options.mirror) if options.mirror else None
+        materials = Materials(options.directory / FILES, options.files, options.data, mirror)
         await asyncio.to_thread(materials.take_private, self.run.manifest.data)
         await self._await_quota()
         node = await Node.start(_p2pd_options(options))
@@ -657,6 +660,8 @@ class Daemon:
         """Have one of the run's files, from this disk or from others; wait until somebody has it."""
         while not await asyncio.to_thread(parts.materials.take_local, tree):
             self.status.state("fetching_data" if self.usage.allows() else "quota_used")
+            if await parts.materials.fetch_mirrored(tree, parts.transfer):
+                continue
             where = await parts.finder.find()
             token = parts.admissions.token(self.identity.peer_id)
             with contextlib.suppress(PeerFailure):

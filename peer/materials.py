@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from peer.data import chunk_hashes, chunk_roots_match, tree_path, verify_tree_file
+from peer.mirror import Mirror
 from peer.network.node import PeerFailure
 from peer.network.transfer import MissingBlob, Transfer
 from peer.rounds.post import Post
@@ -30,12 +31,13 @@ log = structlog.get_logger(__name__)
 class Materials:
     """Files by root in `directory`; `extra` is where the user said that files may lie already.
 
-    What lies in `private` stays there, and nobody is sent a byte of it.
+    What lies in `private` stays there, and nobody is sent a byte of it. `mirror` is asked before peers are.
     """
 
     directory: Path
     extra: Path | None = None
     private: Path | None = None
+    mirror: Mirror | None = None
     _hashes: dict[bytes, tuple[bytes, ...]] = field(default_factory=dict)
     _chunks: dict[bytes, tuple[Path, int, int]] = field(default_factory=dict)
 
@@ -112,6 +114,18 @@ class Materials:
                 f"{self.directory} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB",
                 "free some space or choose another place with --dir",
             )
+
+    async def fetch_mirrored(self, tree: Tree, transfer: Transfer) -> bool:
+        """Whether the file has come from the web, where somebody has named a mirror that has it."""
+        if self.mirror is None:
+            return False
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.path(tree).with_suffix(".web")
+        with _full_disk(self.directory):
+            if await self.mirror.fetch(tree, partial, transfer):
+                partial.replace(self.path(tree))
+                return True
+        return False
 
     async def fetch(
         self,

@@ -22,7 +22,10 @@ class PeerMetrics:
             "swarm_peer_sent_bytes", "Bytes sent to other peers: bulk, control, framing.", ["kind"], registry=registry
         )
         self.received = Counter(
-            "swarm_peer_received_bytes", "Bytes received from other peers: bulk, control, framing.", ["kind"], registry=registry
+            "swarm_peer_received_bytes",
+            "Bytes received from other peers: bulk, control, framing; and from a mirror: web.",
+            ["kind"],
+            registry=registry,
         )
         self.month = Gauge(
             "swarm_peer_month_bytes", "Bytes in this calendar month (UTC), by direction.", ["direction"], registry=registry

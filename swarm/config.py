@@ -70,6 +70,9 @@ class PeerSettings(Settings):
     ticket: str = Field("", description="invitation of the run's owner, where the run asks for one")
     link_file: Path | None = Field(None, description="file that holds the join link, waited for at start")
     files: Path | None = Field(None, description="folder where the run's data files may lie already")
+    mirror: str = Field(
+        "", description="web folder that has the run's data files under their names; asked before other peers are"
+    )
     data: Path | None = Field(None, description="folder with private shards: used where they are, never sent to anybody")
     identity: Path = Field(default_factory=lambda: data_path() / "identity.key", description="the peer's key file")
     data_dir: Path = Field(default_factory=lambda: data_path() / "peer", description="state, blobs and receipts")

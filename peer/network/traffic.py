@@ -11,9 +11,9 @@ import structlog
 from peer.network.sockets import Reading, SocketCounters
 
 Direction = Literal["sent", "received"]
-Kind = Literal["bulk", "control", "framing"]
+Kind = Literal["bulk", "control", "framing", "web"]
 DIRECTIONS: tuple[Direction, ...] = ("sent", "received")
-KINDS: tuple[Kind, ...] = ("bulk", "control", "framing")
+KINDS: tuple[Kind, ...] = ("bulk", "control", "framing", "web")
 TYPICAL_FRAMING = 0.04  # of bulk, measured over links of 80 Mbit/s with packets of 1500 bytes
 
 log = structlog.get_logger(__name__)
@@ -48,7 +48,7 @@ class Traffic:
 
     `bulk` is blobs, `control` everything else that we send ourselves, `framing` what comes on top at the daemon's sockets:
     encryption, multiplexing, the DHT, retransmissions and headers. Where the kernel doesn't tell (`at_socket` is false) framing
-    is taken as a twenty-fifth of the rest.
+    is taken as a twenty-fifth of the rest. `web` is the run's files from a mirror, which don't go through a daemon.
     """
 
     sent: dict[Kind, int] = field(default_factory=_zeros)

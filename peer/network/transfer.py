@@ -16,6 +16,7 @@ import structlog
 from peer.network.blobs import BlobStore
 from peer.network.node import Node, PeerFailure, Silent, Unreachable
 from peer.network.throttle import LinkMeter, TokenBucket
+from peer.network.traffic import Kind
 from swarm.clock import Clock, SystemClock
 from swarm.errors import Rejected
 from swarm.merkle import HASH_BYTES, blob_hash
@@ -73,6 +74,11 @@ class Transfer:
         """Hold bulk bytes to the volunteer's caps; 0 = no limit."""
         self.upload.rate_bytes_per_s, self.download.rate_bytes_per_s = upload_bytes_per_s, download_bytes_per_s
         self.upload_meter.limit_bytes_per_s = upload_bytes_per_s
+
+    async def take_in(self, size_bytes: int, kind: Kind = "bulk") -> None:
+        """Count bytes that came, and wait until so many more may."""
+        self.node.traffic.count("received", kind, size_bytes)
+        await self.download.take(size_bytes)
 
     async def start(self) -> None:
         """Begin to serve."""
@@ -213,8 +219,7 @@ class Transfer:
             if not piece:
                 raise Unreachable(peer, "stream broke off")
             content += piece
-            self.node.traffic.count("received", "bulk", len(piece))
-            await self.download.take(len(piece))
+            await self.take_in(len(piece))
         if blob_hash(content) != name:
             raise Rejected("wrong_bytes", f"blob {name.hex()[:12]}", peer)
         return bytes(content)

@@ -45,6 +45,9 @@ def command(
     data_dir: Annotated[Path | None, typer.Option("--dir", help="Folder for state, receipts and checkpoints.")] = None,
     identity: Annotated[Path | None, typer.Option("--identity", help="The peer's key file; made at the first start.")] = None,
     files: Annotated[Path | None, typer.Option("--files", help="Folder where the run's data files lie already.")] = None,
+    mirror: Annotated[
+        str | None, typer.Option("--mirror", help="Web folder that has the run's data files, such as https://example.org/run.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with private shards: used where they are, never sent to anybody.")
     ] = None,
@@ -89,6 +92,7 @@ def command(
         "identity": identity or (data_dir / "identity.key" if data_dir else None),
         "ticket": ticket,
         "files": files,
+        "mirror": mirror,
         "data": data,
         "link_file": link_file,
         "listen": listen,
@@ -193,6 +197,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
     import torch
 
     from peer.daemon import DaemonOptions
+    from peer.mirror import check_address
 
     return DaemonOptions(
         link=link,
@@ -204,6 +209,7 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
         inbound=settings.inbound,
         metrics=settings.metrics,
         files=settings.files,
+        mirror=check_address(settings.mirror) if settings.mirror else "",
         data=settings.data,
         threads=settings.threads,
         max_upload=settings.max_upload,
@@ -280,8 +286,9 @@ def _child_command(device: str, link: str, settings: PeerSettings, devices: int)
     for option, given in (("--files", settings.files), ("--data", settings.data)):
         if given is not None:
             command += [option, str(given)]
-    if settings.ticket:
-        command += ["--ticket", settings.ticket]
+    for option, said in (("--mirror", settings.mirror), ("--ticket", settings.ticket)):
+        if said:
+            command += [option, said]
     command += ["--max-upload", _share(settings.max_upload, devices, "B/s")]
     command += ["--max-download", _share(settings.max_download, devices, "B/s")]
     command += ["--monthly-quota", _share(settings.monthly_quota, devices, "B")]
