@@ -124,6 +124,11 @@ def lora(kitchen: Kitchen) -> None:
     finetuning(kitchen, "--lora", "8")
 
 
+def qlora(kitchen: Kitchen) -> None:
+    """A low-rank adapter on a pretrained model in 4 bits."""
+    finetuning(kitchen, "--lora", "8", "--base-bits", "4")
+
+
 def traces(kitchen: Kitchen) -> None:
     """A pretrained model learns to think before it answers."""
     kitchen.write_model("pretrained", WIDTH)
@@ -152,6 +157,17 @@ def experts(kitchen: Kitchen) -> None:
     kitchen.change(model=model.model_dump(mode="json"), credit=credit.model_dump(mode="json"))
 
 
+def synthetic(kitchen: Kitchen) -> None:
+    """A pretrained model writes samples for prompts, which become another run's data."""
+    kitchen.write_model("pretrained", WIDTH)
+    kitchen.swarm("run", "base", "pretrained", "--to", "base")
+    lines = [{"prompt": f"{a} x {b} ="} for a in range(20) for b in range(10)]
+    (kitchen.folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--kind", "prompts", "--tokenizer", "base/tokenizer.json", "--sequence-length", "15", "--license", "CC0-1.0")
+    kitchen.swarm("data", "build", "prompts.jsonl", *options, "--to", "data")
+    kitchen.init("--base", "base")
+
+
 def private(kitchen: Kitchen) -> None:
     """Two people's shards, which stay with them."""
     for name in ("anna", "ben"):
@@ -161,7 +177,8 @@ def private(kitchen: Kitchen) -> None:
 
 
 RECIPES: dict[str, Callable[[Kitchen], None]] = {
-    recipe.__name__: recipe for recipe in (pretraining, finetuning, lora, traces, distillation, experts, private)
+    recipe.__name__: recipe
+    for recipe in (pretraining, finetuning, lora, qlora, traces, distillation, experts, synthetic, private)
 }
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from google.protobuf.message import Message
 from peer.checking import problems_of
 from swarm.manifest import Manifest
 from swarm.rpc.v1 import coordinator_pb2, ledger_pb2, peer_pb2, signed_pb2
+from tests.maker import MAKER
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
@@ -39,20 +37,6 @@ def test_every_message_has_one_example() -> None:
 def test_example_is_such_a_message(name: str, text: str) -> None:
     """Every field of an example exists and has the right type."""
     assert text_format.Parse(text, TYPES[name]()).ByteSize() or name in MAY_BE_EMPTY
-
-
-def the_maker() -> ModuleType:
-    """`examples/make.py`, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("examples_make", ROOT / "examples" / "make.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKER = the_maker()
 
 
 @pytest.fixture
