@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import report
 from bench.report import Report
 from bench.simulate import Feedback
-from bench.single import open_shards
+from bench.single import open_shards, threads
 from bench.weighed import by_loss
 from peer.codec import make_codec
 from peer.device import PRECISIONS
@@ -293,29 +292,19 @@ def _honest_audits(run: Run, count: int) -> Iterator[tuple[float, bool]]:
     trainers = {size: run.trainer(size) for size in (1, 2, 3, 4, 8)}
     theta = initial_theta(run.manifest.model)
     while done < count:
-        with _threads(draw.choice((1, 2))):
+        with threads(draw.choice((1, 2))):
             work = _work(run, number, trainers[draw.choice(list(trainers))], trainers[draw.choice(list(trainers))], theta)
         for leaf in range(len(work.leaves)) if work.first is None else draw.sample(range(len(work.leaves)), 4):
             work.trainer = trainers[draw.choice(list(trainers))]
-            with _threads(draw.choice((1, 2))):
+            with threads(draw.choice((1, 2))):
                 judged = work.judge(work.leaves, leaf)
             yield judged.distance, judged.finding != FAILED
             done += 1
             if done == count:
                 return
-        with _threads(1):
+        with threads(1):
             theta = theta - trainers[8].train_round(theta, number, "other", run.quota, 0).update * run.pace
         number += 1
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 Forge = Callable[[Sequence[Leaf], random.Random], list[Leaf]]
@@ -375,7 +364,7 @@ def _compute_cost(run: Run, repeats: int) -> tuple[float, float]:
     def replay(leaf: int) -> float:
         return _timed(lambda: trainer.replay(theta, 0, "peer", 0, lengths, leaf, sketcher))
 
-    with _threads(1):
+    with threads(1):
         made = trainer.train_round(theta, 0, "peer", run.quota, 0, sketcher=sketcher)
         lengths = [leaf.samples for leaf in made.leaves]
         for _ in range(repeats):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from bench import report
 from bench.adapters import smollm2
 from bench.report import Report
+from bench.single import threads
 from peer.corpus import load_tokenizer, standard_library_documents
 from peer.data import tree_path
 from peer.device import PRECISIONS
@@ -150,17 +150,6 @@ def round_weights(network: Any, bits: int) -> None:
             if isinstance(module, torch.nn.Linear):
                 scale = module.weight.float().abs().amax(dim=1, keepdim=True) / most
                 module.weight.copy_((module.weight.float() / scale).round() * scale)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def main() -> int:

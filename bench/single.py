@@ -21,14 +21,21 @@ from swarm.manifest import Manifest, Shard, Sync
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as every peer does; several are slow where others use the processor too."""
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as every peer does; several are slow where others use the processor too."""
+    with threads(1):
+        yield
 
 
 @dataclass(frozen=True)
