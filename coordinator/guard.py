@@ -18,7 +18,7 @@ import grpc
 import structlog
 from prometheus_client import Histogram
 
-from coordinator.auth import rule_for, signed_part
+from coordinator.auth import Rule, rule_for, signed_part
 from coordinator.errors import answer_to
 from coordinator.limits import (
     CALL_DEADLINE_S,
@@ -136,7 +136,9 @@ class Guard:
             with self._traced(method, request, context) as span:
                 try:
                     with self._counted(context):
-                        signed_part(rule_for(method), request, self._is_admitted)
+                        rule = rule_for(method)
+                        self._take_further(rule, request, context)
+                        signed_part(rule, request, self._is_admitted)
                         async with asyncio.timeout(CALL_DEADLINE_S):
                             answer = await behaviour(request, context)
                     code = grpc.StatusCode.OK
@@ -226,6 +228,12 @@ class Guard:
             yield
         finally:
             self._calls.leave(address)
+
+    def _take_further(self, rule: Rule, request: Any, context: Context) -> None:
+        """Many messages in a call count as many calls, as each of them costs as much to look at."""
+        further = len(getattr(request, rule.many)) - 1 if rule.many else 0
+        if further > 0 and not self._is_ours(context):
+            self._addresses.take(address_of(context), self._clock.monotonic_s(), further)
 
     async def _refuse(self, method: str, error: Exception, context: Context, span: Span) -> None:
         answer = answer_to(error)

@@ -75,13 +75,13 @@ class RateLimiter:
         self._max_keys = max_keys
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def take(self, key: str, now_s: float) -> None:
-        """Take one token. Raises `Rejected` when the key has none left."""
+    def take(self, key: str, now_s: float, tokens_taken: int = 1) -> None:
+        """Take tokens, more than there are if need be: then it is waited longer. Raises `Rejected` when the key has none left."""
         tokens, since_s = self._buckets.get(key, (self._rate.burst, now_s))
         tokens = min(self._rate.burst, tokens + (now_s - since_s) * self._rate.per_s)
         if tokens < 1:
             raise Rejected("rate_limited", f"at most {self._rate.per_s:g} per second", key)
-        self._buckets[key] = (tokens - 1, now_s)
+        self._buckets[key] = (tokens - tokens_taken, now_s)
         self._buckets.move_to_end(key)
         if len(self._buckets) > self._max_keys:
             self._buckets.popitem(last=False)

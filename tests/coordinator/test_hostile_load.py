@@ -18,8 +18,9 @@ from coordinator.tls import CERTIFICATE_FILE
 from swarm.accounts import certify
 from swarm.errors import CoordinatorUnreachable
 from swarm.messages import seal
+from swarm.protocol import MAX_REPORTS
 from swarm.rpc.client import CHANNEL_OPTIONS, CoordinatorClient
-from swarm.rpc.v1.coordinator_pb2 import AnnounceRequest, ListEntriesRequest
+from swarm.rpc.v1.coordinator_pb2 import AnnounceRequest, ListEntriesRequest, SubmitReportRequest
 from swarm.rpc.v1.coordinator_pb2_grpc import PeerServiceStub
 from swarm.rpc.v1.signed_pb2 import HeldCertificate
 from tests.coordinator.conftest import Serve, connected
@@ -61,6 +62,21 @@ async def test_calls_of_an_address(serve: Serve, world: World) -> None:
             await asyncio.gather(*(one.progress() for _ in range(50)))
         for _ in range(5):
             await other.progress()
+
+
+async def test_many_reports_in_a_call_count_as_many_calls(serve: Serve, world: World) -> None:
+    """Forged reports of a peer, many in each call, cost their address what as many calls would, and no other."""
+    async with serve(listen=EVERYWHERE, calls_per_address_per_s=20.0) as coordinator, two_addresses(coordinator) as (one, other):
+        for peer in (ALICE, BOB):
+            await other.announce(world.announcement(peer, coordinator.journal.now().wall_s))
+        _, reports = world.round([ALICE], 0)
+        reports[0].signature = bytes(64)
+        forged = [SubmitReportRequest(report=reports[0])] * MAX_REPORTS
+        outcomes = await one.submit_reports(forged)
+        assert {str(outcome).partition(":")[0] for outcome in outcomes} == {"bad_signature"}
+        with pytest.raises(CoordinatorUnreachable, match="too many requests"):
+            await one.submit_reports(forged)
+        await other.progress()
 
 
 async def test_messages_of_a_key(serve: Serve, world: World) -> None:
