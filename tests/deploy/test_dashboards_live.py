@@ -42,6 +42,7 @@ TAMPERING = ("env", "SWARM_ATTACK=tamper")
 ENVIRONMENT = {"SWARM_CHECK_TRAFFIC": "100", "SWARM_MONTHLY_QUOTA": "200GB"}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 AUDITED = {"rate": 0.5, "first": 2, "within_rounds": 10}
+EVALUATED = {"every": 3, "evaluators": 2, "samples": 8}
 
 pytestmark = [
     pytest.mark.slow,
@@ -150,11 +151,11 @@ async def _start(loop: LoopThread, swarm: LocalSwarm, source: Path) -> Run:
 
 
 def _mixture(files: Path) -> Manifest:
-    """An audited run with experts, so that what is told of those is there, too."""
+    """An audited and evaluated run with experts, so that what is told of all these is there."""
     values = tiny_manifest(files, PEERS).model_dump(mode="json")
     config = values["model"]["config"] | EXPERTS
     model = {**values["model"], "config": config, "parameters": count_parameters(config)}
-    return Manifest.model_validate({**values, "model": model, "audit": AUDITED})
+    return Manifest.model_validate({**values, "model": model, "audit": AUDITED, "evaluation": EVALUATED})
 
 
 async def _call_as_a_stranger(link: JoinLink) -> None:
