@@ -42,7 +42,7 @@ DATA_BYTES, HELD_OUT = 600_000, 0.1
 VALIDATION_SAMPLES = 48
 LEARNING_RATE = 2e-3
 RUN_S = 1500.0
-LOGIT_TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 2e-3  # peers hold the base in fp16, which rounds by 5e-4; plain peft gets it in fp32 here
 
 
 async def smollm2(folder: Path) -> tuple[Path, Pretrained]:
@@ -136,7 +136,10 @@ class Adapters:
             "<= 1e6",
         )
         error = await asyncio.to_thread(_peft_error, manifest, files, base, reached[0], self._folder / "export")
-        how = "largest difference of a logit between plain peft with the export and our model, over the largest logit"
+        how = (
+            "largest difference of a logit between plain peft, with the export on the base in fp32, and our model on the base in "
+            "fp16, over the largest logit"
+        )
         out.figure("lora_export_error", error, how, f"<= {LOGIT_TOLERANCE}")
 
     async def bare(self, out: Report) -> None:
