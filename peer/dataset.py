@@ -186,10 +186,7 @@ def _as_planned(shards: tuple[Shard, ...], plan: Plan) -> tuple[Shard, ...]:
 def _write_prompts(documents: Shuffled, to: Path, plan: Plan, counts: Counts, on_document: Callable[[], None]) -> Dataset:
     """The same of prompts, one a row. None is held out: a part of them stands in the place of such samples."""
     tokenizer = make_tokenizer(plan.tokenizer, texts_of_prompts(documents))
-    is_made_here = plan.tokenizer == BYTES or plan.tokenizer.startswith(BPE)
-    chats = None
-    if any(map(is_chat, documents)):
-        chats = format_of(tokenizer, None if is_made_here else Path(plan.tokenizer), plan.chat_template)
+    chats = format_of(tokenizer, tokenizer_path(plan.tokenizer), plan.chat_template) if any(map(is_chat, documents)) else None
     end = end_of_text_id(tokenizer)
     values = encoded_prompts(_told(documents, on_document), tokenizer, chats, plan.sequence_length + 1, counts)
     shards = _as_planned(build_prompt_shards(values, to, sequence_length=plan.sequence_length, end_of_text=end), plan)

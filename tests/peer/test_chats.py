@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peer.chats import CHATML, Format, asked_in, format_of, messages_of, read_chats, texts_in
-from peer.corpus import END_OF_TEXT, byte_level_tokenizer
-from peer.documents import Counts, read_records
+from peer.chats import CHATML, TEMPLATE_FILE, Format, asked_in, format_of, messages_of, read_chats, texts_in
+from peer.corpus import END_OF_TEXT, TOKENIZER, byte_level_tokenizer
+from peer.dataset import Plan, build
+from peer.documents import Counts, Shuffled, read_records
 from peer.marks import NO_LOSS, STARTS, token_ids
 from swarm.errors import DataInvalid
 
@@ -186,3 +187,15 @@ def test_what_is_said_and_what_is_asked() -> None:
     assert list(texts_in([chat(HELLO)])) == ["hi?", "hello"]
     other = [HELLO[0], {"role": "assistant", "content": "go away"}]
     assert asked_in(chat(HELLO)) == asked_in(chat(other)) != asked_in(chat([{"role": "system", "content": "x"}, *HELLO]))
+
+
+def test_prompts_take_the_template_in_a_tokenizers_folder(tmp_path: Path) -> None:
+    """A tokenizer that is named by its folder has its template there, for prompts as for chats."""
+    folder, template = tmp_path / "tokenizer", "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    folder.mkdir()
+    byte_level_tokenizer().save(str(folder / TOKENIZER))
+    (folder / TEMPLATE_FILE).write_text(template)
+    asked = (json.dumps([{"content": f"what is {number}?", "role": "user"}]) for number in range(5))
+    with Shuffled(asked, 0, tmp_path) as prompts:
+        made = build(prompts, tmp_path / "data", Plan(str(folder), sequence_length=31, kind="prompts"), Counts())
+    assert (made.data.chat_template, made.data.train_samples) == (template, 5)
