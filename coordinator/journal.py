@@ -178,6 +178,7 @@ class Journal:
         self.tree, self.credits = restore(self._store, self._identity.peer_id, self._snapshot)
         self._size = len(self.tree)
         self._gauge()
+        self._gauge_evaluations()
 
     async def follow(self) -> None:
         """Take in what another replica has appended. Raises `DatabaseCorrupt`."""
@@ -190,6 +191,7 @@ class Journal:
                     self._apply_row(row)
                 self._size = len(self.tree)
                 self._gauge()
+                self._gauge_evaluations()
 
     async def take_over(self) -> None:
         """Write from now on: after everything that is in the store, and with nobody presumed dead. Raises `DatabaseCorrupt`."""
@@ -290,6 +292,8 @@ class Journal:
         rows = [row for pending in group for row in pending.rows]
         await self._commit(rows)
         self._adopt(rows)
+        if any(isinstance(pending.event, Evaluated) for pending in group):
+            self._gauge_evaluations()
         for pending in group:
             await self._answer(pending)
 
@@ -469,6 +473,10 @@ class Journal:
             self._metrics.confirmed_round.set(progress.confirmed_round)
             self._metrics.train_loss_nats.set(progress.loss)
             self._metrics.tokens_verified(progress.tokens, self.manifest.credit.flops_per_token)
+
+    def _gauge_evaluations(self) -> None:
+        """Only what evaluators say changes these; they are gone through one by one, so not with every group."""
+        if self.run_id in self.credits.run_ids:
             self._metrics.evaluated(self.credits.agreed_evaluations(self.run_id))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from coordinator.errors import StoreFailed
@@ -19,14 +19,14 @@ from coordinator.metrics import Metrics
 from coordinator.presence import NOT_PLAYING, Sighting
 from coordinator.reports import Opener
 from coordinator.signatures import SignatureChecker
-from coordinator.state import Announced, Audited, Decision, Evaluated, GrantAsked, Reported, RevocationAsked, decide
+from coordinator.state import Announced, Audited, Decision, Evaluated, Event, GrantAsked, Reported, RevocationAsked, decide
 from coordinator.store.interface import Store
 from coordinator.witnesses import Witnessed
 from swarm import __version__, tracing
 from swarm.accounts import open_held
 from swarm.clock import Clock
 from swarm.credits import Balance
-from swarm.entries import open_evaluation, open_revocation, open_verdict
+from swarm.entries import Finding, Measurement, Revocation, open_evaluation, open_revocation, open_verdict
 from swarm.errors import Rejected
 from swarm.evaluations import Agreed
 from swarm.identity import Identity
@@ -44,6 +44,7 @@ MAX_SUSPENDED = 256
 DEFAULT_EVALUATIONS, MAX_EVALUATIONS = 64, 1024
 CHECK = "check_signatures"
 M = TypeVar("M", pb.Announcement, pb.GrantRequest)
+S = TypeVar("S", Finding, Measurement, Revocation)
 
 
 class PeerService(PeerServiceServicer):
@@ -133,12 +134,7 @@ class PeerService(PeerServiceServicer):
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:  # noqa: N802
         """An account takes back its word for a key."""
         signed = request.revocation
-        with tracing.span(CHECK):
-            revocation = open_revocation(signed)
-        if revocation.run_id != self._journal.run_id:
-            raise Rejected("wrong_run", "revocation", signed.signer)
-        self._guard.take(signed.signer)
-        decision = (await self._journal.submit(RevocationAsked(revocation, signed))).decision
+        decision = await self._decided("revocation", signed, open_revocation, RevocationAsked)
         _raise_refusal(decision, signed.signer)
         return pb.RevokeKeyResponse(repeated=not decision.append)
 
@@ -153,12 +149,7 @@ class PeerService(PeerServiceServicer):
     async def SubmitAudit(self, request: pb.SubmitAuditRequest, context: Any) -> pb.SubmitAuditResponse:  # noqa: N802
         """Append what an auditor found."""
         signed = request.verdict
-        with tracing.span(CHECK):
-            finding = open_verdict(signed)
-        if finding.run_id != self._journal.run_id:
-            raise Rejected("wrong_run", "verdict", signed.signer)
-        self._guard.take(signed.signer)
-        decision = (await self._journal.submit(Audited(finding, signed))).decision
+        decision = await self._decided("verdict", signed, open_verdict, Audited)
         self._metrics.audits_total.labels(decision.reason).inc()
         _raise_refusal(decision, signed.signer)
         return pb.SubmitAuditResponse()
@@ -183,12 +174,7 @@ class PeerService(PeerServiceServicer):
     ) -> pb.SubmitEvaluationResponse:
         """Append the held-out loss that a peer has measured."""
         signed = request.evaluation
-        with tracing.span(CHECK):
-            measured = open_evaluation(signed)
-        if measured.run_id != self._journal.run_id:
-            raise Rejected("wrong_run", "evaluation", signed.signer)
-        self._guard.take(signed.signer)
-        decision = (await self._journal.submit(Evaluated(measured, signed))).decision
+        decision = await self._decided("evaluation", signed, open_evaluation, Evaluated)
         self._metrics.evaluations_total.labels(decision.reason).inc()
         _raise_refusal(decision, signed.signer)
         return pb.SubmitEvaluationResponse()
@@ -250,6 +236,17 @@ class PeerService(PeerServiceServicer):
     def _open(self, signed: Signed, expected: type[M]) -> M:
         with tracing.span(CHECK):
             return open_signed(signed, expected, run_id=self._journal.run_id)
+
+    async def _decided(
+        self, what: str, signed: Signed, opened: Callable[[Signed], S], event: Callable[[S, Signed], Event]
+    ) -> Decision:
+        """Open what somebody has signed, and hand it to the journal. Raises `Rejected`, also for what is of another run."""
+        with tracing.span(CHECK):
+            said = opened(signed)
+        if said.run_id != self._journal.run_id:
+            raise Rejected("wrong_run", what, signed.signer)
+        self._guard.take(signed.signer)
+        return (await self._journal.submit(event(said, signed))).decision
 
     def _check_run(self, run_id: bytes) -> None:
         if run_id and run_id != self._journal.run_id:

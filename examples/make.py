@@ -99,6 +99,11 @@ class Kitchen:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
         (self.folder / name / "tokenizer_config.json").write_text(json.dumps(settings))
 
+    def make_base(self) -> None:
+        """A model from elsewhere, as what a run begins with: `base`."""
+        self.write_model("pretrained", WIDTH)
+        self.swarm("run", "base", "pretrained", "--to", "base")
+
     def change(self, **sections: Any) -> None:
         """Other values for some of the manifest's sections."""
         path = self.folder / "run.yaml"
@@ -113,8 +118,7 @@ def pretraining(kitchen: Kitchen) -> None:
 
 def finetuning(kitchen: Kitchen, *options: str) -> None:
     """All weights of a pretrained model."""
-    kitchen.write_model("pretrained", WIDTH)
-    kitchen.swarm("run", "base", "pretrained", "--to", "base")
+    kitchen.make_base()
     kitchen.build(kitchen.write_texts(), "--tokenizer", "base/tokenizer.json")
     kitchen.init("--base", "base", *options)
 
@@ -131,8 +135,7 @@ def qlora(kitchen: Kitchen) -> None:
 
 def traces(kitchen: Kitchen) -> None:
     """A pretrained model learns to think before it answers."""
-    kitchen.write_model("pretrained", WIDTH)
-    kitchen.swarm("run", "base", "pretrained", "--to", "base")
+    kitchen.make_base()
     kitchen.build(kitchen.write_traces(), "--kind", "chat", "--tokenizer", "base/tokenizer.json", "--sequence-length", "96")
     kitchen.init("--base", "base")
 
@@ -159,8 +162,7 @@ def experts(kitchen: Kitchen) -> None:
 
 def synthetic(kitchen: Kitchen) -> None:
     """A pretrained model writes samples for prompts, which become another run's data."""
-    kitchen.write_model("pretrained", WIDTH)
-    kitchen.swarm("run", "base", "pretrained", "--to", "base")
+    kitchen.make_base()
     lines = [{"prompt": f"{a} x {b} ="} for a in range(20) for b in range(10)]
     (kitchen.folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ("--kind", "prompts", "--tokenizer", "base/tokenizer.json", "--sequence-length", "15", "--license", "CC0-1.0")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from peer.architectures import check_positions
 from peer.corpus import ends_of_text, load_tokenizer
-from peer.data import ShardReader, tree_path, verify_tree_file
+from peer.data import ShardReader, present, tree_path, verify_tree_file
 from peer.distillation import TeacherReader
 from peer.generating import check_length
 from peer.marks import NO_LOSS, STARTS, Values
@@ -34,7 +34,7 @@ def problems_of(manifest: Manifest, files: Path | None) -> list[str]:
     found = _problems([partial(check_parameters, manifest.model)]) or _problems([partial(_check_length, manifest)])
     if found or files is None:
         return found
-    data = manifest.data.held(lambda tree: tree_path(files, tree).exists())
+    data = present(manifest.data, files)
     trees = dict.fromkeys((*manifest.files, *data.trees, *data.private_trees))
     found = _problems(partial(verify_tree_file, tree_path(files, tree), tree) for tree in trees)
     return found or _problems(_contents(manifest, data, files))

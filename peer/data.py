@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from peer.marks import token_ids
 from swarm.errors import DataInvalid
-from swarm.manifest import Layout, Shard, Tree
+from swarm.manifest import Data, Layout, Shard, Tree
 from swarm.merkle import HASH_BYTES, blob_hash, root_of
 
 Indices = NDArray[np.int64]
@@ -102,6 +102,11 @@ def sample_indices(order_key: str, round_number: int, peer_id: str, start: int, 
 def tree_path(directory: Path, tree: Tree) -> Path:
     """Where the file of `tree` lies: named by its root."""
     return directory / tree.root
+
+
+def present(data: Data, directory: Path) -> Data:
+    """The data without the private shards that don't lie in a folder."""
+    return data.held(lambda tree: tree_path(directory, tree).exists())
 
 
 def chunk_hashes(path: Path, chunk_bytes: int = 1 << 20) -> list[bytes]:

@@ -19,6 +19,12 @@ MAX_DEVICES = 64
 CGROUP = Path("/sys/fs/cgroup")
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give memory that torch holds for later back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class GpuReading:
     """What the driver reports about one GPU at one moment."""

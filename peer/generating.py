@@ -17,7 +17,7 @@ import torch
 
 from peer.corpus import load_tokenizer
 from peer.data import tree_path
-from peer.device import PRECISIONS, autocast_dtype, precision_of, ran_out
+from peer.device import PRECISIONS, autocast_dtype, empty_cache, precision_of, ran_out
 from peer.model import frozen_base, store_frozen
 from peer.prompts import Ids, Prompts
 from peer.sampling import Leeway, draw, draw_keys, gaps
@@ -126,8 +126,7 @@ class Writer:
         """Free the model's and the device's memory."""
         self._network = self._loaded_as = None
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._device)
 
     def load(self, precision: str = "") -> Any:
         """The model, computing in that precision, our own by default. Raises `DataInvalid` and `OutOfMemory`."""

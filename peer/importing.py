@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from peer.folders import appearing, describe
 from peer.model import check_parameters, skeleton
 from peer.nf4 import layers_of, packed_weights
 from peer.pretrained import FILE, LARGEST, PACKED, Pretrained
+from peer.progress import Bar, no_bar
 from swarm.errors import DataInvalid
 from swarm.manifest import Base, Model
 
@@ -57,10 +57,8 @@ def import_pretrained(source: str, to: Path, dtype: str = "") -> Pretrained:
     return made
 
 
-def in_four_bits(
-    made: Pretrained, folder: Path, to: Path, advanced: Callable[[int, int], None] = lambda done, total: None
-) -> Base:
-    """Write a base, which lies in `folder`, into `to` with its linear layers in 4 bits; tells how many tensors are done of all.
+def in_four_bits(made: Pretrained, folder: Path, to: Path, bar: Bar = no_bar) -> Base:
+    """Write a base, which lies in `folder`, into `to` with its linear layers in 4 bits; `bar` is moved on by each tensor.
 
     Raises `DataInvalid` for a model whose layers don't fit, or that is in 4 bits already.
     """
@@ -70,13 +68,14 @@ def in_four_bits(
     values: dict[str, torch.Tensor] = {}
     with safe_open(tree_path(folder, made.base), framework="pt") as file, tempfile.TemporaryDirectory(dir=to) as temporary:
         names = sorted(file.keys())
-        for index, name in enumerate(names):
+        advance = bar("quantising", len(names))
+        for name in names:
             if name in layers:
                 stem = name.removesuffix("weight")
                 values[stem + PACKED], values[stem + LARGEST] = packed_weights(file.get_tensor(name))
             else:
                 values[name] = file.get_tensor(name)
-            advanced(index + 1, len(names))
+            advance()
         weights = Path(temporary) / "weights"
         save_file(values, weights)
         weights.chmod(0o644)

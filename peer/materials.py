@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from peer.data import chunk_hashes, chunk_roots_match, tree_path, verify_tree_file
+from peer.data import chunk_hashes, chunk_roots_match, present, tree_path, verify_tree_file
 from peer.mirror import Mirror
 from peer.network.node import PeerFailure
 from peer.network.transfer import MissingBlob, Transfer
@@ -200,7 +200,7 @@ def check_private(data: Data, folder: Path | None) -> None:
 
 def held_in(data: Data, folder: Path | None) -> Data:
     """The data without the private shards that aren't in a folder. Raises `DataInvalid` where nothing is left to train on."""
-    held = data.held(lambda tree: folder is not None and tree_path(folder, tree).exists())
+    held = data.held(lambda tree: False) if folder is None else present(data, folder)
     if not held.train:
         raise DataInvalid("none of the run's private shards are here", "name the folder that has some with --data")
     return held

@@ -17,7 +17,7 @@ import structlog
 from peer.data import verify_tree_file
 from peer.network.transfer import Transfer
 from swarm import __version__
-from swarm.errors import DataInvalid, UsageError
+from swarm.errors import DataInvalid
 from swarm.manifest import Tree
 
 PIECE_BYTES = 1 << 17
@@ -34,17 +34,6 @@ class MirrorFailed(Exception):
     def __init__(self, reason: str, *, for_good: bool = False) -> None:
         super().__init__(reason)
         self.for_good = for_good
-
-
-def check_address(address: str) -> str:
-    """The address without a slash at its end. Raises `UsageError` for what is no web folder."""
-    try:
-        url = httpx.URL(address)
-    except httpx.InvalidURL as error:
-        raise UsageError(f"{address!r} is no web address: {error}", "it looks like https://example.org/run") from error
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise UsageError(f"{address!r} is no web folder", "it looks like https://example.org/run")
-    return address.rstrip("/")
 
 
 @dataclass

@@ -5,7 +5,7 @@ It applies what peers applied, with the run's own outer step, spikes skipped as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from peer.history import (
     numbers_of,
     record_path,
 )
+from peer.progress import Bar, no_bar
 from peer.rounds.applying import applied, was_skipped
 from peer.rounds.checks import fits
 from peer.rounds.parts import Parts
@@ -29,13 +30,6 @@ from peer.rounds.wire import Checker
 from peer.state import Layout, Snapshot, load_checkpoint
 from swarm.errors import CheckpointCorrupt, Rejected, StateDisputed
 from swarm.manifest import Manifest
-
-Bar = Callable[[str, int], Callable[[], None]]
-
-
-def no_bar(what: str, total: int) -> Callable[[], None]:
-    """Tell nobody how far it is."""
-    return lambda: None
 
 
 @dataclass(frozen=True)

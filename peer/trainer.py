@@ -33,8 +33,8 @@ from peer.batches import (
     halved,
     plan_for_host,
 )
-from peer.data import Indices, ShardReader, assignment_seed, sample_indices, tree_path
-from peer.device import PRECISIONS, autocast_dtype, free_bytes, precision_of, ran_out
+from peer.data import Indices, ShardReader, assignment_seed, present, sample_indices
+from peer.device import PRECISIONS, autocast_dtype, empty_cache, free_bytes, precision_of, ran_out
 from peer.distillation import Taught, TeacherReader, divergence
 from peer.experts import balance_coefficient, is_routed, routes_of
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
@@ -242,7 +242,7 @@ class Trainer:
 
         Samples are those of the private shards that are there, and of all others.
         """
-        data, vocabulary = run.data.held(lambda tree: tree_path(files, tree).exists()), run.model.vocabulary_size
+        data, vocabulary = present(run.data, files), run.model.vocabulary_size
         train, validation = (
             ShardReader.open(side, files, data.sequence_length, vocabulary, data.layout) for side in (data.train, data.validation)
         )
@@ -451,7 +451,7 @@ class Trainer:
             self._kept_inner = self._inner.state()
         self._network = self._flat = self._inner = None
         gc.collect()
-        self._empty_cache()
+        empty_cache(self._device)
 
     def forget_inner(self) -> None:
         """Begin the inner optimizer anew, as after a round that was skipped: what it has seen isn't to count."""
@@ -527,7 +527,7 @@ class Trainer:
             return False
         finally:
             self._zero_grad()
-            self._empty_cache()
+            empty_cache(self._device)
 
     def _missing_optimizer_bytes(self) -> int:
         has_state = self._inner is None or any(part.state for part in self._inner.parts)
@@ -713,7 +713,7 @@ class Trainer:
                     raise
                 plan = halved(plan)
             self._zero_grad()
-            self._empty_cache()
+            empty_cache(self._device)
         raise OutOfMemory("not even one sample fits on the device", OUT_OF_MEMORY_HINT)
 
     def _taught(self, samples: Indices) -> Batch:
@@ -830,10 +830,6 @@ class Trainer:
 
     def _zero_grad(self) -> None:
         self._network.zero_grad(set_to_none=True)
-
-    def _empty_cache(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _report(self, run: _Run, update: Vector, seconds: float) -> TrainedUpdate:
         losses = [(float(loss), samples) for loss, samples in run.losses]

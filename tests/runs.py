@@ -210,6 +210,13 @@ async def run_command(
         return Outcome(code, _read(out), _read(err))
 
 
+async def printed_by(*arguments: str) -> str:
+    """What a command prints that has to succeed."""
+    outcome = await run_command(*arguments)
+    assert outcome.code == 0, outcome
+    return outcome.out
+
+
 def _read(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode()

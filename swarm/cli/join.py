@@ -160,6 +160,8 @@ def _check(settings: PeerSettings) -> None:
     for folder, what in ((settings.files, "the run's data files"), (settings.data, "private shards")):
         if folder is not None and not folder.is_dir():
             raise UsageError(f"{folder} is not a folder", f"name the folder that holds {what}")
+    if settings.mirror:
+        check_address(settings.mirror)
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=settings.data_dir) as probe:
@@ -171,6 +173,19 @@ def _check(settings: PeerSettings) -> None:
         raise kind(
             f"can't write to {settings.data_dir}: {error.strerror}", f"{hint}, or choose another place with --dir"
         ) from error
+
+
+def check_address(address: str) -> str:
+    """The address of a mirror, without a slash at its end. Raises `UsageError` for what is no web folder."""
+    import httpx
+
+    try:
+        url = httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{address!r} is no web address: {error}", "it looks like https://example.org/run") from error
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise UsageError(f"{address!r} is no web folder", "it looks like https://example.org/run")
+    return address.rstrip("/")
 
 
 def _read_link(argument: str | None, settings: PeerSettings) -> JoinLink:
@@ -197,7 +212,6 @@ def _options(link: JoinLink, device: str, settings: PeerSettings, rules: Governo
     import torch
 
     from peer.daemon import DaemonOptions
-    from peer.mirror import check_address
 
     return DaemonOptions(
         link=link,

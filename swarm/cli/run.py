@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from swarm import auto
 from swarm.accounts import DAY_S
 from swarm.cli.folders import new_folder
-from swarm.cli.output import print_fields, print_json
+from swarm.cli.output import bars, print_fields, print_json
 from swarm.config import data_path
 from swarm.errors import ManifestInvalid, Rejected, UsageError
 from swarm.identity import Identity
@@ -553,15 +553,10 @@ def _with_base(folder: Path, base: Path, adapter: Lora | None, base_bits: int, s
 
 def _quantised(made: Pretrained, base: Path, folder: Path) -> Base:
     """The base in 4 bits, beside the data; how far it has come is shown on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from peer.importing import in_four_bits
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("quantising")
-        return in_four_bits(made, base, folder, lambda done, total: progress.update(task, completed=done, total=total))
+    with bars() as bar:
+        return in_four_bits(made, base, folder, bar)
 
 
 def _writing(values: dict[str, Any], made: Dataset, pretrained: Pretrained, base: Path, each: int) -> dict[str, Any]:

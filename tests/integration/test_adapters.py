@@ -16,7 +16,7 @@ from peer.corpus import byte_level_tokenizer
 from swarm.identity import Identity
 from swarm.local import LocalSwarm
 from tests.checkpoints import save_checkpoint
-from tests.runs import agreed_roots, run_command
+from tests.runs import agreed_roots, printed_by
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -43,13 +43,6 @@ def checkpoint(folder: Path) -> Path:
     return save_checkpoint(folder, CONFIG, tokenizer)
 
 
-async def swarm(*arguments: str) -> str:
-    """What a command prints."""
-    outcome = await run_command(*arguments)
-    assert outcome.code == 0, outcome
-    return str(outcome.out)
-
-
 def shortened(path: Path) -> dict[str, Any]:
     """The manifest with rounds of a fraction of a second, all of which are audited."""
     values: dict[str, Any] = yaml.safe_load(path.read_text())
@@ -67,15 +60,15 @@ async def test_two_peers_teach_an_adapter_to_answer(tmp_path: Path) -> None:
     chats = [{"question": f"{a} plus {b}?", "answer": f"That is {a + b}."} for a in range(12) for b in range(12)]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     base, data, path = tmp_path / "base", tmp_path / "data", tmp_path / "run.yaml"
-    await swarm("run", "base", str(source), "--to", str(base))
+    await printed_by("run", "base", str(source), "--to", str(base))
     kind = ("--kind", "chat", "--sequence-length", "96", "--held-out", "0.1")
-    await swarm(
+    await printed_by(
         "data", "build", str(tmp_path / "chats.jsonl"), "--tokenizer", str(base / "tokenizer.json"), *kind, "--to", str(data)
     )
     adapter = ("--lora", "4", "--strategy", "diloco", "--codec", "int8")
-    await swarm("run", "init", str(path), "--base", str(base), "--data", str(data), *adapter)
+    await printed_by("run", "init", str(path), "--base", str(base), "--data", str(data), *adapter)
     values = shortened(path)
-    await swarm("run", "validate", str(path), "--files", str(data))
+    await printed_by("run", "validate", str(path), "--files", str(data))
     key = tmp_path / "owner.key"
     Identity.generate().save(key)
     async with LocalSwarm(tmp_path / "swarm") as live:
@@ -89,8 +82,8 @@ async def test_two_peers_teach_an_adapter_to_answer(tmp_path: Path) -> None:
         assert all(line["tokens"] for peer in peers for line in peer.history() if line["round"])
         sent = min(line["bytes_sent"] for line in peers[1].history() if line["round"])
         assert sent < values["model"]["base"]["size_bytes"] / 2
-        await swarm("export", "--to", str(tmp_path / "adapter"), "--dir", str(peers[1].directory))
-        await swarm("export", "--merged", "--to", str(tmp_path / "merged"), "--dir", str(peers[1].directory))
+        await printed_by("export", "--to", str(tmp_path / "adapter"), "--dir", str(peers[1].directory))
+        await printed_by("export", "--merged", "--to", str(tmp_path / "merged"), "--dir", str(peers[1].directory))
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.count(" credits, ") == 2
     assert "not recorded" not in card

@@ -14,19 +14,12 @@ from peer.recipes import llama_config
 from swarm.identity import Identity
 from swarm.local import LocalSwarm
 from tests.checkpoints import save_checkpoint
-from tests.runs import agreed_roots, run_command
+from tests.runs import agreed_roots, printed_by
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 PROMPTS, EACH, ROUNDS = 24, 2, 3
 CONFIG = llama_config(257, 64, hidden_size=32, layers=2, end_of_text=256) | {"initializer_range": 0.3}
-
-
-async def swarm(*arguments: str) -> str:
-    """What a command prints."""
-    outcome = await run_command(*arguments)
-    assert outcome.code == 0, outcome
-    return str(outcome.out)
 
 
 def shorten(path: Path) -> None:
@@ -46,12 +39,12 @@ async def test_two_peers_write_data_for_another_run(tmp_path: Path) -> None:
     lines = (json.dumps({"prompt": f"number {number}"}) for number in range(PROMPTS))
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     base, prompts, path, out = (str(tmp_path / name) for name in ("base", "prompts", "run.yaml", "out"))
-    await swarm("run", "base", str(tmp_path / "tiny"), "--to", base)
+    await printed_by("run", "base", str(tmp_path / "tiny"), "--to", base)
     tokens = ("--tokenizer", f"{base}/tokenizer.json", "--sequence-length", "31")
-    await swarm("data", "build", str(tmp_path / "prompts.jsonl"), "--kind", "prompts", *tokens, "--to", prompts)
-    await swarm("run", "init", path, "--base", base, "--data", prompts, "--samples-per-prompt", str(EACH))
+    await printed_by("data", "build", str(tmp_path / "prompts.jsonl"), "--kind", "prompts", *tokens, "--to", prompts)
+    await printed_by("run", "init", path, "--base", base, "--data", prompts, "--samples-per-prompt", str(EACH))
     shorten(Path(path))
-    await swarm("run", "validate", path, "--files", prompts)
+    await printed_by("run", "validate", path, "--files", prompts)
     Identity.generate().save(tmp_path / "owner.key")
     async with LocalSwarm(tmp_path / "swarm") as live:
         await live.start_coordinator(Path(path), tmp_path / "owner.key")
@@ -63,11 +56,11 @@ async def test_two_peers_write_data_for_another_run(tmp_path: Path) -> None:
         assert "passed" in findings
         assert "failed" not in findings
         options = ("--dir", str(peers[1].directory), "--held-out", "0.2", "--to", out, "--json")
-        made = json.loads(await swarm("data", "collect", *options))
+        made = json.loads(await printed_by("data", "collect", *options))
     assert (made["asked_for"], made["generated"], made["missing"]) == (PROMPTS * EACH, PROMPTS * EACH, 0)
     assert made["generated_tokens"] == sum(line["tokens"] for line in peers[0].history())
     pieces = yaml.safe_load((tmp_path / "out" / "provenance.yaml").read_text())["pieces"]
     assert len({piece["peer"] for piece in pieces}) == 2
     assert {piece["round"] for piece in pieces} == {1, 2, 3}
-    found = json.loads(await swarm("data", "verify-generated", out, "--base", base, "--samples", "0", "--json"))
+    found = json.loads(await printed_by("data", "verify-generated", out, "--base", base, "--samples", "0", "--json"))
     assert (found["checked"], found["failed"]) == (PROMPTS * EACH, 0)

@@ -9,19 +9,12 @@ import yaml
 
 from peer.dataset import FILE, Dataset, read
 from swarm.local import LocalPeer, LocalSwarm
-from tests.runs import agreed_roots, run_command
+from tests.runs import agreed_roots, printed_by
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROUNDS = 3
 LENGTH = 32
-
-
-async def swarm(*arguments: str) -> str:
-    """What a command prints."""
-    outcome = await run_command(*arguments)
-    assert outcome.code == 0, outcome
-    return str(outcome.out)
 
 
 def write_texts(folder: Path, name: str) -> Path:
@@ -55,23 +48,23 @@ def holds(peer: LocalPeer, row: bytes) -> bool:
 async def test_two_peers_train_on_what_neither_shows_the_other(tmp_path: Path) -> None:
     """The owner knows names and counts; the peers agree on every state, and no row of one is anywhere in the other's folder."""
     made = {}
-    await swarm(
+    await printed_by(
         "data", "tokenizer", str(write_texts(tmp_path / "public", "somebody")), "--vocabulary", "300", "--to", str(tmp_path / "t")
     )
     for name in ("anna", "ben"):
         texts, to = write_texts(tmp_path / f"{name}-texts", name), tmp_path / name
         options = ("--tokenizer", str(tmp_path / "t"), "--held-out", "0.2", "--sequence-length", str(LENGTH), "--private")
-        await swarm("data", "build", str(texts), *options, "--to", str(to))
+        await printed_by("data", "build", str(texts), *options, "--to", str(to))
         made[name] = read(to)
         (tmp_path / f"{name}.yaml").write_bytes((to / FILE).read_bytes())
     descriptions = [str(tmp_path / f"{name}.yaml") for name in made]
     run, signed, key = tmp_path / "run.yaml", tmp_path / "run.signed", tmp_path / "owner.key"
-    await swarm("data", "combine", *descriptions, "--tokenizer", str(tmp_path / "t"), "--to", str(tmp_path / "data"))
+    await printed_by("data", "combine", *descriptions, "--tokenizer", str(tmp_path / "t"), "--to", str(tmp_path / "data"))
     small = ("--hidden-size", "32", "--layers", "1", "--strategy", "diloco", "--codec", "int8", "--tokens", "100000")
-    await swarm("run", "init", str(run), "--data", str(tmp_path / "data"), *small)
+    await printed_by("run", "init", str(run), "--data", str(tmp_path / "data"), *small)
     shortened(run)
-    await swarm("run", "sign", str(run), "--to", str(signed), "--owner-key", str(key))
-    ticket = ("--ticket", (await swarm("run", "invite", str(signed), "--uses", "2", "--owner-key", str(key))).strip())
+    await printed_by("run", "sign", str(run), "--to", str(signed), "--owner-key", str(key))
+    ticket = ("--ticket", (await printed_by("run", "invite", str(signed), "--uses", "2", "--owner-key", str(key))).strip())
     async with LocalSwarm(tmp_path / "swarm") as live:
         await live.start_coordinator(signed, key)
         files = ("--files", str(tmp_path / "data"))

@@ -18,10 +18,11 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from peer.materials import Materials
-from peer.mirror import Mirror, check_address
+from peer.mirror import Mirror
 from peer.network.blobs import BlobStore
 from peer.network.node import Node
 from peer.network.transfer import Transfer
+from swarm.cli.join import check_address
 from swarm.errors import UsageError
 from swarm.identity import Identity
 from swarm.manifest import Tree
