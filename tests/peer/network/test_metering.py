@@ -85,7 +85,7 @@ def test_kinds_add_up_to_what_the_sockets_say() -> None:
     bench.after(1, sent_bytes=400, received_bytes=70)
     assert bench.traffic.total == Volume(1000, 70)
     bench.after(1, sent_bytes=1100, received_bytes=70)
-    assert bench.traffic.sent == {"bulk": 1000, "control": 0, "framing": 100}
+    assert bench.traffic.sent == {"bulk": 1000, "control": 0, "framing": 100, "web": 0}
     assert bench.traffic.total == Volume(1100, 70)
     assert sum(bench.moved, Volume()) == Volume(1100, 70)
 
