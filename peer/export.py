@@ -26,6 +26,7 @@ from swarm.manifest import Data, Manifest
 
 Vector = NDArray[np.float32]
 
+CARD = "README.md"
 MAX_NAME_CHARACTERS = 80
 MAX_LISTED = 1000
 TEMPERATURE, TOP_P = 0.7, 0.95
@@ -97,7 +98,7 @@ def _write(run: Manifest, theta: Vector, files: Path, directory: Path, provenanc
     without_a_hub = {"save_embedding_layers": False} if adapts and not merged else {}  # peft would ask one whether they changed
     network.save_pretrained(directory, **without_a_hub)
     tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(model_card(run, provenance), encoding="utf-8")
+    (directory / CARD).write_text(model_card(run, provenance), encoding="utf-8")
 
 
 def model_card(run: Manifest, provenance: Provenance) -> str:

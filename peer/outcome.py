@@ -102,10 +102,21 @@ def sample(
     base: Path | None = None,
     seed: int = 0,
 ) -> str:
-    """What an exported model writes, loaded as anybody would; `base` is what an adapter adapts.
+    """What an exported model writes; `base` is what an adapter adapts.
 
-    Raises `UsageError` for an adapter without a base, a tokenizer without a chat template where it is to `chat`, and for what is
-    no model.
+    Raises `UsageError` as `load_exported` and `require_chats` do.
+    """
+    model, tokenizer = load_exported(directory, base)
+    if chat:
+        require_chats(tokenizer)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return generate_sample(model, tokenizer, prompt, tokens, seed)
+
+
+def load_exported(directory: Path, base: Path | None = None) -> tuple[Any, Any]:
+    """An exported model and its tokenizer, loaded as anybody would; `base` is what an adapter adapts.
+
+    Raises `UsageError` for an adapter without a base, and for what is no model.
     """
     disable_progress_bar()
     try:
@@ -113,14 +124,15 @@ def sample(
             model = _adapted(directory, base)
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        return model, AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UsageError(f"can't load {directory}: {' '.join(str(error).split())[:200]}", "export the model anew") from error
-    if chat:
-        if not tokenizer.chat_template:
-            raise UsageError("the model's tokenizer has no chat template", "leave --chat out")
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    return generate_sample(model, tokenizer, prompt, tokens, seed)
+
+
+def require_chats(tokenizer: Any) -> None:
+    """Raise `UsageError` for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise UsageError("the model's tokenizer has no chat template", "leave --chat out")
 
 
 def _adapted(directory: Path, base: Path | None) -> Any:

@@ -13,10 +13,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from peer.export import CARD
 from swarm.errors import SwarmError, UsageError
 
 SUFFIXES = frozenset({".json", ".jinja", ".md", ".safetensors"})
-WEIGHTS, CARD = ".safetensors", "README.md"
+WEIGHTS = ".safetensors"
 SETTINGS = ("config.json", "adapter_config.json")
 MESSAGE = "A model trained with swarm"
 

@@ -1,4 +1,4 @@
-"""Where commands write what they make."""
+"""Folders that commands write and read."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ def new_folder(to: Path) -> Path:
     to = to.absolute()
     to.parent.mkdir(parents=True, exist_ok=True)
     return to
+
+
+def require_model(folder: Path) -> None:
+    """Raise `UsageError` for a folder that holds no model."""
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise UsageError(f"{folder} holds no model", "write one with: swarm export --to DIR")

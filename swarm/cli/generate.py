@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from swarm.cli.folders import require_model
 from swarm.cli.output import print_json
 from swarm.errors import UsageError
 
@@ -29,8 +30,7 @@ def command(
 
       echo "What is a ledger?" | swarm generate ./model --chat
     """
-    if not (model / "config.json").is_file() and not (model / "adapter_config.json").is_file():
-        raise UsageError(f"{model} holds no model", "write one with: swarm export --to DIR")
+    require_model(model)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("an empty prompt", 'write one: swarm generate ./model "Once upon a time"')

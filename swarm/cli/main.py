@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("swarm.cli.export:command", "Write the trained model as safetensors."),
     "publish": Command("swarm.cli.publish:command", "Send an exported model to a hub."),
     "generate": Command("swarm.cli.generate:command", "See what a trained model writes."),
+    "evaluate": Command("swarm.cli.evaluate:command", "See what a trained model reaches in benchmarks."),
     "demo": Command("swarm.cli.demo:command", "A coordinator and several peers on this machine."),
     "attack": Command("swarm.cli.attack:command", "See what an attack does to a swarm, on this machine."),
     "data": Command("swarm.cli.data:app", "Make a run's data from texts."),
