@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peer.corpus import END_OF_TEXT, TOKENIZER, byte_level_tokenizer
 from peer.model import FlatParameters, count_parameters, flops_per_token, initial_theta
 from peer.recipes import llama_config
+from swarm.cli.drafting import commented
 from swarm.cli.main import run
-from swarm.cli.run import commented
 from swarm.manifest import Manifest, Model
 
 FOLDER = Path(__file__).resolve().parent

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from peer.corpus import byte_level_tokenizer
+from swarm.cli.drafting import COMMENTS, FILL_IN
 from swarm.cli.main import run
-from swarm.cli.run import COMMENTS, FILL_IN, read_run
+from swarm.cli.run import read_run
 from swarm.errors import ManifestInvalid
 from swarm.identity import Identity
 from swarm.ledger import open_manifest
