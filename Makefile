@@ -29,7 +29,7 @@ test: $(INSTALLED) ## Run the tests that take seconds: make test ARGS='-k ledger
 	$(BIN)/pytest -m 'not slow and not gpu and not container' -n 2 $(ARGS)
 
 slow: $(INSTALLED) ## Run the scenarios that take minutes
-	$(BIN)/pytest -m slow $(ARGS)
+	$(BIN)/pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 images: $(INSTALLED) ## Build the images with podman, and let a peer in one train with a peer outside
 	$(BIN)/pytest -m container $(ARGS)

