@@ -15,6 +15,7 @@ Only read from `SWARM_ATTACK`, which they set for the attackers among the proces
     equivocate                      a leader that proposes one thing to half of the roster and another to the rest
     lying_donor                     wrong bytes for whoever downloads the weights
     replay                          every message once more, in later rounds
+    repeat                          in a run that generates: one written sample, given out for all
 
 The attackers of ALIE and IPM know everybody's updates in the literature; here each knows its own honest one, and takes that for
 the mean and its magnitudes for the deviations.
@@ -25,13 +26,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from peer.codec import Vector
+from peer.generating import Sample
 from peer.leaves import MAX_LEAVES_BYTES, Leaf
 from peer.network.node import PeerFailure
 from peer.rounds.run import Contribution, RoundRun
@@ -44,6 +46,7 @@ COPY_ATTEMPTS, COPY_WAIT_S = 100, 0.05
 MOST_REPLAYED = 32
 SCALE, NOISE_NORMS = np.float32(1000), 10.0
 ATTACK_VARIABLE = "SWARM_ATTACK"
+REPEAT = "repeat"
 SKIPPED = {"skip": 0.5, "skip_tenth": 0.1}
 IPM_SHARE, ALIE_DEVIATIONS = np.float32(0.5), np.float32(1.0)
 
@@ -63,8 +66,8 @@ class Attack:
     def from_environment(cls) -> Attack | None:
         """What `SWARM_ATTACK` asks for, usually nothing. Raises `UsageError`."""
         kind = os.environ.get(ATTACK_VARIABLE, "")
-        if kind and kind not in KINDS:
-            raise UsageError(f"no such attack: {kind!r}", f"one of {', '.join(KINDS)}")
+        if kind and kind not in (*KINDS, REPEAT):
+            raise UsageError(f"no such attack: {kind!r}", f"one of {', '.join((*KINDS, REPEAT))}")
         return cls(kind) if kind else None
 
     def contribution(self, honest: Contribution) -> Contribution:
@@ -86,6 +89,12 @@ class Attack:
         skipped = int(SKIPPED.get(self.kind, 0.0) * quota + self.random.random())
         self._assigned, self._done = quota, max(1, quota - skipped)
         return self._done
+
+    def samples(self, written: Sequence[Sample]) -> Sequence[Sample]:
+        """What it gives out for samples that it should have written."""
+        if self.kind != REPEAT:
+            return written
+        return [replace(each, tokens=written[0].tokens, loss=written[0].loss) for each in written]
 
     def labels(self, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """What it trains on in the place of these token ids."""

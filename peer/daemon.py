@@ -645,12 +645,14 @@ class Daemon:
         memory_ratio = min(filter(None, (rules.in_use.memory_ratio, rules.idle.memory_ratio)), default=0.0)
         if memory_ratio and self.options.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(memory_ratio, self.options.device)
+        attack = self.parts.services.attack
         if manifest.generates:
             generator = Generator.open(manifest, self.options.device, materials.directory)
+            if attack is not None:
+                generator.passed_off = attack.samples
             generator.evaluate(np.zeros(1, dtype=np.float32))
             return TrainingThread(generator, self.governor.brake.on_progress)
         trainer = Trainer.open(manifest, self.options.device, materials.directory)
-        attack = self.parts.services.attack
         if attack is not None:
             trainer.relabel = lambda labels: attack.labels(labels, manifest.model.vocabulary_size)
         trainer.evaluate(np.zeros(manifest.model.parameters, dtype=np.float32), 1)

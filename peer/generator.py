@@ -49,6 +49,8 @@ class Generator:
 
     def __init__(self, run: Manifest, writer: Writer, prompts: Prompts) -> None:
         self.writer, self.prompts = writer, prompts
+        self.passed_off: Callable[[Sequence[Sample]], Sequence[Sample]] = lambda samples: samples
+        """What a hostile peer gives out for its samples; see `peer.attacks`."""
         self._manifest = run
 
     @classmethod
@@ -101,7 +103,8 @@ class Generator:
             progress(Progress(len(done), max(0, end - first), None))
 
         write_span(self.writer, self.prompts, first, count, should_stop, note)
-        piece = Piece(tuple(done), self.precision) if done else None
+        given = self.passed_off(done)
+        piece = Piece(tuple(given), self.precision) if done else None
         tokens, loss = (piece.tokens, piece.loss) if piece is not None else (0, math.nan)
         return TrainedUpdate(
             update=np.zeros(self._manifest.model.parameters, dtype=np.float32),
@@ -112,7 +115,7 @@ class Generator:
             loss_last=done[-1].loss if done else math.nan,
             seconds=time.monotonic() - started,
             stopped=should_stop(),
-            piece=pack(done, self.precision) if done else b"",
+            piece=pack(given, self.precision) if done else b"",
         )
 
     def look(self, piece: Piece, most: int, seed: bytes, should_stop: ShouldStop = never_stop) -> Looked | None:

@@ -20,6 +20,7 @@ from peer.admissions import Admissions
 from peer.codec import Codecs, Vector
 from peer.faults import Faults
 from peer.frauds import BAD_PART, EQUIVOCATION
+from peer.generating import Sample
 from peer.leaves import Leaf, pack
 from peer.network.node import PeerFailure, Unreachable
 from peer.network.transfer import Transfer
@@ -124,6 +125,9 @@ class Attack(Protocol):
 
     def labels(self, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """What it trains on."""
+
+    def samples(self, written: Sequence[Sample]) -> Sequence[Sample]:
+        """What it gives out for samples that it should have written."""
 
     def proposals(self, message: Proposal) -> list[Proposal]:
         """What it proposes, each to a share of the roster."""
