@@ -69,13 +69,49 @@ def _adamw(settings: manifest.AdamW, parameters: list[nn.Parameter]) -> torch.op
 
 def _muon(settings: manifest.Muon, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Muon whose update is multiplied with 0.2 sqrt(larger side), so that its size is like AdamW's (Liu et al., 2502.16982)."""
-    return torch.optim.Muon(
+    kind = MuonOnProcessor if parameters[0].device.type == "cpu" else torch.optim.Muon
+    return kind(
         parameters,
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
+
+
+class MuonOnProcessor(torch.optim.Muon):
+    """torch's Muon, which orthogonalises in fp32 instead of bf16.
+
+    Processors without bf16 take 16 to 43 times as long for it as for fp32. An update differs by about 1 % from that of a GPU.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch declares overloads
+        """A step on the gradients that are there; a `closure` is not called."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                momentum, rate = state["momentum_buffer"], group["lr"]
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(update, alpha=-rate * 0.2 * math.sqrt(max(parameter.shape)))
+
+
+def orthogonalised(matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> torch.Tensor:
+    """Newton-Schulz iterations in the matrix's own precision, as Muon's authors do them (Jordan et al., 2024)."""
+    first, second, third = coefficients
+    wide = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    wide = wide / wide.norm().clamp(min=epsilon)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=second, alpha=third), wide, beta=first)
+    return wide.T if matrix.size(0) > matrix.size(1) else wide
 
 
 class InnerOptimizer:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peer.model import build_model, count_parameters
-from peer.optimizer import hidden_matrices, lr_factor, make_inner
+from peer.optimizer import MuonOnProcessor, hidden_matrices, lr_factor, make_inner
 from swarm.manifest import AdamW, Model, Muon, Schedule
 
 SCHEDULE = Schedule(warmup_tokens=100, total_tokens=1100, final_fraction=0.1)
@@ -64,7 +64,7 @@ def test_muon_gets_the_hidden_matrices_only(network: Any) -> None:
     inner = make_inner(Muon(), network)
     covered = [id(parameter) for part in inner.parts for group in part.param_groups for parameter in group["params"]]
     assert sorted(covered) == sorted(names)
-    assert [type(part).__name__ for part in inner.parts] == ["Muon", "AdamW"]
+    assert [type(part).__name__ for part in inner.parts] == ["MuonOnProcessor", "AdamW"]
 
 
 def test_adamw_takes_everything(network: Any) -> None:
@@ -125,3 +125,21 @@ def test_a_state_moves_to_the_host_and_back() -> None:
     for part in (*one.parts, *replacement.parts):
         part.step()
     assert torch.equal(first.hidden.weight, second.hidden.weight)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 24), (24, 64)])
+def test_on_a_processor_muon_is_torchs_in_fp32(shape: tuple[int, int]) -> None:
+    """Step after step, but for what bf16 rounds: momentum, weight decay and the size of an update are the same."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    mine, reference = MuonOnProcessor([ours], **settings), torch.optim.Muon([torchs], **settings)
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for parameter, optimizer in ((ours, mine), (torchs, reference)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = torch.linalg.norm(torchs.detach() - start)
+    assert torch.linalg.norm(ours.detach() - torchs.detach()) < 0.02 * moved
+    assert mine.state[ours].keys() == reference.state[torchs].keys()
