@@ -117,7 +117,7 @@ class Harness:
                 apply_chat_template=chat,
                 log_samples=False,
             )
-        except Exception as error:
+        except Exception as error:  # whatever: tasks fetch data and run code of many authors
             told = " ".join(str(error).split())[:LARGEST_GIVEN] or type(error).__name__
             raise SwarmError(
                 f"{', '.join(tasks)} can't be run: {told}",

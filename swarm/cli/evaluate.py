@@ -10,6 +10,7 @@ import typer
 
 from swarm.cli.folders import require_model
 from swarm.cli.output import print_json, print_table
+from swarm.cli.synthetic import GpuOption, JsonOption
 from swarm.errors import UsageError
 
 
@@ -30,8 +31,8 @@ def command(
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Of an adapter: the directory of the model that it adapts.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the scores into the model's card.")] = False,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="A GPU's number; without it the processor computes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    gpu: GpuOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask a model the tasks of the LM Evaluation Harness, and print what it reaches.
 
@@ -46,18 +47,19 @@ def command(
 
       swarm evaluate --list
     """
-    from peer.benchmarks import Harness, card_of, write_in_card
-
     if listed:
+        from peer.benchmarks import Harness
+
         names = Harness(include).names
         print_json(names) if as_json else typer.echo("\n".join(names))
         return
     if model is None:
         raise UsageError("no model named", "swarm evaluate ./model --tasks arc_easy")
     require_model(model)
-    written = card_of(model) if card else None
+    from peer.benchmarks import Harness, card_of, write_in_card
     from peer.device import choose_devices
 
+    written = card_of(model) if card else None
     harness = Harness(include)
     device = choose_devices(gpu or "", cpu=gpu is None)[0]
     named = [name.strip() for name in tasks.split(",") if name.strip()]
