@@ -30,6 +30,7 @@ from swarm.rpc.v1.signed_pb2 import Commit
 
 POLL_S = 0.05
 FINISH_S = 120.0
+LAST_WORDS = 1500
 REPORT_FOLDERS = ("posted", "outbox", "refused")
 
 
@@ -188,9 +189,11 @@ class Scenario:
         return open_manifest(run.signed_manifest, run.run_id)
 
     def summary(self) -> str:
-        """Where everybody is, for messages."""
+        """Where everybody is, for messages; of those that ended, their last words."""
         return ", ".join(
-            f"{peer.name} {'round ' + str(last_round(peer)) if peer.running else 'ended'}" for peer in self.peers.values()
+            f"{peer.name} "
+            + (f"round {last_round(peer)}" if peer.running else f"ended with {peer.process.returncode}: {peer.log()[-LAST_WORDS:]}")
+            for peer in self.peers.values()
         )
 
 

@@ -483,10 +483,10 @@ class Engine:
         over = run.state.accepted is not None
         if self.state is None or run.round_index == 0 or self.wish != "train" or over or not quota:
             await self.training.drop_early()
-            self.services.observer.state("gathering" if run.round_index == 0 else "following")
+            self._show("gathering" if run.round_index == 0 else "following")
             await run.contribute(Contribution(None, 0, 0.0, 0.0))
             return
-        self.services.observer.state("training")
+        self._show("training")
         self.services.faults.reached("training", run.round_index)
         state, attack = self.state, self.services.attack
         quota = quota if attack is None else attack.quota(quota)
@@ -501,7 +501,7 @@ class Engine:
                     state.theta, run.round_index, run.setup.me, quota, state.tokens, self._sketcher(run)
                 )
         self.services.observer.phase("train", contribution.seconds)
-        self.services.observer.state("exchanging")
+        self._show("exchanging")
         if self.planter is not None:
             contribution = self.planter.contribution(run, contribution)
         self._train_seconds = contribution.seconds
@@ -509,6 +509,11 @@ class Engine:
             tokens = state.tokens + sum(member.quota for member in run.setup.roster) * self._tokens_per_step
             self.training.begin_early(run.round_index + 1, run.setup.me, quota, tokens)
         await run.contribute(contribution if attack is None else attack.contribution(contribution))
+
+    def _show(self, reason: str) -> None:
+        """Say what we are doing; once we are to pause or to leave, why we do so stays."""
+        if self.wish == "train":
+            self.services.observer.state(reason)
 
     def _span(self, run: RoundRun) -> tuple[int, int]:
         """The first sample that is ours to write, and how many are."""

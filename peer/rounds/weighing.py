@@ -28,20 +28,25 @@ class Scales:
     _others_before: NDArray[np.float64] | None = None
 
     async def gain(self, commit: CommitFacts, update: Vector) -> Gain | None:
-        """What a peer's update, [parameters], does to its own samples and to others'; None when we were stopped."""
+        """What a peer's update, [parameters], does to its own samples and to others'; None when we were stopped.
+
+        All in one go: training waits for it once, and so does it for training.
+        """
+        return await self.training.in_thread(lambda: self._weigh(commit, update))
+
+    def _weigh(self, commit: CommitFacts, update: Vector) -> Gain | None:
         trainer = self.training.trainer
         most = min(MOST_WEIGHED, max(FEWEST_WEIGHED, WEIGHED_TOKENS // trainer.sequence_length))
         drawn = np.random.default_rng(list(self.seed)).permutation(commit.weight)[:most]
         own = trainer.samples_of(self.round_index, commit.peer, commit.weight)[np.sort(drawn)]
         others = trainer.samples_of(self.round_index, self.seed.hex(), most)  # what nobody's name gives
         if self._others_before is None:
-            self._others_before = await self._losses(self.theta, others)
-        before = await self._losses(self.theta, own)
-        after = await self._losses(self.theta - update, np.concatenate([own, others]))
+            self._others_before = self._losses(self.theta, others)
+        before = self._losses(self.theta, own)
+        after = self._losses(self.theta - update, np.concatenate([own, others]))
         if self._others_before is None or before is None or after is None:
             return None
         return Gain.of(before - after[: len(own)], self._others_before - after[len(own) :])
 
-    async def _losses(self, theta: Vector, samples: Indices) -> NDArray[np.float64] | None:
-        trainer, why_stopped = self.training.trainer, self.training.why_stopped
-        return await self.training.in_thread(lambda: trainer.losses(theta, samples, why_stopped))
+    def _losses(self, theta: Vector, samples: Indices) -> NDArray[np.float64] | None:
+        return self.training.trainer.losses(theta, samples, self.training.why_stopped)
