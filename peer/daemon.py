@@ -48,7 +48,7 @@ from peer.model import initial_theta
 from peer.network.blobs import BlobStore
 from peer.network.dialback import DIAL, DialBack
 from peer.network.metering import Metering
-from peer.network.node import Node, PeerFailure
+from peer.network.node import NETWORK_ERRORS, Node, PeerFailure
 from peer.network.p2pd import P2pdOptions
 from peer.network.traffic import Volume
 from peer.network.transfer import Transfer
@@ -106,7 +106,7 @@ FETCH_RETRY_S = 1.0
 RECEIPT_WAIT_S = 10.0
 EVALUATION_WAIT_S = 15.0
 GOODBYE_S = 3.0
-REBUILD_ATTEMPTS = 5
+MOST_DEATHS, DEATHS_WITHIN_S = 6, 600.0
 QUOTA_CHECK_S = 30.0
 OPERATOR_REST_S = 300.0
 DEVICE_REST_S = 60.0
@@ -733,16 +733,24 @@ class Daemon:
         log.info("left", rounds=self.status.rounds_contributed, reports_waiting=len(parts.reporter.outbox.waiting()))
 
     async def _keep_network(self, parts: Parts) -> None:
-        """Rebuild the network when its daemon dies; the training state is not touched."""
-        for attempt in range(REBUILD_ATTEMPTS):
+        """Rebuild the network when its daemon dies; the training state is not touched. Raises `NetworkBroken` if that goes on."""
+        deaths = deque[float](maxlen=MOST_DEATHS)
+        while True:
             status = await parts.node.daemon.wait()
-            log.warning("network_lost", status=status, attempt=attempt)
+            deaths.append(time.monotonic())
+            if len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < DEATHS_WITHIN_S:
+                raise NetworkBroken("the libp2p daemon keeps dying", "see the log; is something killing it?")
+            log.warning("network_lost", status=status)
             await parts.finder.close()
-            await parts.node.rebuild()
-            await parts.finder.start()
+            try:
+                await parts.node.rebuild()
+                await parts.finder.start()
+            except (SwarmError, *NETWORK_ERRORS) as error:
+                log.warning("network_not_rebuilt", error=str(error))
+                await asyncio.sleep(FETCH_RETRY_S)
+                continue
             await parts.finder.find()
             log.info("network_rebuilt", addresses=list(parts.node.addresses))
-        raise NetworkBroken("the libp2p daemon keeps dying", "see the log; is something killing it?")
 
     # --- what the parts ask for -----------------------------------------------------------------------------------------
 
@@ -852,12 +860,12 @@ class Daemon:
         """After a sleep everybody else's idea of us is old."""
         if self._parts is not None:
             self._parts.coordination.nudge()
-            self._parts.post.spawn(self._parts.finder.meet_quietly())
+            self._parts.post.spawn(self._parts.finder.meet())
 
     def _on_answer(self, answer: AnnounceResponse) -> None:
         parts = self.parts
         parts.admissions.admit(answer.admission)
-        parts.post.spawn(parts.finder.meet_quietly())
+        parts.post.spawn(parts.finder.meet())
         self.status.metrics.clock_offset.set(self.parts.coordination.clock_offset_s)
         if answer.twin != TWIN_UNSPECIFIED:
             self._on_twin(answer.twin)

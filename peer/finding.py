@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,40 +55,39 @@ class Finder:
         except (SwarmError, Rejected) as error:
             log.info("announce_failed", error=str(error))
         await self.meet()
-        if self.discovery is not None:
-            for peer, presence in (await self.discovery.find()).items():
+        if (discovery := self.discovery) is not None:
+            for peer, presence in (await discovery.find()).items():
                 self.node.learn(peer, presence.addresses)
                 self.node.learn_reachability(peer, presence.reachable)
         known = [peer.peer_id for peer in self.coordination.last.peers] if self.coordination.last else []
         return Whereabouts(tuple(dict.fromkeys([*known, *self.node.known_peers()])), first)
 
     async def meet(self) -> None:
-        """Connect to the peers that the coordinator knows, and get to know their DHT nodes."""
+        """Connect to the peers that the coordinator knows, and get to know their DHT nodes; nobody while our network is away."""
         last = self.coordination.last
         if last is None:
             return
         for peer in last.peers:
             self.node.learn_reachability(peer.peer_id, peer.reachable)
-        connected = await self.node.connected()
+        try:
+            connected = await self.node.connected()
+        except PeerFailure as error:
+            log.info("network_away", error=str(error))
+            return
         new = [peer.peer_id for peer in last.peers if peer.peer_id not in connected and peer.peer_id != self.node.peer_id]
         await asyncio.gather(*(self.node.connect(peer) for peer in new), return_exceptions=True)
-        if self.discovery is not None:
-            await self.discovery.meet(new)
-
-    async def meet_quietly(self) -> None:
-        """`meet`, when it is of no matter whether it works: a peer that nobody can dial has to dial the newcomers."""
-        with contextlib.suppress(PeerFailure):
-            await self.meet()
+        if (discovery := self.discovery) is not None:
+            await discovery.meet(new)
 
     async def announce_for_ever(self) -> None:
-        """Keep our presence in the DHT alive."""
+        """Keep our presence in the DHT alive, and go on with another DHT node when the network has been rebuilt meanwhile."""
         while True:
-            if self.discovery is not None:
-                await self.meet_quietly()
+            if (discovery := self.discovery) is not None:
+                await self.meet()
                 offset_s = self.coordination.clock_offset_s
                 round_index = self.standing().round_index
-                mine = (await self.discovery.find()).get(self.identity.peer_id)
-                if mine is not None and self.discovery.is_twin(mine):
+                mine = (await discovery.find()).get(self.identity.peer_id)
+                if mine is not None and discovery.is_twin(mine):
                     self.on_twin()
-                await self.discovery.announce(self.node.addresses, round_index, __version__, self.inbound, offset_s)
+                await discovery.announce(self.node.addresses, round_index, __version__, self.inbound, offset_s)
             await asyncio.sleep(DHT_EVERY_S)

@@ -192,7 +192,11 @@ class Scenario:
         """Where everybody is, for messages; of those that ended, their last words."""
         return ", ".join(
             f"{peer.name} "
-            + (f"round {last_round(peer)}" if peer.running else f"ended with {peer.process.returncode}: {peer.log()[-LAST_WORDS:]}")
+            + (
+                f"round {last_round(peer)}"
+                if peer.running
+                else f"ended with {peer.process.returncode}: {peer.log()[-LAST_WORDS:]}"
+            )
             for peer in self.peers.values()
         )
 

@@ -18,10 +18,9 @@ from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import MSGPackSerializer, get_dht_time
 
-from peer.network.node import Node
+from peer.network.node import NETWORK_ERRORS, Node
 from swarm.clock import Clock, SystemClock
 from swarm.errors import Rejected
 from swarm.identity import Identity
@@ -146,7 +145,7 @@ class Discovery:
 
     async def close(self) -> None:
         """Stop taking part in the DHT. With a dead network daemon there is nobody to tell: that is waited for only briefly."""
-        with contextlib.suppress(TimeoutError, OSError, EOFError, P2PDaemonError):
+        with contextlib.suppress(TimeoutError, *NETWORK_ERRORS):
             await asyncio.wait_for(self.dht.shutdown(), CLOSE_TIMEOUT_S)
 
     async def meet(self, peers: Sequence[str]) -> None:
@@ -183,7 +182,7 @@ class Discovery:
                 ),
                 CALL_TIMEOUT_S,
             )
-        except (TimeoutError, OSError, ValueError) as error:
+        except (TimeoutError, ValueError, *NETWORK_ERRORS) as error:
             log.debug("dht_store_failed", error=str(error))
             return False
         return bool(stored)
@@ -196,7 +195,7 @@ class Discovery:
         """Peers of the run that the DHT knows, each record signed by its peer."""
         try:
             found = await asyncio.wait_for(self.dht.get(run_key(self.run_id), latest=True), CALL_TIMEOUT_S)
-        except (TimeoutError, OSError, ValueError) as error:
+        except (TimeoutError, ValueError, *NETWORK_ERRORS) as error:
             log.debug("dht_get_failed", error=str(error))
             return {}
         records = getattr(found, "value", None)

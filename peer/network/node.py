@@ -16,7 +16,6 @@ import structlog
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import (
-    ControlFailure,
     P2PDaemonError,
     P2PHandlerError,
     raise_if_failed,
@@ -34,6 +33,7 @@ from swarm.identity import public_key_of
 MAX_CONCURRENT_CALLS = 256
 MAX_CALLS_PER_PEER = 32
 CONNECT_TIMEOUT_S = 10.0
+NETWORK_ERRORS = (P2PDaemonError, OSError, EOFError)  # what hivemind raises once its daemon has died
 REFUSAL = "swarm-rejected:"
 REFUSED = re.compile(re.escape(REFUSAL) + r"(\w{0,64})")
 
@@ -265,7 +265,7 @@ def _translated(peer: str) -> Iterator[None]:
         if refused := REFUSED.search(text):
             raise Rejected("refused", refused[1], peer) from error
         raise Unreachable(peer, text[:200]) from error
-    except (P2PDaemonError, ControlFailure, OSError, EOFError) as error:
+    except NETWORK_ERRORS as error:
         raise Unreachable(peer, str(error)[:200]) from error
 
 

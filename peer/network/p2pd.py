@@ -146,12 +146,15 @@ class P2pd:
             raise
         return cls(process, directory, p2p, reader)
 
+    @property
+    def _connection(self) -> tuple[asyncio.Task[None], asyncio.Task[None]]:
+        return self.p2p._client.control._read_task, self.p2p._client.control._write_task
+
     async def wait(self) -> int:
         """Wait until the daemon, or the connection over which it takes calls, ends; the exit status, -1 if it still runs."""
         ended = asyncio.create_task(self._process.wait())
-        connection = (self.p2p._client.control._read_task, self.p2p._client.control._write_task)
         try:
-            await asyncio.wait((ended, *connection), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, *self._connection), return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
         return -1 if self._process.returncode is None else self._process.returncode
@@ -159,6 +162,7 @@ class P2pd:
     async def close(self) -> None:
         """End the daemon and remove its sockets."""
         await self.p2p.shutdown()
+        await asyncio.gather(*self._connection, return_exceptions=True)
         await _end(self._process, self._reader, self._directory)
 
 

@@ -20,7 +20,9 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("module", ["swarm.rpc.client", "peer.daemon", "peer.doctor", "bench.linked_peer"])
+@pytest.mark.parametrize(
+    "module", ["swarm.rpc.client", "peer.daemon", "peer.doctor", "coordinator.server", "bench.linked_peer", "coordinator.backup"]
+)
 def test_fork_handlers_are_off_before_grpc_looks(module: str) -> None:
     """Set any later, a new libp2p daemon is aborted before it begins, about once in 300 starts."""
     done = subprocess.run(
