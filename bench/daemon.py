@@ -29,7 +29,7 @@ from swarm.manifest import DiLoCo, Manifest
 
 POLL_S = 0.1
 JOIN_S, ROUND_S, PAUSE_S = 180.0, 120.0, 120.0
-LONG_ROUND_STEPS = 60
+LONG_ROUND_STEPS = 240  # a minute or so on two cores, as rounds between homes last
 RESTING_CORE_FRACTION = 0.5
 OVER_BARE = (
     f"tokens/s of the daemon's rounds ({LONG_ROUND_STEPS} inner steps each, all included) / tokens/s of a bare transformers loop "
