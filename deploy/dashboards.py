@@ -218,14 +218,18 @@ SWARM = (
         COUNT,
         "Times that a peer fetched chunks because its state root was not the agreed one. Normally zero.",
         ((increase("swarm_peer_repairs_total", "instance"), "{{instance}}"),),
-        width=12,
+    ),
+    Chart(
+        "Rounds skipped",
+        COUNT,
+        "Rounds whose loss jumped, as each peer decided: they change nobody's weights (strategy.skip_spikes). Normally zero.",
+        ((increase("swarm_peer_rounds_skipped_total", "instance"), "{{instance}}"),),
     ),
     Chart(
         "Messages rejected by peers",
         PER_SECOND,
         "Messages from other peers that broke a rule, by reason.",
         ((rate("swarm_peer_rejected_messages_total", "reason"), "{{reason}}"),),
-        width=12,
     ),
 )
 COORDINATOR = (
