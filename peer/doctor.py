@@ -1,7 +1,7 @@
 """Looking a machine over before it joins: each finding is a line, and where something is wrong a hint and an exit code.
 
 It does what joining does, in the same order, and stops where nothing further can be found out. It announces the key to the
-coordinator, as joining would, and trains a few seconds on random tokens to know how fast this machine is.
+coordinator, as joining would, and trains (or generates) a few seconds on random tokens to know how fast this machine is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -24,8 +25,9 @@ from torch.nn import functional
 
 from peer.admissions import Admissions
 from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
-from peer.device import choose_devices, free_host_bytes, hardware_class
+from peer.device import autocast_dtype, choose_devices, free_host_bytes, hardware_class
 from peer.finding import Finder
+from peer.generating import micro_batch
 from peer.materials import check_private, chunks_in, chunks_request, held_in
 from peer.model import build_model, frozen_bytes
 from peer.network.blobs import BlobStore
@@ -63,7 +65,7 @@ BYTES_PER_PARAMETER = 4 * 8
 PROBE_BYTES, PROBES = 1 << 20, 4
 CONNECT_S, CALL_S = 10.0, 20.0
 SPEED_S = 3.0
-SPEED_SAMPLES = 4
+SPEED_SAMPLES, SPEED_TOKENS = 4, 32
 HOUR_S = 3600
 
 
@@ -219,7 +221,8 @@ class Doctor:
         with contextlib.suppress(SwarmError, Rejected, TimeoutError):
             await asyncio.wait_for(coordination.announce(node, standing, leaving=True), CALL_S)
         self.tokens_per_s = await asyncio.to_thread(measure_tokens_per_s, run.manifest, device)
-        yield Finding("training", f"{self.tokens_per_s:,.0f} tokens/s, from {SPEED_S:.0f} s on random tokens")
+        work = "generating" if run.manifest.generates else "training"
+        yield Finding(work, f"{self.tokens_per_s:,.0f} tokens/s, from {SPEED_S:.0f} s on random tokens")
         yield Finding("verdict", self._verdict(run.manifest))
 
     async def _peers(
@@ -450,21 +453,57 @@ def clock(offset_s: float) -> Finding:
 
 
 def measure_tokens_per_s(manifest: Manifest, device: torch.device, seconds: float = SPEED_S) -> float:
-    """Forward and backward passes of the run's model on random tokens, for a few seconds."""
-    network = build_model(manifest.model).to(device).train()
-    length, vocabulary = manifest.data.sequence_length, int(manifest.model.config.get("vocab_size", 2))
-    batch = torch.randint(vocabulary, (SPEED_SAMPLES, length + 1), device=device)
-    done, started = -1, time.monotonic()
-    while done < 1 or time.monotonic() - started < seconds:
+    """How fast the run's model trains on random tokens for a few seconds or, where the run generates, writes them."""
+    network = build_model(manifest.model).to(device)
+    step = _writing(network, device) if manifest.generates else _training(network, manifest, device)
+    dtype = autocast_dtype(device)
+    tokens, started = -1, time.monotonic()
+    while tokens < 1 or time.monotonic() - started < seconds:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            done = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if tokens < 0:  # the first one only warms up
+            tokens, started = 0, time.monotonic()
+        else:
+            tokens += done
+    return tokens / (time.monotonic() - started)
+
+
+def _training(network: Any, manifest: Manifest, device: torch.device) -> Callable[[], int]:
+    """Passes forward and backward; each gives how many tokens it took."""
+    network.train()
+    length = manifest.data.sequence_length
+    batch = torch.randint(_vocabulary(network), (SPEED_SAMPLES, length + 1), device=device)
+
+    def step() -> int:
         logits = network(input_ids=batch[:, :-1], use_cache=False).logits
         torch.autograd.backward(functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten()))
         network.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        done += 1
-        if done == 0:
-            started = time.monotonic()
-    return done * SPEED_SAMPLES * length / (time.monotonic() - started)
+        return SPEED_SAMPLES * length
+
+    return step
+
+
+def _writing(network: Any, device: torch.device) -> Callable[[], int]:
+    """Samples of some tokens, written side by side as `peer.generating` does; each call gives how many tokens it wrote."""
+    network.eval()
+    batch = micro_batch(device)
+    first = torch.randint(_vocabulary(network), (batch, 1), device=device)
+
+    @torch.inference_mode()
+    def step() -> int:
+        ids, cache = first, None
+        for _ in range(SPEED_TOKENS):
+            out = network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = out.logits[:, -1:].argmax(dim=-1), out.past_key_values
+        return batch * SPEED_TOKENS
+
+    return step
+
+
+def _vocabulary(network: Any) -> int:
+    return int(network.get_input_embeddings().num_embeddings)
 
 
 @contextlib.contextmanager

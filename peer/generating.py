@@ -83,6 +83,11 @@ def never_stop() -> str | None:
     return None
 
 
+def micro_batch(device: torch.device) -> int:
+    """How many samples a device writes at once, unless they don't fit."""
+    return GPU_MICRO_BATCH if device.type == "cuda" else MICRO_BATCH
+
+
 class Writer:
     """One model on one device, and how many samples it writes at once. Not for several threads at once."""
 
@@ -98,7 +103,7 @@ class Writer:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.sampling, self.vocabulary = sampling, vocabulary
-        self.micro_batch = GPU_MICRO_BATCH if device.type == "cuda" else MICRO_BATCH
+        self.micro_batch = micro_batch(device)
         self._model, self._files, self._run, self._device = model, files, run, device
         self._dtype = autocast_dtype(device) if dtype is None else dtype
         self._loaded_as: torch.dtype | None = None
