@@ -6,6 +6,7 @@ Gao et al., "The Language Model Evaluation Harness", 2024. The harness is an opt
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -61,19 +62,31 @@ class Harness:
         except ModuleNotFoundError as error:
             raise UsageError(f"benchmarks need lm-eval: {error}", "pip install 'swarm-train[evaluation]'") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._tasks = TaskManager(include_path=None if include is None else str(include))
+        self._include = None if include is None else str(include)
+        self._own = None if include is None else TaskManager(include_path=self._include, include_defaults=False)
         self.version = version("lm-eval")
+
+    @functools.cached_property
+    def _all(self) -> Any:
+        """Thousands of tasks, which take ten seconds to find."""
+        from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+        return TaskManager(include_path=self._include)
+
+    def _manager(self, tasks: Sequence[str]) -> Any:
+        """Of the folder alone where it holds all of these; a group in it may hold the harness's own tasks."""
+        return self._own if self._own is not None and set(tasks) <= set(self._own.all_subtasks) else self._all
 
     @property
     def names(self) -> list[str]:
         """Of all tasks and groups of tasks."""
-        return sorted(self._tasks.all_tasks)
+        return sorted(self._all.all_tasks)
 
     def require(self, tasks: Sequence[str]) -> None:
         """Raise `UsageError` for a name that no task has."""
         if not tasks:
             raise UsageError("no task named", "list them with: swarm evaluate --list")
-        known = set(self._tasks.all_tasks)
+        known = set(self._manager(tasks).all_tasks)
         for task in tasks:
             if task not in known:
                 near = ", ".join(difflib.get_close_matches(task, known, 3))
@@ -111,7 +124,7 @@ class Harness:
             found = simple_evaluate(
                 runner,
                 tasks=list(tasks),
-                task_manager=self._tasks,
+                task_manager=self._manager(tasks),
                 limit=limit,
                 num_fewshot=shots,
                 apply_chat_template=chat,

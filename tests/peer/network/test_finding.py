@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from pathlib import Path
@@ -20,9 +21,10 @@ from swarm.identity import Identity
 from tests.peer_network import loopback
 from tests.world import World
 
-DEATHS = 8
+DEATHS = 5
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # hivemind leaves calls to a dead daemon open
 async def test_presence_is_announced_for_ever_whenever_the_daemon_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at whatever point of an announcement: that goes on over the new network, and nothing is taken for a twin's."""
     monkeypatch.setattr(finding, "DHT_EVERY_S", 0.0)
@@ -59,3 +61,4 @@ async def test_presence_is_announced_for_ever_whenever_the_daemon_dies(tmp_path:
             await finder.close()
             await node.close()
             await coordination.close()
+            gc.collect()  # while that is ignored
