@@ -102,6 +102,8 @@ class Presence:
         """Take in a fresh announcement, of the start that counts."""
         self.note_issue(sighting.peer_id, issued_at, payload_hash, start)
         known = self._alive.get(sighting.peer_id)
+        if sighting.state_root and not any(other.state_root for other in self._alive.values()):
+            self._idle_since_s = max(self._idle_since_s, sighting.heard_s)  # the first of those that may resume the run
         before = known.starts if known is not None else None
         sighting.starts = before or (Starts(start, sighting.heard_s - uptime_s) if start else None)
         self._alive[sighting.peer_id] = sighting
@@ -151,9 +153,10 @@ class Presence:
     def choose_resumer(self, peer_id: str, rosters: Rosters, now_s: float) -> bool:
         """Whether `peer_id` resumes a run whose peers were all gone. Call `expire` before.
 
-        Nobody may be playing. The newest state that a majority of the roster of its round holds wins at once; after a time of
-        silence the newest that anybody holds. Of its holders the smallest peer id resumes, and stays chosen while it is alive and
-        nobody plays. Who began the run is no better than others.
+        Nobody may be playing. The newest state that a majority of the roster of its round holds wins at once; the newest that
+        anybody holds only after a time of silence since the first of them spoke, so that others can still come with a newer one.
+        Of its holders the smallest peer id resumes, and stays chosen while it is alive and nobody plays. Who began the run is no
+        better than others.
         """
         if any(sighting.playing for sighting in self._alive.values()):
             self._idle_since_s, self._resuming = now_s, ""

@@ -780,11 +780,15 @@ class Engine:
         honest = snapshot is not None and snapshot.root == place.base_root
         if honest and not await self.disputes.is_contradicted(run, proposal, found.holders):
             raise Disagreement(f"round {run.round_index}: {place.base_root.hex()[:12]} here, {found.root.hex()[:12]} elsewhere")
+        found = self.disputes.agreement(run, proposal, place.base_root)  # who is proven guilty since has no vote any more
+        if found.verdict != "differs" or found.root is None:
+            return
         if snapshot is None or snapshot.root != found.root:
             state = await self.entry.fetch_state(found.root, found.holders, self.snapshots.newest)
             snapshot = await self._in_pool(Snapshot.from_state, state)
         self._adopt(snapshot)
         self.place = replace(place, base_root=found.root)
+        self._check_agreement(snapshot)  # somebody may have been proven guilty while it was fetched
 
     def _recomputed(self, run: RoundRun, proposal: ProposalFacts) -> Snapshot | None:
         """The state after a round, from the state before it and the stored parts, every hash checked; None if damaged."""

@@ -245,13 +245,18 @@ def _asks(state: RoundState) -> bool:
 
 
 def _take_commits(state: RoundState, reply: SealReplyFacts, now_s: float) -> Outcome:
-    """Learn commits that we lack; those that differ from ours are no concern of a reply."""
+    """Learn commits that we lack; those that differ from ours, or are of another state, are no concern of a reply."""
     actions: list[Action] = []
     for commit in reply.commits:
-        if commit.peer in state.setup.peers and commit.peer not in state.commits:
+        if commit.peer in state.setup.peers and commit.peer not in state.commits and _is_of_our_state(state, commit):
             state, more = _on_commit(state, commit, now_s, forwarded=True)
             actions += more
     return state, actions
+
+
+def _is_of_our_state(state: RoundState, commit: CommitFacts) -> bool:
+    """Nobody else would take a commit of another state, nor a proposal that comes with it."""
+    return commit.base_root in (b"", state.setup.base_root)
 
 
 def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFacts, now_s: float) -> Outcome:
@@ -297,7 +302,8 @@ def _take_over(
     if problem or set(spans) != {commit.peer for commit in proposal.reducers}:
         return problem or "incomplete_decision"
     wanted = {item.peer: item.commit_hash for item in proposal.commits}
-    commits = {commit.peer: commit for commit in reply.commits if wanted.get(commit.peer) == commit.commit_hash}
+    named = (commit for commit in reply.commits if wanted.get(commit.peer) == commit.commit_hash)
+    commits = {commit.peer: commit for commit in named if _is_of_our_state(known, commit)}
     state = replace(known, commits={**known.commits, **commits})
     if state.accepted is None or state.accepted.proposal_hash != proposal.proposal_hash or state.standing < ballot:
         state, more = _accept(state, proposal, ballot, now_s)

@@ -27,7 +27,7 @@ class RosterMember:
 
 @dataclass(frozen=True)
 class CommitFacts:
-    """A verified commit."""
+    """A verified commit. It is of the state behind `base_root`, empty in simulations, which have only one."""
 
     peer: str
     commit_hash: bytes
@@ -38,6 +38,7 @@ class CommitFacts:
     leaving: bool = False
     loss: float = 0.0
     evidence_root: bytes = b""
+    base_root: bytes = b""
     signed: Any = field(default=None, compare=False, repr=False)
 
 

@@ -98,6 +98,7 @@ class Checker:
             leaving=commit.leaving,
             loss=commit.loss,
             evidence_root=commit.evidence_root,
+            base_root=commit.base_root,
             signed=announced,
         )
         return commit.round, commit.base_root, facts

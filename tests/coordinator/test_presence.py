@@ -98,13 +98,26 @@ def test_who_began_the_run_does_not_resume_it_alone_after_a_restart() -> None:
 def test_whom_the_silence_favours_is_chosen_anew_once_somebody_has_played() -> None:
     """A single holder resumes after the silence only; when the others have played and paused, their newer state wins."""
     presence = Presence(TTL_S, 0.0)
-    assert not hold(presence, "a", 15.0)
-    assert hold(presence, "a", 15.1)
+    assert not hold(presence, "a", 1.0)
+    assert not hold(presence, "a", 16.0)
+    assert hold(presence, "a", 16.1)
     for peer in ("b", "c"):
-        assert not hold(presence, peer, 16.0, 9, playing=True)
-    assert not hold(presence, "a", 17.0)
-    assert not hold(presence, "c", 18.0, 9)
-    assert hold(presence, "b", 18.0, 9)
+        assert not hold(presence, peer, 17.0, 9, playing=True)
+    assert not hold(presence, "a", 18.0)
+    assert not hold(presence, "c", 19.0, 9)
+    assert hold(presence, "b", 19.0, 9)
+
+
+def test_the_first_to_come_waits_for_who_may_have_a_newer_state() -> None:
+    """However long everybody was away: the silence begins with the first that comes back, and who comes later may be further."""
+    presence = Presence(TTL_S, 0.0)
+    assert not hold(presence, "a", 1.0, 9, playing=True)
+    presence.left("a", 2, b"bye")
+    assert not hold(presence, "b", 1000.0)
+    assert not hold(presence, "a", 1010.0, 9)
+    assert not hold(presence, "b", 1014.0)
+    assert hold(presence, "a", 1016.0, 9)
+    assert not hold(presence, "b", 1017.0)
 
 
 def test_nobody_is_gone_right_after_a_restart() -> None:

@@ -40,6 +40,11 @@ async def contributed(peer: LocalPeer, rounds: int) -> bool:
     return int((await peer.status()).get("rounds", 0)) >= rounds
 
 
+async def warned(peer: LocalPeer, text: str) -> bool:
+    """Whether the peer's warning says so."""
+    return text in str((await peer.status()).get("warning", ""))
+
+
 async def rounds_of(folder: Path) -> int:
     """A peer's present round."""
     return int((await ask(folder, "status"))["round"])
@@ -116,7 +121,7 @@ async def test_of_two_machines_with_one_key_the_later_counts(two_peer_run: LiveR
     second = await outside.join("second", *files)
     await eventually(lambda: _is(first, "key_used_elsewhere"), "the earlier pauses", 120)
     await eventually(lambda: contributed(second, 1), "the later contributes", 180)
-    assert "this one counts" in (await second.status())["warning"]
+    await eventually(lambda: warned(second, "this one counts"), "the warning", 60)
     assert (await command("resume", first))["accepted"] == "resume"
     await eventually(lambda: _is(second, "key_used_elsewhere"), "the later pauses", 120)
     rounds = (await first.status()).get("rounds", 0)
