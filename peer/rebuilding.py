@@ -121,7 +121,7 @@ class Rebuilder:
         number, proposal = self.checker.proposal(made.accepted)
         if number != record.round_index:
             raise Rejected("wrong_round", "proposal")
-        commits = {facts.peer: facts for _, _, facts in map(self.checker.commit, made.commits)}
+        commits = {facts.peer: facts for _, facts in map(self.checker.commit, made.commits)}
         spans = [facts for _, facts in map(self.checker.span, made.spans)]
         _require_right(proposal, commits, spans, all_gather=codec.topology == "all_gather")
         parts = Parts(codec, self.run.merge, lambda name: record.parts.get(name))

@@ -25,7 +25,7 @@ from peer.rounds.audits import AuditDesk
 from peer.rounds.disputes import Disputes
 from peer.rounds.entering import Entered, Entry
 from peer.rounds.gathering import Gatherer
-from peer.rounds.inbox import Inbox, read_delivery
+from peer.rounds.inbox import Arrival, Inbox, read_delivery
 from peer.rounds.keeping import Keeping
 from peer.rounds.lapses import Lapses
 from peer.rounds.pacing import Pacing, first_exchange_s
@@ -218,16 +218,16 @@ class Engine:
                     self.previous.answer(arrival.event)
                     continue
                 self.inbox.add(arrival)
-                self._pass_on(arrival.round_index, arrival.event, arrival.base_root, arrival.sender)
+                self._pass_on(arrival)
         self._wake.set()
 
-    def _pass_on(self, round_index: int, event: Event, base_root: bytes | None, sender: str) -> None:
+    def _pass_on(self, arrival: Arrival) -> None:
         run = self.current
-        if run is None or run.round_index != round_index:
+        if run is None or run.round_index != arrival.round_index:
             return
-        if base_root is not None and base_root != run.setup.base_root:
-            raise Rejected("wrong_base", "", sender)
-        run.put(event)
+        if _is_of_another_state(arrival.event, run.setup.base_root):
+            raise Rejected("wrong_base", "", arrival.sender)
+        run.put(arrival.event)
 
     def _learn_admissions(self, signed: Signed) -> None:
         for token in open_signed(signed, Proposal, run_id=self.services.checker.run_id).admissions[:64]:
@@ -426,7 +426,7 @@ class Engine:
         for peer, admission in self.joiners.items():
             run.put(self._join_of(peer, admission))
         for arrival in self.inbox.events_of(place.round_index):
-            if not isinstance(arrival.event, CommitArrived) or arrival.base_root == place.base_root:
+            if not _is_of_another_state(arrival.event, place.base_root):
                 run.put(arrival.event)
         for result in self.inbox.results(place.round_index).values():
             self._on_result(result)
@@ -810,3 +810,8 @@ class Engine:
 
     async def _in_pool(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.services.pool, function, *args)
+
+
+def _is_of_another_state(event: Event, base_root: bytes) -> bool:
+    """Whether it is a commit of work that started from another state."""
+    return isinstance(event, CommitArrived) and event.commit.base_root != base_root

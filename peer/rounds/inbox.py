@@ -30,12 +30,11 @@ RESULTS_KEPT_ROUNDS = 8
 
 @dataclass(frozen=True)
 class Arrival:
-    """A verified event of a round. `base_root` is what its commit started from."""
+    """A verified event of a round."""
 
     round_index: int
     sender: str
     event: Event
-    base_root: bytes | None = None
 
 
 def read_delivery(checker: Checker, delivery: Delivery) -> list[Arrival]:
@@ -69,16 +68,16 @@ def read_delivery(checker: Checker, delivery: Delivery) -> list[Arrival]:
 
 
 def _commit(checker: Checker, delivery: Delivery) -> Arrival:
-    round_index, base_root, facts = checker.commit(delivery.commit)
-    return Arrival(round_index, facts.peer, CommitArrived(facts), base_root)
+    round_index, facts = checker.commit(delivery.commit)
+    return Arrival(round_index, facts.peer, CommitArrived(facts))
 
 
 def _proposal(checker: Checker, delivery: Delivery) -> list[Arrival]:
     round_index, proposal = checker.proposal(delivery.proposal.proposal)
     arrivals = []
     for announced in delivery.proposal.commits[:64]:
-        commit_round, base_root, facts = checker.commit(announced)
-        arrivals.append(Arrival(commit_round, facts.peer, CommitArrived(facts, forwarded=True), base_root))
+        commit_round, facts = checker.commit(announced)
+        arrivals.append(Arrival(commit_round, facts.peer, CommitArrived(facts, forwarded=True)))
     arrivals.append(Arrival(round_index, proposal.leader, ProposalArrived(proposal)))
     return arrivals
 

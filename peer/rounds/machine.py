@@ -256,7 +256,7 @@ def _take_commits(state: RoundState, reply: SealReplyFacts, now_s: float) -> Out
 
 def _is_of_our_state(state: RoundState, commit: CommitFacts) -> bool:
     """Nobody else would take a commit of another state, nor a proposal that comes with it."""
-    return commit.base_root in (b"", state.setup.base_root)
+    return commit.base_root == state.setup.base_root
 
 
 def _on_decision(state: RoundState, reply: SealReplyFacts, proposal: ProposalFacts, now_s: float) -> Outcome:

@@ -258,7 +258,7 @@ class RoundRun:
         announced = self._sign_commit(contribution, hashes, evidence)
         self.commit = announced.commit
         self.committed_s = self.services.clock.monotonic_s()
-        _, _, facts = self.services.checker.commit(announced)
+        _, facts = self.services.checker.commit(announced)
         self.put(Trained(facts))
 
     async def run(self) -> ProposalFacts:

@@ -27,7 +27,7 @@ class RosterMember:
 
 @dataclass(frozen=True)
 class CommitFacts:
-    """A verified commit. It is of the state behind `base_root`, empty in simulations, which have only one."""
+    """A verified commit, of work that started from the state behind `base_root`."""
 
     peer: str
     commit_hash: bytes

@@ -70,8 +70,8 @@ class Checker:
     coordinator: str
     is_admitted: Callable[[str], bool]
 
-    def commit(self, announced: AnnouncedCommit) -> tuple[int, bytes, CommitFacts]:
-        """Round, base root and facts of a commit. Raises `Rejected`."""
+    def commit(self, announced: AnnouncedCommit) -> tuple[int, CommitFacts]:
+        """Round and facts of a commit. Raises `Rejected`."""
         signed = announced.commit
         commit = open_signed(signed, Commit, run_id=self.run_id)
         self._admitted(signed.signer)
@@ -101,7 +101,7 @@ class Checker:
             base_root=commit.base_root,
             signed=announced,
         )
-        return commit.round, commit.base_root, facts
+        return commit.round, facts
 
     def proposal(self, signed: Signed) -> tuple[int, ProposalFacts]:
         """Round and facts of a proposal. Raises `Rejected`."""
@@ -184,7 +184,7 @@ class Checker:
             complete=reply.complete,
             ready=reply.ready,
             standing=_ballot(reply.standing, signed.signer),
-            commits=tuple(item[2] for item in commits),
+            commits=tuple(item[1] for item in commits),
             spans=tuple(item[1] for item in spans),
             holds=frozenset(reply.holds),
             signed=signed,

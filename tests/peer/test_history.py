@@ -94,7 +94,7 @@ class Rounds:
             hashes = [blob_hash(part) for part in parts]
             blobs |= dict(zip(hashes, parts, strict=True))
             announced.append(self._commit(peer, before, loss + number / 100, hashes))
-        commits = {facts.peer: facts for _, _, facts in map(checker.commit, announced)}
+        commits = {facts.peer: facts for _, facts in map(checker.commit, announced)}
         gathers = codec.topology == "all_gather"
         spans = {} if gathers or not commits else spans_of(codec.part_count, dict.fromkeys(commits, 0))
         included = [

@@ -60,7 +60,7 @@ from peer.rounds.values import (
     Trained,
 )
 
-RUN_ID = b"run"
+RUN_ID, BASE = b"run", b"base"
 TICK_S = 0.1
 TRANSFER_TIMEOUT_S = 4.0
 APPLY_S = 0.02
@@ -81,14 +81,16 @@ def setup_of(me: str, peers: Iterable[str], **changes: Any) -> RoundSetup:
     """A round with short deadlines."""
     roster = tuple(RosterMember(peer, 10) for peer in peers)
     defaults: dict[str, Any] = {"part_count": 7, "grace_s": 1.0, "patience_s": 1.0, "exchange_s": 2.0, "full_quota": 10}
-    return RoundSetup(me, RUN_ID, 3, b"base", roster, **{**defaults, **changes})
+    return RoundSetup(me, RUN_ID, 3, BASE, roster, **{**defaults, **changes})
 
 
 def commit_of(peer: str, weight: int = 10, part_count: int = 7, **changes: Any) -> CommitFacts:
     """A commit; `nonce` tells a peer's second one from its first."""
     nonce = changes.pop("nonce", 0)
     hashes = tuple(digest(peer, nonce, part) for part in range(part_count)) if weight else ()
-    return CommitFacts(peer, digest("commit", peer, weight, nonce), weight, hashes, **{"seconds": 5.0, **changes})
+    return CommitFacts(
+        peer, digest("commit", peer, weight, nonce), weight, hashes, **{"seconds": 5.0, "base_root": BASE, **changes}
+    )
 
 
 def proposal_of(
@@ -100,7 +102,7 @@ def proposal_of(
 ) -> ProposalFacts:
     """A proposal, named by its content."""
     name = digest("proposal", ballot, leader, commits, next_roster, grant)
-    return ProposalFacts(name, ballot, leader, b"base", commits, next_roster, grant)
+    return ProposalFacts(name, ballot, leader, BASE, commits, next_roster, grant)
 
 
 def span_of(proposal: ProposalFacts, reducer: str) -> SpanFacts:

@@ -72,7 +72,7 @@ def test_a_repeated_event_is_kept_once() -> None:
     """Replaying somebody's message doesn't use up the space for its author's others."""
     inbox = Inbox()
     for _ in range(EVENTS_PER_SENDER + 5):
-        inbox.add(Arrival(1, "a", CommitArrived(commit_of("a")), b"base"))
+        inbox.add(Arrival(1, "a", CommitArrived(commit_of("a"))))
     inbox.add(complaint(1))
     assert len(inbox.events_of(1)) == 2
 

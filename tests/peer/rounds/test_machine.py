@@ -618,6 +618,20 @@ def test_a_decision_in_time_stands() -> None:
     assert state.complete
 
 
+def test_a_commit_of_another_state_that_a_reply_holds_is_left_alone() -> None:
+    """Proposed, it would keep everybody from taking the proposal: one peer of another state could stop the round."""
+    peers = names(3)
+    me, liar, third = leader(3, 1), leader(3), leader(3, 2)
+    whole = with_commits(setup_of(me, peers))
+    state = replace(whole, commits={peer: commit for peer, commit in whole.commits.items() if peer != liar})
+    state, actions = machine.step(state, PeerLost(liar), 1.0)
+    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
+    reply = SealReplyFacts(third, ballot, None, False, commits=(replace(whole.commits[liar], base_root=b"another"),))
+    state, actions = machine.step(state, SealReplyArrived(reply), 1.1)
+    proposed = next(action for action in actions if isinstance(action, Propose))
+    assert {item.peer for item in proposed.commits} == {me, third}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -1468,17 +1482,3 @@ def exchanging(peers: tuple[str, ...], me: str = "") -> tuple[RoundState, Propos
     state, _ = machine.step(state, ProposalArrived(proposal), 1.0)
     assert state.accepted == proposal
     return state, proposal
-
-
-def test_a_commit_of_another_state_that_a_reply_holds_is_left_alone() -> None:
-    """Proposed, it would keep everybody from taking the proposal: one peer of another state could stop the round."""
-    peers = names(3)
-    me, liar, third = leader(3, 1), leader(3), leader(3, 2)
-    whole = with_commits(setup_of(me, peers))
-    state = replace(whole, commits={peer: commit for peer, commit in whole.commits.items() if peer != liar})
-    state, actions = machine.step(state, PeerLost(liar), 1.0)
-    ballot = next(action.ballot for action in actions if isinstance(action, SendSeal))
-    reply = SealReplyFacts(third, ballot, None, False, commits=(replace(whole.commits[liar], base_root=b"another"),))
-    state, actions = machine.step(state, SealReplyArrived(reply), 1.1)
-    proposed = next(action for action in actions if isinstance(action, Propose))
-    assert {item.peer for item in proposed.commits} == {me, third}

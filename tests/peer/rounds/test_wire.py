@@ -129,8 +129,8 @@ def forged(signed: Signed, **changes: Any) -> Signed:
 def test_a_good_commit_becomes_facts(checker: Checker, codec: str) -> None:
     """Round, base and every field that decisions need come out; the facts carry the message itself."""
     message = announced(codec=codec, leaving=True)
-    number, base, facts = checker.commit(message)
-    assert (number, base, facts.peer, facts.weight, facts.part_hashes) == (4, BASE, ALICE.peer_id, 5, HASHES)
+    number, facts = checker.commit(message)
+    assert (number, facts.base_root, facts.peer, facts.weight, facts.part_hashes) == (4, BASE, ALICE.peer_id, 5, HASHES)
     assert (facts.seconds, facts.upload_bytes_per_s, facts.leaving, facts.loss) == (9.0, 1000, True, 2.5)
     assert facts.commit_hash == payload_hash(message.commit)
     assert facts.signed is message
@@ -138,13 +138,13 @@ def test_a_good_commit_becomes_facts(checker: Checker, codec: str) -> None:
 
 def test_a_zero_commit_has_no_parts(checker: Checker, codec: str) -> None:
     """Who contributes nothing announces no hashes; any that come along are ignored."""
-    _, _, facts = checker.commit(announced(codec=codec, weight=0, tokens=0, part_count=0, parts_root=b"", evidence_root=b""))
+    _, facts = checker.commit(announced(codec=codec, weight=0, tokens=0, part_count=0, parts_root=b"", evidence_root=b""))
     assert (facts.weight, facts.part_hashes) == (0, ())
 
 
 def test_an_absurd_bandwidth_is_capped(checker: Checker, codec: str) -> None:
     """A claimed upload of exabytes counts as a terabyte per second."""
-    assert checker.commit(announced(codec=codec, upload_bytes_per_s=(1 << 64) - 1))[2].upload_bytes_per_s == 1 << 40
+    assert checker.commit(announced(codec=codec, upload_bytes_per_s=(1 << 64) - 1))[1].upload_bytes_per_s == 1 << 40
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_each_kind_of_delivery_becomes_its_event(checker: Checker, codec: str) -
     both = read_delivery(checker, Delivery(proposal=AnnouncedProposal(proposal=proposed(BOB), commits=[commit])))
     assert [type(arrival.event) for arrival in both] == [CommitArrived, ProposalArrived]
     assert [arrival.sender for arrival in both] == [ALICE.peer_id, BOB.peer_id]
-    assert both[0].event == CommitArrived(replace(checker.commit(commit)[2]), forwarded=True)
+    assert both[0].event == CommitArrived(replace(checker.commit(commit)[1]), forwarded=True)
     assert reason_of(lambda item: read_delivery(checker, item), Delivery()) == "malformed"
 
 
@@ -418,7 +418,7 @@ def test_a_commit_to_samples_is_in_tokens_and_names_its_piece(checker: Checker, 
     manifest = writing_run(tmp_path)[0]
     writing = replace(checker, manifest=manifest)
     good = {"weight": 160, "tokens": 160, "parts_root": root_of(HASHES[:1]), "part_count": 1}
-    assert writing.commit(announced(hashes=HASHES[:1], **good))[2].weight == 160
+    assert writing.commit(announced(hashes=HASHES[:1], **good))[1].weight == 160
     assert (weight_limit(manifest, 4), full_quota(manifest, 4), quota_samples(manifest)) == (160, 10, 16)
     for changes, reason in (
         ({"weight": 161, "tokens": 161}, "bad_weight"),
