@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from peer.admissions import Admissions
 from peer.coordination import CLOCK_WARNING_S, Coordination, Standing
-from peer.device import autocast_dtype, choose_devices, free_host_bytes, hardware_class
+from peer.device import autocast, autocast_dtype, choose_devices, free_host_bytes, hardware_class
 from peer.finding import Finder
 from peer.generating import micro_batch
 from peer.materials import check_private, chunks_in, chunks_request, held_in
@@ -456,17 +456,18 @@ def measure_tokens_per_s(manifest: Manifest, device: torch.device, seconds: floa
     """How fast the run's model trains on random tokens for a few seconds or, where the run generates, writes them."""
     network = build_model(manifest.model).to(device)
     step = _writing(network, device) if manifest.generates else _training(network, manifest, device)
-    dtype = autocast_dtype(device)
-    tokens, started = -1, time.monotonic()
-    while tokens < 1 or time.monotonic() - started < seconds:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            done = step()
+
+    def done() -> int:
+        with autocast(device, autocast_dtype(device)):
+            tokens = step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if tokens < 0:  # the first one only warms up
-            tokens, started = 0, time.monotonic()
-        else:
-            tokens += done
+        return tokens
+
+    done()  # warms up
+    tokens, started = 0, time.monotonic()
+    while not tokens or time.monotonic() - started < seconds:
+        tokens += done()
     return tokens / (time.monotonic() - started)
 
 

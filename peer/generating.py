@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from peer.corpus import load_tokenizer
 from peer.data import tree_path
-from peer.device import PRECISIONS, autocast_dtype, empty_cache, precision_of, ran_out
+from peer.device import PRECISIONS, autocast, autocast_dtype, empty_cache, precision_of, ran_out
 from peer.model import frozen_base, store_frozen
 from peer.prompts import Ids, Prompts
 from peer.sampling import Leeway, draw, draw_keys, gaps
@@ -215,9 +216,8 @@ class Writer:
             raise DataInvalid("the base doesn't give finite numbers", "take another one, or compute in another precision")
         return found
 
-    def _autocast(self) -> Any:
-        dtype = self._loaded_as or self._dtype
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self._device, self._loaded_as or self._dtype)
 
 
 def _padded(prompts: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

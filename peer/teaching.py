@@ -24,7 +24,7 @@ from peer.batches import grouped
 from peer.corpus import TOKENIZER, load_tokenizer, name_by_root
 from peer.data import ShardReader, tree_path, verify_tree_file
 from peer.dataset import CARD, FILE, Dataset, read
-from peer.device import autocast_dtype
+from peer.device import autocast, autocast_dtype
 from peer.distillation import bucketed, row_type
 from peer.folders import appearing, describe
 from peer.marks import lesson
@@ -147,12 +147,11 @@ def _expected(
     reader: ShardReader, data: Dataset, model: Model, row: np.dtype[np.void], micro_batch: int
 ) -> Iterator[NDArray[np.void]]:
     top_k = row["ids"].shape[-1]
-    dtype = autocast_dtype(model.device)
     for indices in grouped(np.arange(len(reader)), micro_batch):
         batch = reader.batch(indices).to(model.device)
         shown = lesson(batch) if data.data.layout == "marked" else None
         ids, more = (batch[:, :-1], {}) if shown is None else (shown.ids, {"position_ids": shown.positions})
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), autocast(model.device, autocast_dtype(model.device)):
             logits = model.network(input_ids=ids, use_cache=False, **more).logits[..., : data.vocabulary_size].float()
         top = logits.topk(top_k).indices.sort(-1).values
         rows = np.empty(len(indices), dtype=row)

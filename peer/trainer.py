@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from peer.batches import (
     plan_for_host,
 )
 from peer.data import Indices, ShardReader, assignment_seed, present, sample_indices
-from peer.device import PRECISIONS, autocast_dtype, empty_cache, free_bytes, precision_of, ran_out
+from peer.device import PRECISIONS, autocast, autocast_dtype, empty_cache, free_bytes, precision_of, ran_out
 from peer.distillation import Taught, TeacherReader, divergence
 from peer.experts import balance_coefficient, is_routed, routes_of
 from peer.leaves import MOST_GRADIENT_LEAVES, MOST_LEAVES, Leaf, Tracer, leaf_ends
@@ -764,7 +764,7 @@ class Trainer:
         """
         settings = self._network.config.get_text_config()
         routed = {"output_router_logits": True} if self._network.training and is_routed(settings) else {}
-        with self._autocast():
+        with autocast(self._device, self._dtype):
             out = self._network(input_ids=ids, use_cache=False, **routed, **more)
         router_logits = [logits for logits in getattr(out, "router_logits", None) or () if logits is not None]
         if not routed or not router_logits:
@@ -791,11 +791,6 @@ class Trainer:
         ids = torch.arange(teacher.top_k, device=self._device).repeat(samples, length, 1)
         even = torch.full((samples, length, teacher.top_k + 1), -math.log(teacher.top_k + 1), device=self._device)
         return Batch(rows, Taught(ids, even.half()))
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
 
     def _new_scaler(self) -> torch.amp.GradScaler:
         enabled = self._dtype == torch.float16
