@@ -62,16 +62,14 @@ class Harness:
         except ModuleNotFoundError as error:
             raise UsageError(f"benchmarks need lm-eval: {error}", "pip install 'swarm-train[evaluation]'") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._include = None if include is None else str(include)
-        self._own = None if include is None else TaskManager(include_path=self._include, include_defaults=False)
+        self._find_tasks = functools.partial(TaskManager, include_path=None if include is None else str(include))
+        self._own = None if include is None else self._find_tasks(include_defaults=False)
         self.version = version("lm-eval")
 
     @functools.cached_property
     def _all(self) -> Any:
         """Thousands of tasks, which take ten seconds to find."""
-        from lm_eval.tasks import TaskManager  # noqa: PLC0415
-
-        return TaskManager(include_path=self._include)
+        return self._find_tasks()
 
     def _manager(self, tasks: Sequence[str]) -> Any:
         """Of the folder alone where it holds all of these; a group in it may hold the harness's own tasks."""

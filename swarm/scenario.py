@@ -190,15 +190,13 @@ class Scenario:
 
     def summary(self) -> str:
         """Where everybody is, for messages; of those that ended, their last words."""
-        return ", ".join(
-            f"{peer.name} "
-            + (
-                f"round {last_round(peer)}"
-                if peer.running
-                else f"ended with {peer.process.returncode}: {peer.log()[-LAST_WORDS:]}"
-            )
-            for peer in self.peers.values()
-        )
+        return ", ".join(f"{peer.name} {_whereabouts(peer)}" for peer in self.peers.values())
+
+
+def _whereabouts(peer: LocalPeer) -> str:
+    if peer.running:
+        return f"round {last_round(peer)}"
+    return f"ended with {peer.process.returncode}: {peer.log()[-LAST_WORDS:]}"
 
 
 def write_run(directory: Path, manifest: Manifest) -> tuple[Path, Path]:
